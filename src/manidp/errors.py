@@ -1,0 +1,31 @@
+"""The few kinds of error this library raises on purpose; every one is a ``ManiDPError``."""
+
+from __future__ import annotations
+
+
+class ManiDPError(Exception):
+    """Something given to the library is wrong; the message says what was expected, what came and what to do."""
+
+
+class GraphError(ManiDPError):
+    """A network description that cannot be: the message names the nodes."""
+
+
+class CheckpointError(ManiDPError):
+    """A checkpoint file that is broken, hostile, from the future, or does not fit its graph."""
+
+
+class ImageError(ManiDPError):
+    """A picture, folder or data set that cannot be read."""
+
+
+class UnsupportedError(ManiDPError):
+    """A backend met a node it cannot run; the message names the node."""
+
+
+class TrainingError(ManiDPError):
+    """Training cannot start or cannot go on (loss not finite, recipe that does not fit, ...)."""
+
+
+class MissingExtraError(ManiDPError):
+    """An optional dependency is needed; the message holds the pip command that brings it."""
