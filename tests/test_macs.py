@@ -1,0 +1,135 @@
+"""Multiply-adds against closed formulas, published totals and torch's own counter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from manidp.errors import GraphError
+from manidp.graph import (
+    Activation,
+    Add,
+    Conv,
+    Gate,
+    GlobalPool,
+    Graph,
+    Input,
+    Linear,
+    Multiply,
+    resnet,
+    with_gates,
+)
+from manidp.macs import dense_macs, macs_per_image, node_macs
+
+
+@pytest.mark.parametrize(("depth", "macs"), [(20, 40_813_184), (32, 69_124_736), (56, 125_747_840)])
+def test_dense_resnets_cost_what_was_published(depth: int, macs: int) -> None:
+    assert dense_macs(resnet(depth)) == macs
+
+
+def test_gates_of_resnet20_cost_their_linear_layers() -> None:
+    counts = node_macs(with_gates(resnet(20)))
+    gates = with_gates(resnet(20)).gates
+    assert len(gates) == 18
+    assert sum(counts[gate.name] for gate in gates) == 61_952
+    assert dense_macs(with_gates(resnet(20))) == 40_813_184 + 61_952
+
+
+def test_each_image_of_resnet20_costs_what_the_closed_formula_says() -> None:
+    """fixed part + per block: k1 * in * 9 * HW + k1 * k2 * 9 * HW."""
+    graph = with_gates(resnet(20))
+    rng = np.random.default_rng(0)
+    kept = {gate.name: rng.random((5, gate.channels)) < rng.random() for gate in graph.gates}
+    expected = np.full(5, 442_368 + 2 * 131_072 + 640 + 61_952)
+    for stage, block in np.ndindex(3, 3):
+        k1, k2 = (kept[f"stage_{stage + 1}.{block}.mb{i}"].sum(axis=1) for i in (1, 2))
+        channels, positions = 16 * 2**stage, (32 // 2**stage) ** 2
+        inputs = channels // 2 if stage and not block else channels
+        expected = expected + (k1 * inputs + k1 * k2) * 9 * positions
+    np.testing.assert_array_equal(macs_per_image(graph, kept), expected)
+
+
+def test_everything_kept_costs_what_dense_costs_and_nothing_kept_only_the_fixed_part() -> None:
+    graph = with_gates(resnet(20))
+    everything = {gate.name: np.ones((2, gate.channels), dtype=bool) for gate in graph.gates}
+    nothing = {name: ~mask for name, mask in everything.items()}
+    assert macs_per_image(graph, everything).tolist() == [dense_macs(graph)] * 2
+    assert macs_per_image(graph, nothing).tolist() == [442_368 + 2 * 131_072 + 640 + 61_952] * 2
+
+
+def test_groups_and_depthwise_count_pairs_within_each_group() -> None:
+    nodes = (
+        Input(name="image", dims=(4, 6, 6)),
+        Gate(name="g", inputs=("image",), channels=4, hidden=3),
+        Multiply(name="x", inputs=("image", "g")),
+        Conv(name="grouped", inputs=("x",), channels=8, groups=2, kernel=3),
+        Conv(name="depthwise", inputs=("x",), channels=4, groups=4, kernel=5, stride=2, padding=2),
+        GlobalPool(name="a", inputs=("grouped",)),
+        GlobalPool(name="b", inputs=("depthwise",)),
+        Linear(name="la", inputs=("a",), features=7),
+        Linear(name="lb", inputs=("b",), features=7),
+        Add(name="out", inputs=("la", "lb")),
+    )
+    graph = Graph(nodes, "out")
+    assert node_macs(graph) == {
+        "g": 4 * 3 + 3 * 4, "grouped": 8 * 2 * 9 * 36, "depthwise": 4 * 25 * 9, "la": 8 * 7, "lb": 4 * 7,
+    }  # fmt: skip
+    counts = node_macs(graph, {"g": np.array([[1, 1, 0, 1], [0, 0, 0, 0]], dtype=bool)})
+    assert counts["grouped"].tolist() == [(2 * 4 + 1 * 4) * 9 * 36, 0]
+    assert counts["depthwise"].tolist() == [3 * 25 * 9, 0]
+    assert counts["la"].tolist() == [56, 56]
+
+
+def test_a_conv_whose_output_is_scaled_and_read_elsewhere_is_computed_whole() -> None:
+    def net(also_read: str) -> Graph:
+        return Graph(
+            (
+                Input(name="image", dims=(3, 4, 4)),
+                Gate(name="g", inputs=("image",), channels=5, hidden=2),
+                Conv(name="c", inputs=("image",), channels=5),
+                Activation(name="r", inputs=("c",)),
+                Multiply(name="m", inputs=("r", "g")),
+                Add(name="s", inputs=("m", also_read)),
+                GlobalPool(name="p", inputs=("s",)),
+                Linear(name="out", inputs=("p",), features=2),
+            ),
+            "out",
+        )
+
+    kept = {"g": np.array([[True, False, False, True, False]])}
+    assert node_macs(net("m"), kept)["c"].tolist() == [2 * 3 * 9 * 16]
+    assert node_macs(net("r"), kept)["c"].tolist() == [5 * 3 * 9 * 16]
+
+
+def test_a_missing_gate_a_wrong_shape_and_mixed_batches_are_named() -> None:
+    graph = with_gates(resnet(8))
+    kept = {gate.name: np.ones((2, gate.channels), dtype=bool) for gate in graph.gates}
+    with pytest.raises(GraphError, match=r"stage_1\.0\.mb1"):
+        macs_per_image(graph, {})
+    with pytest.raises(GraphError, match=r"stage_1\.0\.mb2.*\(B, 16\); got \(16,\)"):
+        macs_per_image(graph, kept | {"stage_1.0.mb2": np.ones(16, dtype=bool)})
+    with pytest.raises(GraphError, match=r"different sizes: \[2, 3\]"):
+        macs_per_image(graph, kept | {"stage_1.0.mb2": np.ones((3, 16), dtype=bool)})
+
+
+def test_torch_counts_the_same() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed: its flop counter cannot be asked")
+    from torch.nn import functional
+    from torch.utils.flop_counter import FlopCounterMode
+
+    graph = resnet(20)
+    values = {}
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        values["image"] = torch.empty(1, *graph.input.dims)
+        for node in graph.nodes[1:]:
+            x = values[node.inputs[0]]
+            weight = torch.empty(graph.parameters.get(f"{node.name}.weight", ()))
+            if isinstance(node, Conv):
+                x = functional.conv2d(x, weight, stride=node.stride, padding=node.padding, groups=node.groups)
+            elif isinstance(node, GlobalPool):
+                x = x.mean((2, 3))
+            elif isinstance(node, Linear):
+                x = functional.linear(x, weight)
+            assert tuple(x.shape[1:]) == graph.shapes[node.name]
+            values[node.name] = x
+    assert counter.get_total_flops() == 2 * dense_macs(graph)
