@@ -46,7 +46,8 @@ def macs_per_image(graph: Graph, kept: Kept) -> NDArray[np.int64]:
 
     A graph without gates costs every image the same; its batch is unknown, so the answer is one number, shape (1,).
     """
-    return np.sum([*_per_image(graph, kept, _batch(graph, kept)).values()], axis=0, dtype=np.int64)
+    batch = _batch(graph, kept)
+    return sum(_per_image(graph, kept, batch).values(), start=np.zeros(batch, dtype=np.int64))
 
 
 def _batch(graph: Graph, kept: Kept) -> int:

@@ -29,7 +29,7 @@ from manidp.graph import (
 )
 from manidp.macs import macs_per_image
 
-Array = NDArray[Any]
+Array = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,16 @@ def node_values(
         raise ManiDPError(f"images of shape (B, {', '.join(map(str, graph.input.dims))}) needed; got {images.shape}")
     values: dict[str, Array] = {}
     for node in graph.nodes:
-        names = node.parameters(*graph.input_shapes(node))
-        parameters = {name: np.asarray(weights[f"{node.name}.{name}"], dtype=dtype) for name in names}
+        parameters: dict[str, Array] = {
+            name: np.asarray(weights[f"{node.name}.{name}"], dtype=dtype)
+            for name in node.parameters(*graph.input_shapes(node))
+        }
         inputs = [values[source] for source in node.inputs] or [np.asarray(images, dtype=dtype)]
         values[node.name] = _value(node, parameters, *inputs)
     return values
 
 
-def _value(node: Node, p: dict[str, Array], x: Array, *others: Array) -> Array:
+def _value(node: Node, p: dict[str, Array], x: Array, *others: Array) -> Any:
     match node:
         case Input():
             return x
@@ -124,7 +126,7 @@ def _windows(x: Array, kernel: int, stride: int) -> Array:
     return sliding_window_view(x, (kernel, kernel), axis=(2, 3))[:, :, ::stride, ::stride]
 
 
-def _activation(kind: str, x: Array) -> Array:
+def _activation(kind: str, x: Array) -> Any:
     match kind:
         case "relu":
             return np.maximum(x, 0)
