@@ -7,13 +7,33 @@ makes the ``float32 (N, 3, H, W)`` that networks read.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import stat
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from manidp.errors import ImageError
+
+Progress = Callable[[int, int | None], None]  # done and total (None while unknown), of bytes or of pictures
+
+# The only decoders a file from outside ever meets.
+_DECODERS = tuple(plugin.format for plugin in (JpegImageFile, PngImageFile, WebPImageFile))
+MAX_PICTURE_PIXELS = 2**26
+MAX_PICTURE_BYTES = 2**28
+_MAX_IMAGE_SET_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -49,11 +69,15 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images of one size: ``images`` uint8 (N, H, W, 3), ``labels`` int64 (N,) into ``classes``."""
+    """Labelled images of one size: ``images`` uint8 (N, H, W, 3), ``labels`` int64 (N,) into ``classes``.
+
+    ``indices`` int64 (N,), where these images were taken from a larger set, are their places in it.
+    """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
+    indices: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
@@ -64,9 +88,16 @@ class ImageSet:
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             span = f"{self.labels.min()} to {self.labels.max()}"
             raise ImageError(f"expected labels from 0 to {len(self.classes) - 1}, the classes given; got {span}")
+        if self.indices is not None and (self.indices.dtype != np.int64 or self.indices.shape != self.labels.shape):
+            came = f"{self.indices.dtype} {self.indices.shape}"
+            raise ImageError(f"expected indices of int64 ({len(self.images)},), one for each image; got {came}")
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def take(self, indices: NDArray[np.int64]) -> ImageSet:
+        """The images at these places, in this order."""
+        return ImageSet(self.images[indices], self.labels[indices], self.classes, indices)
 
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -108,3 +139,227 @@ def _cifar10_set(*batches: NDArray[np.uint8]) -> ImageSet:
     records = np.concatenate(batches)
     images = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return ImageSet(images, records[:, 0].astype(np.int64), CIFAR10_CLASSES)
+
+
+def draw_sample(image_set: ImageSet, per_class: int, seed: int) -> NDArray[np.int64]:
+    """Places of ``per_class`` images of each class, drawn without replacement by ``default_rng(seed)``, ascending."""
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for label, name in enumerate(image_set.classes):
+        places = np.flatnonzero(image_set.labels == label)
+        if len(places) < per_class:
+            raise ImageError(f"cannot draw {per_class} images of class '{name}': there are {len(places)}")
+        drawn.append(generator.choice(places, per_class, replace=False))
+    return np.sort(np.concatenate(drawn)).astype(np.int64)
+
+
+def load_sample() -> ImageSet:
+    """The bundled 200 CIFAR-10 test images, 20 of each class; ``indices`` are their places in the test set."""
+    with resources.as_file(resources.files("manidp") / "data" / "cifar10-sample.safetensors") as path:
+        return load_image_set(path)
+
+
+def save_image_set(image_set: ImageSet, path: str | Path) -> None:
+    """Write an image set as one safetensors file: tensors ``images``, ``labels`` and, if there, ``indices``.
+
+    The same set gives the same bytes. The file is written beside its place and moved there when whole.
+    """
+    tensors = {"images": image_set.images, "labels": image_set.labels}
+    if image_set.indices is not None:
+        tensors["indices"] = image_set.indices
+    # One metadata entry: the order of several is not fixed, and the bytes should be.
+    description = json.dumps({"format": "image set", "version": 1, "classes": image_set.classes})
+    data = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"manidp": description})
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(target)
+    except OSError as error:
+        raise ImageError(f"{shown(target)}: cannot be written: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_image_set(path: str | Path) -> ImageSet:
+    """Read what :func:`save_image_set` wrote; raises ImageError, naming the file, for anything else."""
+    try:
+        size = os.stat(path).st_size
+        if size > _MAX_IMAGE_SET_BYTES:
+            raise ImageError(f"expected at most {_MAX_IMAGE_SET_BYTES:,} bytes, got {size:,}")
+        with safetensors.safe_open(path, "numpy") as file:
+            description = json.loads((file.metadata() or {}).get("manidp", "null"))
+            if not isinstance(description, dict) or description.get("format") != "image set":
+                raise ImageError("not an image set")
+            if description.get("version") != 1:
+                raise ImageError(f"expected an image set of version 1, got {description.get('version')!r}")
+            classes = description.get("classes")
+            if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+                raise ImageError(f"expected a list of class names, got {classes!r}")
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a mapping
+            expected = {"images": "U8", "labels": "I64", "indices": "I64"}
+            if dtypes not in (expected, {name: expected[name] for name in ("images", "labels")}):
+                raise ImageError(f"expected the tensors {expected} (indices may be absent), got {dtypes}")
+            tensors = {name: file.get_tensor(name) for name in dtypes}
+        return ImageSet(classes=tuple(classes), **tensors)
+    except OSError as error:
+        raise ImageError(f"{shown(path)}: {_reason(error)}") from error
+    except (ImageError, safetensors.SafetensorError, ValueError, RecursionError) as error:
+        raise ImageError(f"{shown(path)}: not a readable image set: {_reason(error)}") from error
+
+
+def load_picture(path: str | Path, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A JPEG, PNG or WebP picture as uint8 (H, W, 3) of the given ``size`` (H, W).
+
+    Turned upright as its EXIF orientation says; transparency lies on white; 16-bit grey keeps its high byte; of an
+    animation, the first frame. Scaled with antialiasing until it just covers ``size``, then the centre is cut out: a
+    picture of exactly that size keeps every pixel. Raises ImageError of one line that names the file: missing, not a
+    file, empty, too large (``MAX_PICTURE_BYTES``, ``MAX_PICTURE_PIXELS``, checked before decoding), not a picture,
+    broken.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError("a folder, not a picture" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+        if status.st_size == 0:
+            raise ImageError("an empty file")
+        if status.st_size > MAX_PICTURE_BYTES:
+            raise ImageError(f"expected at most {MAX_PICTURE_BYTES:,} bytes, got {status.st_size:,}")
+        with warnings.catch_warnings():
+            # What Pillow warns of is refused below or does no harm; a batch should not be stopped by it.
+            warnings.filterwarnings("ignore", module="PIL")
+            with Image.open(path, formats=_DECODERS) as picture:
+                if picture.width * picture.height > MAX_PICTURE_PIXELS:
+                    came = f"{picture.width} x {picture.height}"
+                    raise ImageError(f"expected at most {MAX_PICTURE_PIXELS:,} pixels, got {came}")
+                fitted = ImageOps.fit(_rgb(_upright(picture)), (size[1], size[0]), Image.Resampling.BICUBIC)
+            return np.array(fitted)
+    except ImageError as error:
+        raise ImageError(f"{shown(path)}: {error}") from None
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{shown(path)}: not a readable JPEG, PNG or WebP picture") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{shown(path)}: expected at most {MAX_PICTURE_PIXELS:,} pixels, got far more") from error
+    except OSError as error:
+        raise ImageError(f"{shown(path)}: {_reason(error)}") from error
+    except Exception as error:  # decoders meet broken files with errors of any kind
+        raise ImageError(f"{shown(path)}: broken picture: {_reason(error)}") from error
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    flips = Image.Transpose
+    turns = {
+        2: flips.FLIP_LEFT_RIGHT, 3: flips.ROTATE_180, 4: flips.FLIP_TOP_BOTTOM, 5: flips.TRANSPOSE,
+        6: flips.ROTATE_270, 7: flips.TRANSVERSE, 8: flips.ROTATE_90,
+    }  # fmt: skip
+    try:
+        turn = turns.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001 - garbage in the EXIF block spoils no pixel: shown as it is stored
+        return picture
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        page = Image.new("RGBA", picture.size, "white")
+        page.alpha_composite(picture.convert("RGBA"))
+        return page.convert("RGB")
+    return picture.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What came of many files: ``images`` uint8 (N, H, W, 3), their N ``paths``, and an error for each other file."""
+
+    images: NDArray[np.uint8]
+    paths: tuple[Path, ...]
+    errors: tuple[ImageError, ...]
+
+
+def load_pictures(paths: Iterable[str | Path], size: tuple[int, int], progress: Progress | None = None) -> Pictures:
+    """Load many pictures, each as :func:`load_picture` does; one that cannot be read becomes an error among others.
+
+    A folder stands for every file in it and in the folders below, in sorted order, hidden ones left out. Memory is
+    that of the result, ``H * W * 3`` bytes a file, and of one picture being decoded.
+    """
+    errors: list[ImageError] = []
+    files: list[Path] = []
+    for path in map(Path, paths):
+        try:
+            files += _files(path) if path.is_dir() else [path]
+        except ImageError as error:
+            errors.append(error)
+    images = np.empty((len(files), *size, 3), np.uint8)
+    read: list[Path] = []
+    for number, file in enumerate(files, 1):
+        try:
+            images[len(read)] = load_picture(file, size)
+            read.append(file)
+        except ImageError as error:
+            errors.append(error)
+        if progress is not None:
+            progress(number, len(files))
+    return Pictures(images[: len(read)], tuple(read), tuple(errors))
+
+
+def load_folder(
+    folder: str | Path,
+    size: tuple[int, int],
+    classes: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> tuple[ImageSet, tuple[ImageError, ...]]:
+    """A folder with one subfolder of pictures per class, and an error for each file in it that cannot be read.
+
+    Classes are the subfolders in sorted order, two at least, each with a picture that can be read. Where ``classes``
+    are given (those of a checkpoint), labels follow them: every subfolder must be one of them, some may be absent.
+    Files beside the subfolders and hidden ones are left out; memory as for :func:`load_pictures`. Raises ImageError
+    when the folder is not so.
+    """
+    root = Path(folder)
+    try:
+        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise ImageError(f"{shown(root)}: {_reason(error)}") from error
+    if classes is None and len(found) < 2:
+        raise ImageError(
+            f"{shown(root)}: expected a subfolder of pictures for each of two classes or more, got {found}"
+        )
+    if classes is not None and not (found and set(found) <= set(classes)):
+        raise ImageError(f"{shown(root)}: expected subfolders named after classes of {list(classes)}, got {found}")
+    names = tuple(found if classes is None else classes)
+    label_of = {file: names.index(name) for name in found for file in _files(root / name)}
+    pictures = load_pictures(label_of, size, progress)
+    labels = np.array([label_of[path] for path in pictures.paths], np.int64)
+    for name in found:
+        if names.index(name) not in labels:
+            first = f"; {pictures.errors[0]}" if pictures.errors else ""
+            raise ImageError(f"{shown(root / name)}: expected pictures of class '{name}', got none to read{first}")
+    return ImageSet(pictures.images, labels, names), pictures.errors
+
+
+def _files(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise ImageError(f"{shown(error.filename)}: {_reason(error)}") from error
+
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+    if not found:
+        raise ImageError(f"{shown(folder)}: an empty folder")
+    return found
+
+
+def shown(path: str | Path) -> str:
+    """The path as an error message of one line can hold it, whatever characters its author chose."""
+    return str(path) if str(path).isprintable() else repr(str(path))
+
+
+def _reason(error: Exception) -> str:
+    said = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return " ".join(said.split())
