@@ -15,6 +15,18 @@ class CheckpointError(ManiDPError):
     """A checkpoint file that is broken, hostile, from the future, or does not fit its graph."""
 
 
+class CkptError(ManiDPError):
+    """A MindSpore .ckpt that cannot be read or written, or that does not hold what its network needs."""
+
+
+class CardError(ManiDPError):
+    """A model card that cannot be read, or that the hub would refuse; the message names the line."""
+
+
+class HubError(ManiDPError):
+    """A model that cannot be found, brought or trusted: a bad name, host, digest, or a transfer that failed."""
+
+
 class ImageError(ManiDPError):
     """A picture, folder or data set that cannot be read."""
 
