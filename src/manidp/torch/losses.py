@@ -1,0 +1,54 @@
+"""ManiDP's losses: pure functions of tensors, named as in the paper (Tang et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def complexity_weights(cross_entropy: Tensor, limit: float) -> Tensor:
+    """How much each image pays for its saliency: (C - CE_i) / C where CE_i < C, else 0 (Tang et al. 2021, eq. 4).
+
+    cross_entropy: (B,), nats. limit: C, half the mean cross entropy of the epoch before. Returns (B,) in [0, 1]:
+    an easy image pays more, so fewer channels are kept for it.
+    Departs: the weights carry no gradient; in the reference an easy image is rewarded for a higher loss.
+    """
+    if limit <= 0:
+        return torch.zeros_like(cross_entropy)
+    return ((limit - cross_entropy.detach()) / limit).clamp(min=0)
+
+
+def sparsity_loss(saliencies: Iterable[Tensor], weights: Tensor) -> Tensor:
+    """sum over gates of mean_i( w_i * mean_c saliency[i, c] ); saliencies (B, C_l) each, weights (B,)."""
+    return torch.stack([(weights * saliency.mean(1)).mean() for saliency in saliencies]).sum()
+
+
+def cosine_similarity(x: Tensor) -> Tensor:
+    """Cosine between all pairs of rows of x (B, C): (B, B). A row of zeros has cosine 0 with every row."""
+    unit = x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-12)
+    return unit @ unit.T
+
+
+def similarity_loss(saliencies: Iterable[Tensor], features: Iterable[Tensor]) -> Tensor:
+    """sum over gates of mean_ij (T_ij - R_ij)^2 (Tang et al. 2021, eq. 8-10).
+
+    T: cosines of the saliencies before the threshold, R: cosines of the pooled features; (B, C_l) each. Images that
+    look alike to the network shall be pruned alike.
+    Departs: the diagonal is left out; it is 1 - 1, but for a row of zeros, which has no direction.
+    """
+    losses = []
+    for saliency, feature in zip(saliencies, features, strict=True):
+        difference = cosine_similarity(saliency) - cosine_similarity(feature)
+        off_diagonal = 1 - torch.eye(len(saliency), device=saliency.device, dtype=saliency.dtype)
+        losses.append((difference * off_diagonal).square().mean())
+    return torch.stack(losses).sum()
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """temperature^2 * KL(teacher || student) of the softened predictions, mean over the batch, nats."""
+    student = F.log_softmax(logits / temperature, 1)
+    teacher = F.log_softmax(teacher_logits / temperature, 1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2

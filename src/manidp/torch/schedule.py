@@ -1,0 +1,63 @@
+"""What changes over a training: learning rate, keep rate, budget, thresholds. Pure functions, no torch state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.graph import Graph
+from manidp.macs import macs_per_image
+
+
+def learning_rate(step: int, steps: int, *, peak: float, warmup: int = 0) -> float:
+    """Linear rise over ``warmup`` steps, then half a cosine down to 0 at ``steps``; step counts from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+
+
+def keep_rate(epoch: int, epochs: int, target: float) -> float:
+    """r(e) = (1 - t) / 2 * cos(pi * (e + 1) / E) + (1 + t) / 2: from 1 down to t, reached in the last of E epochs."""
+    return (1 - target) / 2 * math.cos(math.pi * min(epoch + 1, epochs) / epochs) + (1 + target) / 2
+
+
+def threshold(mean_saliency: NDArray[np.floating], rate: float, *, between: bool = False) -> float:
+    """The k-th largest of the channels' mean saliencies (C,), k = ceil(rate * C), at least 1.
+
+    ``between`` interpolates linearly between ranks, so that the threshold moves continuously with the rate.
+    Departs: rate * C is freed of rounding first; else 0.6 * 5 = 3.0000000000000004 would count as 4.
+    """
+    ordered = np.sort(np.asarray(mean_saliency, dtype=np.float64))[::-1]
+    rank = min(max(rate * len(ordered), 1.0), float(len(ordered)))
+    if between:
+        return float(np.interp(rank, np.arange(1, len(ordered) + 1), ordered))
+    return float(ordered[math.ceil(rank - 1e-9) - 1])
+
+
+def thresholds_for_rate(
+    saliencies: Mapping[str, NDArray[np.floating]], rate: float, *, between: bool = False
+) -> dict[str, float]:
+    """Every gate's threshold for one keep rate; saliencies (images, C_l) under the gates' names."""
+    return {name: threshold(value.mean(0), rate, between=between) for name, value in saliencies.items()}
+
+
+def thresholds_for_budget(
+    graph: Graph, saliencies: Mapping[str, NDArray[np.floating]], budget: float
+) -> dict[str, float]:
+    """Thresholds under which these images would take ``budget`` MACs on average: one keep rate, found by bisection.
+
+    Exact as far as saliencies do not change with the thresholds of earlier gates; repeat on fresh ones to converge.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(24):
+        rate = (low + high) / 2
+        chosen = thresholds_for_rate(saliencies, rate, between=True)
+        kept = {name: value > np.float32(chosen[name]) for name, value in saliencies.items()}
+        if macs_per_image(graph, kept).mean() > budget:
+            high = rate
+        else:
+            low = rate
+    return thresholds_for_rate(saliencies, low, between=True)

@@ -1,0 +1,421 @@
+"""Dense training and ManiDP training: one loop, one record an epoch, resumable to the last bit.
+
+The data set is one tensor, augmentation is a few indexed reads for the whole batch, and every random number comes from
+(seed, epoch): a run killed at any moment starts its epoch again from ``state.safetensors`` and ends the same.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from manidp.errors import TrainingError
+from manidp.files import replacing
+from manidp.graph import Graph
+from manidp.images import ImageSet, Preprocessing
+from manidp.macs import macs_per_image
+from manidp.torch.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
+from manidp.torch.network import Network, Output
+from manidp.torch.schedule import keep_rate, learning_rate, thresholds_for_budget, thresholds_for_rate
+
+SAMPLE = 10_000  # images whose saliencies set the thresholds: the last ones of an epoch, so that they are not stale
+PADDING = 4  # pixels around an image for the random crop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train. Rates are per step, weights per loss term; defaults are those of a plain dense training.
+
+    ``keep_rate`` (share of channels, 0..1) or ``macs_budget`` (mean multiply-adds an image) is the target of gated
+    training, reached at ``reach`` x ``epochs`` and held from there on; a graph with gates needs exactly one of them.
+    ``ema`` averages weights and statistics over steps (0: off). ``distillation`` is the share of the loss that
+    follows the teacher. The gates' learning rate is the network's; weight decay spares them.
+    """
+
+    epochs: int = 100
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    warmup_epochs: float = 1.0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    distillation: float = 0.0
+    temperature: float = 4.0
+    keep_rate: float | None = None
+    macs_budget: float | None = None
+    reach: float = 0.65
+    lambda_sparsity: float = 5e-3
+    lambda_similarity: float = 1.0
+    augment: bool = True
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    seed: int = 0
+
+    def check(self, graph: Graph) -> None:
+        """Raises TrainingError for a recipe that cannot be followed with this graph."""
+        limits = {
+            "epochs": (1, 1e6), "batch_size": (1, 1e6), "learning_rate": (0, 1e3), "warmup_epochs": (0, 1e6),
+            "momentum": (0, 1), "weight_decay": (0, 1e3), "label_smoothing": (0, 1), "ema": (0, 1),
+            "distillation": (0, 1), "temperature": (1e-3, 1e3), "reach": (1e-3, 1), "lambda_sparsity": (0, 1e6),
+            "lambda_similarity": (0, 1e6), "keep_rate": (0, 1), "macs_budget": (1, 1e15),
+        }  # fmt: skip
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise TrainingError(f"recipe: {name} must lie between {low} and {high:g}; got {value}")
+        if self.precision not in ("bfloat16", "float32"):
+            raise TrainingError(f"recipe: precision must be bfloat16 or float32; got {self.precision!r}")
+        targets = sum(target is not None for target in (self.keep_rate, self.macs_budget))
+        if graph.gates and targets != 1:
+            raise TrainingError("recipe: a network with gates needs a target, keep_rate or macs_budget, not both")
+        if not graph.gates and targets:
+            raise TrainingError("recipe: keep_rate and macs_budget are for a network with gates; this one has none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """What one epoch did. Losses are means over its images, in nats; macs is the mean over its last images."""
+
+    epoch: int
+    learning_rate: float
+    loss: float
+    cross_entropy: float
+    accuracy: float
+    sparsity: float = 0.0
+    similarity: float = 0.0
+    macs: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts over a whole image set: ``correct`` of ``total``, and ``macs`` (N,) of every image."""
+
+    correct: int
+    total: int
+    macs: NDArray[np.int64]
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1, 0..1."""
+        return self.correct / self.total
+
+
+class Training:
+    """One training run in a folder; iterate over ``epochs()``, then ``finish()`` gives the network's weights.
+
+    network: as made from the graph and perhaps loaded with weights. teacher: run without gradient on the same crops.
+    folder: holds ``state.safetensors`` (to resume from) and ``log.jsonl`` (a record a line).
+    Raises TrainingError if the folder holds another run's state and ``resume`` is set, or any and it is not.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        data: ImageSet,
+        preprocessing: Preprocessing,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        teacher: Network | None = None,
+        device: str = "cpu",
+        resume: bool = False,
+    ) -> None:
+        recipe.check(network.graph)
+        if len(data) < 2:
+            raise TrainingError(f"training needs at least two images; got {len(data)}")
+        if (recipe.distillation > 0) != (teacher is not None):
+            raise TrainingError("distillation needs a teacher checkpoint and a weight above 0; only one was given")
+        self.recipe, self.folder, self.device = recipe, folder, device
+        self.network = network.to(device, memory_format=torch.channels_last)
+        self.teacher = teacher.to(device, memory_format=torch.channels_last).eval() if teacher else None
+        self.images = _Batches(data, preprocessing, recipe, device)
+        self.optimizer = torch.optim.SGD(
+            _groups(network, recipe), lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True
+        )
+        self.average = {name: value.clone() for name, value in network.state_dict().items()} if recipe.ema else {}
+        self.records: list[EpochRecord] = []
+        self.mean_cross_entropy = 0.0  # unknown before the first epoch: no image pays then
+        self.run = {"graph": network.graph.to_json(), "recipe": asdict(recipe), "images": len(data)}
+        self._start(resume)
+
+    @property
+    def state_path(self) -> Path:
+        """Everything needed to go on, rewritten after every epoch."""
+        return self.folder / "state.safetensors"
+
+    def epochs(self) -> Iterator[EpochRecord]:
+        """Train the epochs that remain; yields each one's record after its state is safe on disk."""
+        while len(self.records) < self.recipe.epochs:
+            record, saliencies = self._epoch(len(self.records))
+            if saliencies:
+                record = replace(record, macs=self._retarget(record.epoch, saliencies))
+            self.records.append(record)
+            self._save()
+            yield record
+
+    def finish(self) -> dict[str, NDArray[np.float32]]:
+        """The weights to keep: the average if there is one, thresholds set to the target, batch statistics anew.
+
+        Statistics and thresholds are estimated on training images without augmentation. The network is left in
+        evaluation mode with these weights.
+        """
+        if self.average:
+            self.network.load_state_dict(self.average)
+        for _ in range(4 if self.network.graph.gates else 1 if self.average else 0):
+            if self.recipe.macs_budget is not None:
+                saliencies = self._saliencies()
+                self._set_thresholds(thresholds_for_budget(self.network.graph, saliencies, self.recipe.macs_budget))
+            self._estimate_statistics()
+        self.network.eval()
+        return self.network.weights()
+
+    def _epoch(self, epoch: int) -> tuple[EpochRecord, dict[str, NDArray[np.float32]]]:
+        recipe, started = self.recipe, time.perf_counter()
+        steps = len(self.images)
+        self.network.train()
+        seen: list[Tensor] = []
+        sample: list[dict[str, Tensor]] = []
+        rate = 0.0
+        for step, (images, labels) in enumerate(self.images.epoch(epoch)):
+            done = epoch * steps + step
+            warmup = round(recipe.warmup_epochs * steps)
+            rate = learning_rate(done, recipe.epochs * steps, peak=recipe.learning_rate, warmup=warmup)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            with self._autocast():
+                output = self.network(images)
+            loss, parts = self._loss(output, images, labels)
+            seen.append(torch.cat([torch.stack([loss.detach(), *parts]), labels.new_tensor([len(labels)])]))
+            if (step % 50 == 49 or step == steps - 1) and not torch.stack(seen[-50:]).isfinite().all():
+                bad = next(i for i, values in enumerate(seen) if not values.isfinite().all())
+                raise TrainingError(
+                    f"the loss is not finite at epoch {epoch}, step {bad} (learning rate {rate:.3g}); "
+                    f"{self.state_path} holds the last good epoch: lower the learning rate and start again"
+                )
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self._update_average(done)
+            if (steps - step) * recipe.batch_size <= SAMPLE + recipe.batch_size:
+                sample.append({name: record.saliency.detach() for name, record in output.records.items()})
+        table = torch.stack(seen)
+        weight = table[:, -1:] / table[:, -1].sum()
+        loss_mean, ce, correct, sparsity, similarity = (table[:, :-1] * weight).sum(0).tolist()
+        self.mean_cross_entropy = ce
+        record = EpochRecord(
+            epoch=epoch, learning_rate=rate, loss=loss_mean, cross_entropy=ce, accuracy=correct, sparsity=sparsity,
+            similarity=similarity, seconds=round(time.perf_counter() - started, 2),
+        )  # fmt: skip
+        return record, _joined(sample)
+
+    def _loss(self, output: Output, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The total, and [mean cross entropy, accuracy, sparsity, similarity] to record."""
+        recipe, logits = self.recipe, output.logits.float()
+        each = F.cross_entropy(logits, labels, reduction="none")
+        task = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        if self.teacher is not None:
+            with torch.inference_mode(), self._autocast():
+                teacher_logits = self.teacher(images).logits.float()
+            follow = distillation_loss(logits, teacher_logits.clone(), recipe.temperature)
+            task = (1 - recipe.distillation) * task + recipe.distillation * follow
+        sparsity = similarity = torch.zeros((), device=logits.device)
+        if output.records:
+            records = output.records.values()
+            saliencies = [record.saliency for record in records]
+            weights = complexity_weights(each, 0.5 * self.mean_cross_entropy)
+            sparsity = sparsity_loss(saliencies, weights)
+            similarity = similarity_loss(saliencies, [record.feature for record in records])
+        total = task + recipe.lambda_sparsity * sparsity + recipe.lambda_similarity * similarity
+        correct = (logits.argmax(1) == labels).float().mean()
+        return total, [each.mean().detach(), correct, sparsity.detach(), similarity.detach()]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
+
+    def _update_average(self, step: int) -> None:
+        if not self.average:
+            return
+        decay = min(self.recipe.ema, (1 + step) / (10 + step))
+        state = self.network.state_dict()
+        torch._foreach_lerp_(list(self.average.values()), list(state.values()), 1 - decay)
+
+    def _retarget(self, epoch: int, saliencies: dict[str, NDArray[np.float32]]) -> float:
+        """Set next epoch's thresholds; returns the mean MACs under this epoch's."""
+        graph, recipe = self.network.graph, self.recipe
+        state = self.network.state_dict()
+        kept = {name: value > state[f"{name}.threshold"].item() for name, value in saliencies.items()}
+        macs = float(macs_per_image(graph, kept).mean())
+        if epoch > 0:  # in the first epoch the gates are still nearly constant and say nothing
+            reach = max(1, round(recipe.reach * recipe.epochs))
+            if recipe.keep_rate is not None:
+                rate = keep_rate(epoch, reach, recipe.keep_rate)
+                self._set_thresholds(thresholds_for_rate(saliencies, rate))
+            elif recipe.macs_budget is not None:
+                everything = {name: np.ones_like(value[:1], dtype=bool) for name, value in saliencies.items()}
+                full = float(macs_per_image(graph, everything)[0])
+                budget = full * keep_rate(epoch, reach, min(1.0, recipe.macs_budget / full))
+                self._set_thresholds(thresholds_for_budget(graph, saliencies, budget))
+        return macs
+
+    def _set_thresholds(self, thresholds: Mapping[str, float]) -> None:
+        state = self.network.state_dict()
+        for name, value in thresholds.items():
+            state[f"{name}.threshold"].fill_(value)
+
+    @torch.no_grad()
+    def _saliencies(self) -> dict[str, NDArray[np.float32]]:
+        self.network.eval()
+        sample = [
+            {name: record.saliency for name, record in self.network(images).records.items()}
+            for images, _ in self.images.plain(SAMPLE)
+        ]
+        return _joined(sample)
+
+    @torch.no_grad()
+    def _estimate_statistics(self) -> None:
+        """Moving mean and variance = the plain average over batches of training images."""
+        self.network.train()
+        for index, (images, _) in enumerate(self.images.plain(2 * SAMPLE)):
+            self.network.momentum = 1 / (index + 1)
+            self.network(images)
+        self.network.momentum = 0.1
+
+    def _start(self, resume: bool) -> None:
+        if not self.state_path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._save()
+            return
+        if not resume:
+            raise TrainingError(f"{self.folder} holds a run already; go on with --resume or choose another folder")
+        with safe_open(self.state_path, framework="pt") as file:
+            meta = json.loads(file.metadata()["manidp"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if meta["run"] != json.loads(json.dumps(self.run)):
+            differs = [key for key in self.run if meta["run"].get(key) != json.loads(json.dumps(self.run[key]))]
+            raise TrainingError(f"{self.state_path} is of another run: its {', '.join(differs)} differ from yours")
+        self.records = [EpochRecord(**record) for record in meta["records"]]
+        self.mean_cross_entropy = self.records[-1].cross_entropy if self.records else 0.0
+        self.network.load_state_dict(_below(tensors, "network/"))
+        self.average = {name: value.to(self.device) for name, value in _below(tensors, "average/").items()}
+        momenta = _below(tensors, "momentum/")
+        for name, parameter in self.network.named_parameters():
+            if name in momenta:
+                self.optimizer.state[parameter]["momentum_buffer"] = momenta[name].to(self.device)
+        self._write_log()
+
+    def _save(self) -> None:
+        tensors = {f"network/{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"average/{name}": value for name, value in self.average.items()}
+        for name, parameter in self.network.named_parameters():
+            buffer = self.optimizer.state[parameter].get("momentum_buffer")
+            if buffer is not None:
+                tensors[f"momentum/{name}"] = buffer
+        # A copy in plain layout: the file must not depend on strides.
+        plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        meta = {"run": self.run, "records": [asdict(record) for record in self.records]}
+        _write(self.state_path, serialize(plain, {"manidp": json.dumps(meta)}))
+        self._write_log()
+
+    def _write_log(self) -> None:
+        lines = [json.dumps({"run": self.run})] + [json.dumps(asdict(record)) for record in self.records]
+        _write(self.folder / "log.jsonl", ("\n".join(lines) + "\n").encode())
+
+
+class _Batches:
+    """The whole data set on the device, and how to draw batches from it."""
+
+    def __init__(self, data: ImageSet, preprocessing: Preprocessing, recipe: Recipe, device: str) -> None:
+        self.recipe, self.device = recipe, device
+        self.data = torch.from_numpy(data.images).to(device)
+        self.labels = torch.from_numpy(data.labels).to(device)
+        self.mean = torch.tensor(preprocessing.mean, device=device)
+        self.std = torch.tensor(preprocessing.std, device=device)
+        self.padded = F.pad(self.data, (0, 0, PADDING, PADDING, PADDING, PADDING)) if recipe.augment else self.data
+
+    def __len__(self) -> int:
+        return max(1, len(self.data) // self.recipe.batch_size)
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), channels last in memory."""
+        return ((pixels.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled, randomly flipped and cropped; a last batch that is not full is left out."""
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
+        size = min(self.recipe.batch_size, len(self.data))
+        order = torch.randperm(len(self.data), generator=generator)
+        height, width = self.data.shape[1:3]
+        for start in range(0, len(self) * size, size):
+            chosen = order[start : start + size].to(self.device)
+            if not self.recipe.augment:
+                yield self._normalise(self.data[chosen]), self.labels[chosen]
+                continue
+            corner = torch.randint(0, 2 * PADDING + 1, (2, size, 1), generator=generator).to(self.device)
+            flip = torch.randint(0, 2, (size, 1), generator=generator).to(self.device)
+            rows = corner[0] + torch.arange(height, device=self.device)
+            across = torch.arange(width, device=self.device).expand(size, width)
+            columns = corner[1] + torch.where(flip == 1, width - 1 - across, across)
+            pixels = self.padded[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
+            yield self._normalise(pixels), self.labels[chosen]
+
+    def plain(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first ``count`` images of a fixed shuffle, unchanged, in batches of 500."""
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.recipe.seed))[:count]
+        for chosen in order.to(self.device).split(500):
+            yield self._normalise(self.data[chosen]), self.labels[chosen]
+
+
+def _groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
+    """Weight decay for every parameter but the gates'."""
+    gates = tuple(f"{gate.name}." for gate in network.graph.gates)
+    free = [p for name, p in network.named_parameters() if name.startswith(gates)] if gates else []
+    decayed = [p for name, p in network.named_parameters() if not (gates and name.startswith(gates))]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _joined(sample: list[dict[str, Tensor]]) -> dict[str, NDArray[np.float32]]:
+    names = sample[0] if sample else {}
+    return {name: torch.cat([record[name] for record in sample]).float().cpu().numpy() for name in names}
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        with replacing(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+@torch.no_grad()
+def evaluate(network: Network, data: ImageSet, preprocessing: Preprocessing, *, batch_size: int = 500) -> Evaluation:
+    """Run every image of the set once, in float32, gates as they are; nothing is left out."""
+    network.eval()
+    device = next(network.parameters()).device
+    correct, macs = 0, []
+    for start in range(0, len(data), batch_size):
+        pixels = data.images[start : start + batch_size]
+        images = torch.from_numpy(preprocessing.apply(pixels)).to(device)
+        output = network(images.contiguous(memory_format=torch.channels_last))
+        labels = torch.from_numpy(data.labels[start : start + batch_size]).to(device)
+        correct += int((output.logits.argmax(1) == labels).sum())
+        kept = {name: (record.gate > 0).cpu().numpy() for name, record in output.records.items()}
+        macs.append(np.broadcast_to(macs_per_image(network.graph, kept), (len(pixels),)))
+    return Evaluation(correct, len(data), np.concatenate(macs))
