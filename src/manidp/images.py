@@ -131,7 +131,7 @@ def load_cifar10(folder: str | Path) -> tuple[ImageSet, ImageSet]:
         came = hashlib.sha1(records, usedforsecurity=False).hexdigest()
         if came != sha1:
             raise ImageError(f"{path}: expected SHA-1 {sha1}, got {came}; remove it, `manidp data cifar10` brings it")
-        batches.append(np.frombuffer(records, np.uint8).reshape(10_000, 3_073))
+        batches.append(np.frombuffer(records, np.uint8).reshape(-1, 3_073))
     return _cifar10_set(*batches[:5]), _cifar10_set(batches[5])
 
 
