@@ -6,6 +6,7 @@ the number of its line, and there is nothing in it that could expand or run. Car
 assets, with links in ``<>`` or bare, and in Chinese with full-width colons.
 """
 
+# ruff: noqa: RUF001  (full-width colons, as in Chinese cards)
 from __future__ import annotations
 
 import datetime
@@ -137,7 +138,7 @@ def render_card(card: ModelCard) -> str:
 
 
 def write_card(card: ModelCard, path: str | Path) -> None:
-    """Write :func:`render_card` to a file, whole or not at all; raises CardError also for a name the hub cannot take."""
+    """Write :func:`render_card` to a file, whole or not at all; raises CardError also for a name the hub refuses."""
     path = Path(path)
     if path.suffix != ".md" or "." in path.stem or path.stem.endswith("cn"):
         raise CardError(f"'{path.name}': a card's file is called NAME.md, without another dot and not ending in 'cn'")
