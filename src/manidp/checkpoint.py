@@ -28,6 +28,7 @@ VERSION = 1
 MAX_BYTES = 4 * 2**30
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_NODES = 20_000
+_DATA = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,20 @@ def _check_weights(graph: Graph, weights: Mapping[str, NDArray[np.float32]]) -> 
         raise CheckpointError(f"tensors that the graph does not know: {', '.join(unknown[:5])} ({len(unknown)} in all)")
 
 
+def bundled() -> tuple[str, ...]:
+    """Names of the models that come with the package."""
+    return tuple(sorted(path.stem for path in _DATA.glob("*-res*.safetensors")))
+
+
+def checkpoint_path(name: str | Path) -> Path:
+    """The file of a model: a bundled name ("manidp-res20") or a path. Raises CheckpointError if there is none."""
+    if str(name) in bundled():
+        return _DATA / f"{name}.safetensors"
+    if Path(name).is_file():
+        return Path(name)
+    raise CheckpointError(f"{name}: no such file, and no model of this name; bundled are {', '.join(bundled())}")
+
+
 def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
     """Write the file whole or not at all; raises CheckpointError if it cannot be written."""
     meta = {
@@ -92,9 +107,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
         text = json.dumps(meta, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the provenance must be plain JSON data without NaN: {error}") from error
-    tensors = {name: np.ascontiguousarray(value) for name, value in checkpoint.weights.items()}
-    data = safetensors.numpy.save({n: v.reshape(checkpoint.weights[n].shape) for n, v in tensors.items()},
-                                  metadata={"manidp": text})  # fmt: skip
+    tensors = {name: np.require(value, requirements="C") for name, value in checkpoint.weights.items()}
+    data = safetensors.numpy.save(tensors, metadata={"manidp": text})
     try:
         with replacing(path) as file:
             file.write(data)
@@ -120,7 +134,7 @@ def _load(path: Path) -> Checkpoint:
             text = (file.metadata() or {}).get("manidp")
             if text is None:
                 raise CheckpointError("a safetensors file, but not one of manidp: its header has no entry 'manidp'")
-            weights = {name: np.array(file.get_tensor(name)) for name in file.keys()}
+            weights = {name: np.array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"not a whole safetensors file of float32 tensors: {error}") from error
     try:

@@ -61,7 +61,7 @@ class Input(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class Conv(Node):
-    """2-D convolution, square kernel. Parameters: weight (out, in / groups, kernel, kernel), bias (out,) if ``bias``."""
+    """2-D convolution. Parameters: weight (out, in / groups, kernel, kernel), bias (out,) if ``bias``."""
 
     channels: int
     kernel: int = 3
@@ -98,7 +98,7 @@ class BatchNorm(Node):
         return inputs[0]
 
     def parameters(self, *inputs: Shape) -> dict[str, Shape]:
-        return {name: inputs[0][:1] for name in ("moving_mean", "moving_variance", "gamma", "beta")}
+        return dict.fromkeys(("moving_mean", "moving_variance", "gamma", "beta"), inputs[0][:1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,7 +438,7 @@ def graph_from_json(data: object) -> Graph:
         missing = [name for name, f in known.items() if f.default is MISSING and name not in values]
         if missing:
             raise GraphError(f"{where}: {kind.__name__} lacks {', '.join(missing)}")
-        nodes.append(kind(**values))
+        nodes.append(kind(**values))  # type: ignore[arg-type]  # each value was just checked against its field
     if not isinstance(data["output"], str):
         raise GraphError(f"the output must be a node's name; got {data['output']!r}")
     return Graph(tuple(nodes), data["output"])
@@ -481,6 +481,15 @@ def _basic_block(name: str, x: str, channels: int, stride: int) -> Iterator[Node
         yield Conv(name=shortcut, inputs=(x,), channels=channels, kernel=1, stride=stride, padding=0)
     yield Add(name=f"{name}.add", inputs=(shortcut, f"{name}.bn_b"))
     yield Activation(name=f"{name}.relu_b", inputs=(f"{name}.add",))
+
+
+def with_classes(graph: Graph, num_classes: int) -> Graph:
+    """The same network with another number of classes; its output must be a Linear node."""
+    head = graph.by_name[graph.output]
+    if not isinstance(head, Linear):
+        raise GraphError(f"the output '{head.name}' is a {type(head).__name__}; only a Linear head can be replaced")
+    nodes = tuple(replace(head, features=num_classes) if node is head else node for node in graph.nodes)
+    return Graph(nodes, graph.output)
 
 
 def with_gates(graph: Graph, convs: Collection[str] | None = None) -> Graph:
@@ -545,7 +554,7 @@ def residual_convs(graph: Graph) -> tuple[str, ...]:
             continue
         common = set.intersection(*(ancestors[source] for source in node.inputs))
         branches = [
-            [n for n in ancestors[source] - common if isinstance(graph.by_name[n], Conv)] for source in node.inputs
+            {n for n in ancestors[source] - common if isinstance(graph.by_name[n], Conv)} for source in node.inputs
         ]
-        chosen.update(max(branches, key=len))
+        chosen |= max(branches, key=len)
     return tuple(node.name for node in graph.nodes if node.name in chosen)

@@ -41,6 +41,12 @@ def dense_macs(graph: Graph) -> int:
     return sum(node_macs(graph).values())
 
 
+def ungated_macs(graph: Graph) -> int:
+    """Multiply-adds of one image in the same network without its gates: what pruning is compared with."""
+    macs = node_macs(graph)
+    return sum(macs.values()) - sum(macs[gate.name] for gate in graph.gates)
+
+
 def macs_per_image(graph: Graph, kept: Kept) -> NDArray[np.int64]:
     """(B,) multiply-adds of each image, given ``kept``: gate name -> (B, C) bool, for every gate of the graph.
 

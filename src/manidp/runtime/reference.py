@@ -10,6 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from manidp.checkpoint import Checkpoint
 from manidp.errors import ManiDPError
 from manidp.graph import (
     Activation,
@@ -53,6 +54,27 @@ def run(graph: Graph, weights: Mapping[str, Array], images: Array, dtype: type =
     kept = {name: gate > 0 for name, gate in gates.items()}
     macs = np.broadcast_to(macs_per_image(graph, kept), len(images)).copy()
     return Result(values[graph.output], gates, kept, macs)
+
+
+class Reference:
+    """A checkpoint run by the plain interpreter in float32: slow and believable."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def run(self, images: NDArray[np.uint8], batch_size: int = 50) -> Result:
+        """Run uint8 (B, H, W, 3) pictures of the checkpoint's size; B may be 0. Raises ImageError for others."""
+        checkpoint, parts = self.checkpoint, []
+        for start in range(0, max(1, len(images)), batch_size):
+            pixels = checkpoint.preprocessing.apply(images[start : start + batch_size])
+            parts.append(run(checkpoint.graph, checkpoint.weights, pixels, np.float32))
+        gates = [gate.name for gate in checkpoint.graph.gates]
+        return Result(
+            np.concatenate([part.logits for part in parts]),
+            {name: np.concatenate([part.gates[name] for part in parts]) for name in gates},
+            {name: np.concatenate([part.kept[name] for part in parts]) for name in gates},
+            np.concatenate([part.macs for part in parts]),
+        )
 
 
 def node_values(

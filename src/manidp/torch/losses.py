@@ -27,9 +27,9 @@ def sparsity_loss(saliencies: Iterable[Tensor], weights: Tensor) -> Tensor:
 
 
 def cosine_similarity(x: Tensor) -> Tensor:
-    """Cosine between all pairs of rows of x (B, C): (B, B). A row of zeros has cosine 0 with every row."""
-    unit = x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-12)
-    return unit @ unit.T
+    """Cosine between all pairs of rows of x (..., B, C): (..., B, B). A row of zeros has cosine 0 with every row."""
+    unit = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-12)
+    return unit @ unit.transpose(-1, -2)
 
 
 def similarity_loss(saliencies: Iterable[Tensor], features: Iterable[Tensor]) -> Tensor:
@@ -39,12 +39,17 @@ def similarity_loss(saliencies: Iterable[Tensor], features: Iterable[Tensor]) ->
     look alike to the network shall be pruned alike.
     Departs: the diagonal is left out; it is 1 - 1, but for a row of zeros, which has no direction.
     """
-    losses = []
+    by_width: dict[int, list[tuple[Tensor, Tensor]]] = {}  # gates of one width are one product of matrices
     for saliency, feature in zip(saliencies, features, strict=True):
+        by_width.setdefault(saliency.shape[1], []).append((saliency, feature))
+    total = []
+    for pairs in by_width.values():
+        saliency, feature = (torch.stack(values) for values in zip(*pairs, strict=True))
         difference = cosine_similarity(saliency) - cosine_similarity(feature)
-        off_diagonal = 1 - torch.eye(len(saliency), device=saliency.device, dtype=saliency.dtype)
-        losses.append((difference * off_diagonal).square().mean())
-    return torch.stack(losses).sum()
+        images = difference.shape[-1]
+        difference = difference * (1 - torch.eye(images, device=difference.device, dtype=difference.dtype))
+        total.append(difference.square().sum() / images**2)
+    return torch.stack(total).sum()
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

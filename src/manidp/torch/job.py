@@ -1,0 +1,192 @@
+"""One training job from start to end: data, network, training, figures, checkpoint. What `manidp train` does."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from manidp import __version__
+from manidp.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
+from manidp.errors import TrainingError
+from manidp.graph import Graph, resnet, with_classes, with_gates
+from manidp.images import CIFAR10_PREPROCESSING, ImageSet, Preprocessing, load_cifar10, load_folder
+from manidp.macs import ungated_macs
+from manidp.torch.convert import network_from, network_inheriting
+from manidp.torch.network import Network
+from manidp.torch.recipe import Recipe, checked_settings, parse_setting, read_recipe
+from manidp.torch.train import EpochRecord, Training, evaluate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train, on what, from what; the fields are the options of `manidp train`."""
+
+    data: Path
+    out: Path
+    recipe: Path | None = None
+    settings: tuple[str, ...] = ()
+    start: str | None = None
+    network: str = "resnet-20"
+    gates: bool = False
+    teacher: str | None = None
+    test: Path | None = None
+    holdout: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    resume: bool = False
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of a job: the checkpoint's file, and the figures measured with it (None without a test set)."""
+
+    file: Path
+    measured: dict[str, Any] | None
+
+
+def run_job(job: Job) -> Iterator[str | EpochRecord | Finished]:
+    """Do the job; yields messages worth reading, one record an epoch, and at last what was made.
+
+    Raises ManiDPError of a fitting kind before anything is written if the job cannot be done.
+    """
+    if job.device not in ("cpu", "cuda") or (job.device == "cuda" and not torch.cuda.is_available()):
+        raise TrainingError(f"device must be cpu, or cuda where PyTorch finds a GPU; got {job.device}")
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    parent = load_checkpoint(checkpoint_path(job.start)) if job.start else None
+    preprocessing = parent.preprocessing if parent else CIFAR10_PREPROCESSING
+    sets = _Sets(job, preprocessing)
+    yield from sets.messages
+    graph = _graph(job, parent, sets.train)
+    recipe = _recipe(job, parent, graph)
+    network = network_inheriting(graph, parent, seed=recipe.seed) if parent else Network(graph, seed=recipe.seed)
+    teacher = load_checkpoint(checkpoint_path(job.teacher)) if job.teacher else None
+    if teacher and teacher.graph.num_classes != graph.num_classes:
+        raise TrainingError(f"the teacher knows {teacher.graph.num_classes} classes; the data has {graph.num_classes}")
+    training = Training(
+        network, sets.train, preprocessing, recipe, job.out, teacher=network_from(teacher) if teacher else None,
+        device=job.device, resume=job.resume,
+    )  # fmt: skip
+    writer = _tensorboard(job)
+    for record in training.epochs():
+        if writer is not None:
+            for name, value in asdict(record).items():
+                writer.add_scalar(name, value, record.epoch)
+        yield record
+    if writer is not None:
+        writer.close()
+    weights = training.finish()
+    measured = None
+    if sets.test is not None:
+        evaluation = evaluate(training.network, sets.test, preprocessing)
+        measured = {
+            "data": sets.test_name,
+            "correct": evaluation.correct,
+            "total": evaluation.total,
+            "mean_macs": float(evaluation.macs.mean()),
+            "dense_macs": ungated_macs(graph),
+        }
+    provenance = {
+        "made_with": {
+            "manidp": __version__, "torch": torch.__version__, "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "recipe": asdict(recipe),
+        "from": _origin(job.start),
+        "teacher": _origin(job.teacher),
+        "data": {"name": sets.train_name, "images": len(sets.train), "sha256": _digest(sets.train)},
+        "training": {"device": job.device, "threads": torch.get_num_threads(), "epochs": len(training.records)},
+        "measured": measured,
+    }  # fmt: skip
+    file = job.out / "model.safetensors"
+    save_checkpoint(Checkpoint(graph, weights, preprocessing, sets.train.classes, provenance), file)
+    yield Finished(file, measured)
+
+
+class _Sets:
+    """Training and test images of a job, and what to call them."""
+
+    def __init__(self, job: Job, preprocessing: Preprocessing) -> None:
+        self.messages: list[str] = []
+        self.test: ImageSet | None = None
+        self.test_name = ""
+        if (job.data / "data_batch_1.bin").exists():
+            self.train, self.test = load_cifar10(job.data)
+            self.train_name, self.test_name = "CIFAR-10 training images", "CIFAR-10 test images"
+        else:
+            self.train = self._folder(job.data, preprocessing, None)
+            self.train_name = job.data.resolve().name
+        if job.test is not None:
+            self.test = self._folder(job.test, preprocessing, self.train.classes)
+            self.test_name = job.test.resolve().name
+        if job.holdout:
+            if job.holdout >= len(self.train):
+                raise TrainingError(f"cannot hold out {job.holdout} of {len(self.train)} images")
+            order = np.random.default_rng(0).permutation(len(self.train))
+            self.test = _subset(self.train, np.sort(order[: job.holdout]))
+            self.train = _subset(self.train, np.sort(order[job.holdout :]))
+            self.test_name = f"{job.holdout} held-out {self.train_name}"
+
+    def _folder(self, folder: Path, preprocessing: Preprocessing, classes: tuple[str, ...] | None) -> ImageSet:
+        images, errors = load_folder(folder, preprocessing.size, classes)
+        self.messages += [f"left out: {error}" for error in errors]
+        return images
+
+
+def _subset(images: ImageSet, chosen: np.ndarray[Any, Any]) -> ImageSet:
+    return ImageSet(images.images[chosen], images.labels[chosen], images.classes)
+
+
+def _graph(job: Job, parent: Checkpoint | None, data: ImageSet) -> Graph:
+    if parent is not None:
+        graph = with_classes(parent.graph, len(data.classes))
+    else:
+        family, _, depth = job.network.partition("-")
+        if family != "resnet" or not depth.isdecimal():
+            raise TrainingError(f"known networks are resnet-20, resnet-32, ... resnet-<6n+2>; got {job.network}")
+        graph = resnet(int(depth), num_classes=len(data.classes))
+    return with_gates(graph) if job.gates and not graph.gates else graph
+
+
+def _recipe(job: Job, parent: Checkpoint | None, graph: Graph) -> Recipe:
+    """Defaults, the parent's target if it was gated already, the file, the single settings: later ones win."""
+    inherited: dict[str, Any] = {}
+    given = read_recipe(job.recipe) if job.recipe else {}
+    for text in job.settings:
+        given |= checked_settings(parse_setting(text), "--set")
+    if parent is not None and parent.graph.gates and not {"keep_rate", "macs_budget"} & given.keys():
+        before = parent.provenance.get("recipe")
+        if isinstance(before, dict):
+            inherited = {name: before.get(name) for name in ("keep_rate", "macs_budget")} | {"reach": 0.0}
+    recipe = replace(Recipe(), **inherited | given)
+    recipe.check(graph)
+    return recipe
+
+
+def _origin(model: str | None) -> dict[str, str] | None:
+    if model is None:
+        return None
+    path = checkpoint_path(model)
+    return {"name": path.stem, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _digest(images: ImageSet) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(images.images).data)
+    digest.update(images.labels.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _tensorboard(job: Job) -> Any:
+    if not job.tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(job.out))  # type: ignore[no-untyped-call]
