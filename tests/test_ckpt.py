@@ -163,11 +163,13 @@ def test_the_number_of_values_is_limited(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(("lost", "name_last"), [(1, False), (8, False), (1, True), (30, True)])
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(lost: int, name_last: bool) -> None:
     class Shrinking(BytesIO):
-        seeks = 0
+        def __init__(self, content: bytes, seeks: int) -> None:
+            super().__init__(content)
+            self.seeks = seeks
 
         def seek(self, offset: int, whence: int = 0) -> int:
-            self.seeks += 1
-            if self.seeks == shrink_at:
+            self.seeks -= 1
+            if self.seeks == 0:
                 self.truncate(len(content) - lost)
             return super().seek(offset, whence)
 
@@ -176,9 +178,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(lost: int, name_last: 
         content += field(1, field(2, tensor()) + field(1, b"z"))
     whole = read_ckpt(BytesIO(content))
     refused = 0
-    for shrink_at in range(1, 60):
+    for seeks in range(1, 60):
         try:
-            assert_same(read_ckpt(Shrinking(content)), whole)
+            assert_same(read_ckpt(Shrinking(content, seeks)), whole)
         except CkptError:
             refused += 1
     assert 10 < refused < 59

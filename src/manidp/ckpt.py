@@ -80,7 +80,8 @@ def write_ckpt(
 ) -> None:
     """Write values as MindSpore does, to the byte: whole or not at all. ``crc`` appends the checksum.
 
-    The order of ``values`` is the order in the file. Raises CkptError for a name or type that the format cannot hold, and when the file cannot be written.
+    The order of ``values`` is the order in the file. Raises CkptError for a name or type that the format cannot hold,
+    and when the file cannot be written.
     """
     records = [(_name(name), *_encoded(name, np.asarray(value))) for name, value in values.items()]
     if not records:
