@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,44 +38,36 @@ Array = NDArray[np.floating[Any]]
 class Result:
     """What a network says about a batch of B images, and what it spent on each.
 
-    ``logits`` (B, classes); ``gates``: gate name -> (B, C), 0 where closed; ``kept``: gate name -> (B, C) bool,
-    gate > 0; ``macs`` (B,) int64 multiply-adds, gates included.
+    logits: (B, classes). gate_values: (B, channels of all gates), gate after gate, 0 where a channel is closed.
     """
 
+    graph: Graph
     logits: Array
-    gates: dict[str, Array]
-    kept: dict[str, NDArray[np.bool_]]
-    macs: NDArray[np.int64]
+    gate_values: Array
+
+    @cached_property
+    def gates(self) -> dict[str, Array]:
+        """Gate name -> (B, C)."""
+        ends = np.cumsum([gate.channels for gate in self.graph.gates]).tolist()
+        return {g.name: self.gate_values[:, end - g.channels : end] for g, end in zip(self.graph.gates, ends, strict=True)}
+
+    @cached_property
+    def kept(self) -> dict[str, NDArray[np.bool_]]:
+        """Gate name -> (B, C) bool, gate > 0."""
+        return {name: gate > 0 for name, gate in self.gates.items()}
+
+    @cached_property
+    def macs(self) -> NDArray[np.int64]:
+        """(B,) multiply-adds of each image, gates included."""
+        return np.broadcast_to(macs_per_image(self.graph, self.kept), len(self.logits)).copy()
 
 
 def run(graph: Graph, weights: Mapping[str, Array], images: Array, dtype: type = np.float64) -> Result:
     """The network on ``images`` (B, C, H, W), already normalised, computed in ``dtype`` (float64 or float32)."""
     values = node_values(graph, weights, images, dtype)
-    gates = {gate.name: values[gate.name] for gate in graph.gates}
-    kept = {name: gate > 0 for name, gate in gates.items()}
-    macs = np.broadcast_to(macs_per_image(graph, kept), len(images)).copy()
-    return Result(values[graph.output], gates, kept, macs)
-
-
-class Reference:
-    """A checkpoint run by the plain interpreter in float32: slow and believable."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-
-    def run(self, images: NDArray[np.uint8], batch_size: int = 50) -> Result:
-        """Run uint8 (B, H, W, 3) pictures of the checkpoint's size; B may be 0. Raises ImageError for others."""
-        checkpoint, parts = self.checkpoint, []
-        for start in range(0, max(1, len(images)), batch_size):
-            pixels = checkpoint.preprocessing.apply(images[start : start + batch_size])
-            parts.append(run(checkpoint.graph, checkpoint.weights, pixels, np.float32))
-        gates = [gate.name for gate in checkpoint.graph.gates]
-        return Result(
-            np.concatenate([part.logits for part in parts]),
-            {name: np.concatenate([part.gates[name] for part in parts]) for name in gates},
-            {name: np.concatenate([part.kept[name] for part in parts]) for name in gates},
-            np.concatenate([part.macs for part in parts]),
-        )
+    logits = values[graph.output]
+    gates = [values[gate.name] for gate in graph.gates]
+    return Result(graph, logits, np.concatenate([np.empty((len(images), 0), dtype=dtype), *gates], axis=1))
 
 
 def node_values(

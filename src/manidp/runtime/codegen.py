@@ -1,0 +1,887 @@
+"""From a plan to LLVM IR: one function that runs the whole network on a range of images.
+
+A convolution is done block by block of neighbouring positions (the vector lanes) and, within a block, K kept outputs
+at a time. The loop that takes the time is the *tile*, K outputs x V vectors of accumulators that stay in registers:
+
+    for j in kept inputs:                  # li[j], so closed inputs cost nothing
+        for each tap of the kernel:
+            x[v] = V vectors of input channel li[j] at the tap's shift
+            for k in K kept outputs:       # lo[k], so closed outputs cost nothing, either
+                a[k][v] += weight[lo[k]][li[j]][tap] * x[v]
+
+Weights are broadcast one by one from where they lie, so any set of channels can be skipped without packing anything.
+A Winograd convolution is the same tile with one tap, run for 16 points: its inputs are blocks transformed beforehand.
+Tiles go to a scratch area that stays in the first-level cache, and ``finish`` makes the outputs from it: inverse
+transform, bias, activation, gate, residual, pooled sums for the next gate, store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from manidp.graph import Pool
+from manidp.runtime.ir import Function, literal
+from manidp.runtime.plan import (
+    AT,
+    BT,
+    Channels,
+    Convolve,
+    Decide,
+    Finish,
+    FlattenMap,
+    Key,
+    Layout,
+    LoadImage,
+    MatVec,
+    Plan,
+    Pointwise,
+    Relayout,
+    ResetPooled,
+    Unpool,
+    VectorOp,
+)
+
+
+@dataclass(frozen=True)
+class Isa:
+    """A vector instruction set: floats in a register, number of registers, LLVM's names for its features."""
+
+    name: str
+    lanes: int
+    registers: int
+    features: tuple[str, ...]
+
+
+ISAS = {
+    isa.name: isa
+    for isa in (
+        Isa("avx512", 16, 32, ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2")),
+        Isa("avx2", 8, 16, ("avx2", "fma", "bmi2")),
+        Isa("sse", 4, 16, ("sse4.1",)),
+        Isa("neon", 4, 32, ("neon",)),
+    )
+}
+
+@dataclass(frozen=True)
+class Tile:
+    """At most ``outputs`` x ``vectors`` accumulators; the map is walked in ``blocks`` blocks of that many vectors."""
+
+    outputs: int
+    vectors: int
+    blocks: int
+
+
+def tile_shape(positions: int, most_outputs: int, isa: Isa) -> Tile:
+    """The tile that needs fewest cycles at two multiply-adds and two loads a cycle, padding of blocks counted."""
+    best: tuple[float, Tile] | None = None
+    needed = -(-positions // isa.lanes)
+    for vectors in range(1, 9):
+        outputs = min((isa.registers - 2 - vectors) // vectors, most_outputs)
+        if outputs < 1:
+            continue
+        blocks = -(-needed // vectors)
+        cycles = max(outputs * vectors, outputs + vectors + 1) / (outputs * vectors)
+        cost = cycles * blocks * vectors / needed + 0.5 / outputs / vectors + 0.02 * vectors
+        if best is None or cost < best[0]:
+            best = cost, Tile(outputs, vectors, blocks)
+    assert best is not None
+    return best[1]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What the code for one group of a convolution depends on, layouts aside."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    padding: int
+    winograd: bool
+    tile: Tile
+    lanes: int
+
+    @property
+    def block(self) -> int:
+        """Positions in a block."""
+        return self.tile.vectors * self.lanes
+
+    @property
+    def points(self) -> int:
+        return len(BT) ** 2 if self.winograd else 1
+
+    @property
+    def point_stride(self) -> int:
+        """From the transformed inputs of one point to the next: one vector more, lest all points share cache sets."""
+        return self.inputs * self.block + self.lanes if self.winograd else 0
+
+    @property
+    def transformed(self) -> int:
+        """Floats of scratch for the transformed inputs."""
+        return self.points * self.point_stride
+
+    @property
+    def products(self) -> int:
+        """Floats of scratch for a tile."""
+        return self.points * self.tile.outputs * self.block
+
+    @property
+    def row(self) -> int:
+        """Weights from one output to the next."""
+        return self.inputs * (1 if self.winograd else self.kernel**2)
+
+
+Mask = Callable[[Function, str], str | None]  # gives the lanes of a block that hold, None for all
+
+
+class Generator:
+    """Writes the module for a plan: ``text`` is LLVM IR, ``workspace`` the floats that one call needs."""
+
+    def __init__(self, plan: Plan, isa: Isa) -> None:
+        self.plan, self.isa, self.lanes = plan, isa, isa.lanes
+        self.names: dict[object, str] = {}  # what a function does -> its name
+        self.functions: list[str] = []
+        self.tables: dict[str, str] = {}  # constant arrays: contents -> name
+        self.scratch = 0  # floats behind the plan's own workspace, shared by all convolutions
+        main = self._main()
+        v, n = f"<{self.lanes} x float>", self.lanes
+        self.text = "\n".join(
+            [
+                f"declare {v} @llvm.fmuladd.v{n}f32({v}, {v}, {v})",
+                f"declare void @llvm.masked.store.v{n}f32.p0({v}, ptr, i32, <{n} x i1>)",
+                f"declare float @llvm.vector.reduce.fadd.v{n}f32(float, {v})",
+                f"declare float @llvm.vector.reduce.fmax.v{n}f32({v})",
+                "declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)",
+                *(f"{name} = internal constant {values}" for values, name in self.tables.items()),
+                *self.functions,
+                main,
+                f'attributes #0 = {{ nounwind "prefer-vector-width"="{32 * n}" "min-legal-vector-width"="{32 * n}" }}',
+            ]
+        )
+        self.workspace = plan.workspace + self.scratch
+
+    def _shared(self, key: object, arguments: str, write: Callable[[Function], None]) -> str:
+        """Name of the function that ``key`` stands for, written when first asked for."""
+        if key not in self.names:
+            self.names[key] = f"f{len(self.names)}"
+            function = Function(self.names[key], arguments, lanes=self.lanes, tables=self.tables)
+            write(function)
+            self.functions.append(function.text())
+        return self.names[key]
+
+    # The network
+
+    def _main(self) -> str:
+        f = Function(
+            "run",
+            "ptr %images, i64 %bytes, ptr %logits, ptr %gates, ptr %next, i64 %count, ptr %w, ptr %k",
+            lanes=self.lanes,
+            tables=self.tables,
+            linkage="dso_local",
+        )
+        graph = self.plan.graph
+        f.do("br label %take")
+        f.begin("take")
+        image = f("atomicrmw add ptr %next, i64 1 monotonic")
+        f.do(f"br i1 {f(f'icmp slt i64 {image}, %count')}, label %work, label %done")
+        f.begin("work")
+        gates = f.at("%gates", f.scaled(image, sum(gate.channels for gate in graph.gates)))
+        for step in self.plan.steps:
+            match step:
+                case LoadImage():
+                    self._load_image(f, step, image)
+                case Relayout():
+                    self._relayout(f, step)
+                case FlattenMap():
+                    self._flatten(f, step)
+                case Convolve():
+                    self._convolve(f, step)
+                case Pointwise():
+                    self._pointwise(f, step)
+                case ResetPooled():
+                    self._reset(f, step)
+                case Unpool():
+                    self._unpool(f, step)
+                case MatVec():
+                    self._matvec(f, step)
+                case VectorOp():
+                    self._vector_op(f, step)
+                case Decide():
+                    self._decide(f, step, gates)
+                    gates = f.at(gates, step.gate.channels)
+        logits = f.at("%logits", f.scaled(image, graph.num_classes))
+        f.copy(self._vector(f, graph.output), logits, graph.num_classes)
+        f.do("br label %take")
+        f.begin("done")
+        return f.text()
+
+    def _map(self, f: Function, key: Key) -> str:
+        return f.at("%w", self.plan.maps[key].at)
+
+    def _vector(self, f: Function, name: str) -> str:
+        return f.at("%w", self.plan.vectors[name])
+
+    def _list(self, f: Function, channels: Channels) -> tuple[str, str, str]:
+        """The int32 numbers of the channels, how many of them lie below each channel, how many there are."""
+        if channels.gate is None:
+            everything = f.at("%k", self.plan.everything)
+            return everything, everything, str(channels.count)
+        kept = self._vector(f, f"{channels.gate} list")
+        below = f.at(kept, channels.count)
+        number = f.index(below, channels.count)
+        if channels.closed:
+            return f.at(kept, number), below, f(f"sub i64 {channels.count}, {number}")
+        return kept, below, number
+
+    # Convolution
+
+    def _convolve(self, f: Function, step: Convolve) -> None:
+        node, finish = step.node, step.finish
+        source, frame = self.plan.maps[step.source].layout, self.plan.maps[finish.frame].layout
+        group = _Group(
+            inputs=step.inputs.count // node.groups,
+            outputs=node.channels // node.groups,
+            kernel=node.kernel,
+            padding=node.padding,
+            winograd=step.winograd,
+            tile=tile_shape(frame.rows * frame.pitch, min(node.channels // node.groups, 10 if step.winograd else 6), self.isa),
+            lanes=self.lanes,
+        )
+        self.scratch = max(self.scratch, group.transformed + group.products)
+        operands = self._operands(f, finish)
+        extra = "".join(f", ptr %p{i}" for i in range(len(operands)))
+        arguments = f"ptr %x, ptr %weights, ptr %bias, ptr %li, i64 %ni, ptr %lo, i64 %no, ptr %scratch{extra}"
+        key = (group, source, frame, _signature(finish))
+        name = self._shared(key, arguments, lambda g: self._write_group(g, group, source, frame, finish, extra))
+        li, below_in, ni = self._list(f, step.inputs)
+        lo, below_out, no = self._list(f, step.outputs)
+        x, weights, bias = self._map(f, step.source), f.at("%k", step.weights), f.at("%k", step.bias)
+        rest = f"ptr {f.at('%w', self.plan.workspace)}{''.join(f', ptr {operand}' for operand in operands)}"
+
+        def one_group(index: str) -> list[str]:
+            following = f(f"add i64 {index}, 1")
+            first_in = f.index(below_in, f.scaled(index, group.inputs))
+            first_out = f.index(below_out, f.scaled(index, group.outputs))
+            these_in = f(f"sub i64 {f.index(below_in, f.scaled(following, group.inputs))}, {first_in}")
+            these_out = f(f"sub i64 {f.index(below_out, f.scaled(following, group.outputs))}, {first_out}")
+            # the list counts inputs from the first group's first, a row of weights counts from its own group's first
+            own = f.at(weights, f.scaled(index, -group.row))
+            f.do(f"call void @{name}(ptr {x}, ptr {own}, ptr {bias}, ptr {f.at(li, first_in)}, i64 {these_in}, "
+                 f"ptr {f.at(lo, first_out)}, i64 {these_out}, {rest})")  # fmt: skip
+            return []
+
+        if node.groups > 1:
+            f.loop(node.groups, one_group)
+        else:
+            f.do(f"call void @{name}(ptr {x}, ptr {weights}, ptr {bias}, ptr {li}, i64 {ni}, "
+                 f"ptr {lo}, i64 {no}, {rest})")  # fmt: skip
+
+    def _write_group(
+        self, g: Function, group: _Group, source: Layout, frame: Layout, finish: Finish, extra: str
+    ) -> None:
+        """Block by block, and in each block the outputs in tiles of as even a size as can be."""
+        tiles = g(f"udiv i64 {g(f'add i64 %no, {group.tile.outputs - 1}')}, {group.tile.outputs}")
+        products = g.at("%scratch", group.transformed)
+        multiply = self._tiles(group, source, frame)
+        finishing = self._finish(group, frame, finish, extra)
+
+        def one_block(block: str) -> list[str]:
+            x = "%x"
+            if group.winograd:
+                transform = self._transform(group, source, frame)
+                x = "%scratch"
+                g.do(f"call void @{transform}(ptr %x, ptr {x}, ptr %li, i64 %ni, i64 {block})")
+
+            def one_tile(index: str) -> list[str]:
+                first = g(f"udiv i64 {g.scaled(index, '%no')}, {tiles}")
+                end = g(f"udiv i64 {g.scaled(g(f'add i64 {index}, 1'), '%no')}, {tiles}")
+                outputs = f"ptr {g.at('%lo', first)}, i64 {g(f'sub i64 {end}, {first}')}"
+                g.do(f"call void @{multiply}(ptr {x}, ptr %weights, ptr %li, i64 %ni, {outputs}, ptr {products}, "
+                     f"i64 {block})")  # fmt: skip
+                g.do(f"call void @{finishing}(ptr {products}, ptr %bias, {outputs}, i64 {block}{extra})")
+                return []
+
+            g.loop(tiles, one_tile)
+            return []
+
+        g.loop(group.tile.blocks, one_block)
+
+    def _tiles(self, group: _Group, source: Layout, frame: Layout) -> str:
+        """The function that picks the tile for a number of outputs."""
+
+        def write(g: Function) -> None:
+            arms = {n: g.new_label("tile") for n in range(1, group.tile.outputs + 1)}
+            g.do(f"switch i64 %no, label %after [{' '.join(f'i64 {n}, label %{arm}' for n, arm in arms.items())}]")
+            for n, arm in arms.items():
+                g.begin(arm)
+                strides = f"i64 {group.row}, i64 {group.outputs * group.inputs}, i64 {group.point_stride}"
+                g.do(f"call void @{self._tile(group, source, frame, n)}(ptr %x, ptr %weights, ptr %li, i64 %ni, "
+                     f"ptr %lo, ptr %products, i64 %block, {strides})")  # fmt: skip
+                g.do("br label %after")
+            g.begin("after")
+
+        arguments = "ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, i64 %no, ptr %products, i64 %block"
+        return self._shared(("tiles", group, source, frame), arguments, write)
+
+    def _tile(self, group: _Group, source: Layout, frame: Layout, outputs: int) -> str:
+        """The function that multiplies and adds: ``outputs`` of a block, from all kept inputs."""
+        tile, lanes = group.tile, self.lanes
+        kernel = 1 if group.winograd else group.kernel
+        taps = [(0, [_all] * tile.vectors)]
+        if not group.winograd:
+            taps = [self._tap(source, frame, tile, 0, v - group.padding) for v in range(kernel)]
+        lines = [0 if group.winograd else self._tap(source, frame, tile, u - group.padding, 0)[0] for u in range(kernel)]
+
+        def write(g: Function) -> None:
+            rows = [g.at("%weights", g.scaled(g.index("%lo", k), "%row")) for k in range(outputs)]
+            x = "%x" if group.winograd else g.at("%x", g.scaled("%block", group.block))
+            masks = [[mask(g, "%block") for mask in these] for _, these in taps]
+
+            def one_point(point: str) -> list[str]:
+                shift = g.scaled(point, "%weights_per_point")
+                weights = [g.at(row, shift) for row in rows]
+                inputs = g.at(x, g.scaled(point, "%inputs_per_point"))
+
+                def one_input(j: str, *sums: str) -> list[str]:
+                    i = g.index("%li", j)
+                    here = g.at(inputs, g.scaled(j, group.block) if group.winograd else g.scaled(i, source.channel))
+
+                    def one_line(u: str, *sums: str) -> list[str]:
+                        line = g.at(here, g.number(lines, u))
+                        first = g(f"add i64 {g.scaled(i, kernel**2)}, {g.scaled(u, kernel)}")
+                        totals = list(sums)
+                        for t, (offset, _) in enumerate(taps):
+                            values = [
+                                g.zero_unless(mask, g.load(line, offset + v * lanes)) for v, mask in enumerate(masks[t])
+                            ]
+                            for k in range(outputs):
+                                weight = g.splat(g.scalar(g.at(weights[k], first), t))
+                                for v, value in enumerate(values):
+                                    at = k * tile.vectors + v
+                                    totals[at] = g.fma(value, weight, totals[at])
+                        return totals
+
+                    return g.loop(kernel, one_line, *((g.vector, total) for total in sums))
+
+                zeros = [(g.vector, "zeroinitializer")] * (outputs * tile.vectors)
+                products = g.at("%products", g.scaled(point, tile.outputs * group.block))
+                for at, total in enumerate(g.loop("%ni", one_input, *zeros)):
+                    g.store(total, products, at * lanes)
+                return []
+
+            g.loop(group.points, one_point)
+
+        arguments = (
+            "ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, ptr %products, i64 %block, "
+            "i64 %row, i64 %weights_per_point, i64 %inputs_per_point"
+        )
+        what = (tile.outputs, tile.vectors) if group.winograd else (group, source, frame)
+        return self._shared(("tile", outputs, what), arguments, write)
+
+    def _transform(self, group: _Group, source: Layout, frame: Layout) -> str:
+        """The function that makes BT d B of every kept input of a block, d the 4x4 inputs around each 2x2 outputs."""
+        size = range(len(BT))
+
+        def write(g: Function) -> None:
+            taps = {(i, j): self._tap(source, frame, group.tile, i - 1, j - 1) for i in size for j in size}
+            masks = {at: [mask(g, "%block") for mask in these] for at, (_, these) in taps.items()}
+            start = g.scaled("%block", group.block)
+
+            def one_input(j: str) -> list[str]:
+                x = g.at("%x", g.scaled(g.index("%li", j), source.channel), start)
+                into = g.at("%into", g.scaled(j, group.block))
+                for v in range(group.tile.vectors):
+                    d = {
+                        at: g.zero_unless(masks[at][v], g.load(x, offset + v * self.lanes))
+                        for at, (offset, _) in taps.items()
+                    }
+                    d = {(a, j): g.combine(BT[a], [d[i, j] for i in size]) for a in size for j in size}
+                    d = {(a, b): g.combine(BT[b], [d[a, j] for j in size]) for a in size for b in size}
+                    for a, b in d:
+                        g.store(d[a, b], into, (a * len(BT) + b) * group.point_stride + v * self.lanes)
+                return []
+
+            g.loop("%ni", one_input)
+
+        arguments = "ptr %x, ptr %into, ptr %li, i64 %ni, i64 %block"
+        return self._shared(("transform", group, source, frame), arguments, write)
+
+    def _tap(self, source: Layout, frame: Layout, tile: Tile, down: int, right: int) -> tuple[int, list[Mask]]:
+        """Where the elements ``down`` and ``right`` of the block's own lie, and the lanes that do not wrap around."""
+        (row_phase, rows), (column_phase, columns) = source.reach(down), source.reach(right)
+        phase = row_phase * source.phases + column_phase
+
+        def same_row(row: int, column: int) -> bool:
+            return 0 <= column + columns < source.pitch
+
+        masks = [self._mask(frame, 0, tile, v, same_row) for v in range(tile.vectors)]
+        return phase * source.plane + rows * source.pitch + columns, masks
+
+    def _finish(self, group: _Group, frame: Layout, finish: Finish, extra: str) -> str:
+        """The function that makes outputs from a tile and does what follows."""
+        tile, lanes = group.tile, self.lanes
+        size, halves = (range(len(BT)), range(len(AT))) if group.winograd else (range(1), range(1))
+        per_point = tile.outputs * group.block
+
+        def write(g: Function) -> None:
+            start = g.scaled("%block", group.block)
+
+            def one_output(k: str) -> list[str]:
+                channel = g.index("%lo", k)
+                element = self._element(g, frame, finish, channel, start)
+                bias = g.splat(g.scalar("%bias", channel))
+                products = g.at("%products", g.scaled(k, group.block))
+                for v in range(tile.vectors):
+                    y = {
+                        (a, b): g.load(products, (a * len(size) + b) * per_point + v * lanes) for a in size for b in size
+                    }
+                    if group.winograd:
+                        y = {(i, b): g.combine(AT[i], [y[a, b] for a in size]) for i in halves for b in size}
+                        y = {(i, j): g.combine(AT[j], [y[i, b] for b in size]) for i in halves for j in halves}
+                    for phase, value in enumerate(y.values()):
+                        element.make(phase, v, tile, "%block", g.arithmetic("fadd", value, bias))
+                element.pool()
+                return []
+
+            g.loop("%no", one_output)
+
+        arguments = f"ptr %products, ptr %bias, ptr %lo, i64 %no, i64 %block{extra}"
+        return self._shared(("finish", group, frame, _signature(finish)), arguments, write)
+
+    # What follows a computed value
+
+    def _operands(self, f: Function, finish: Finish) -> list[str]:
+        """Pointers that a finishing function takes: those of the operations, of the stored map, of pooled sums."""
+        pointers = []
+        for op in finish.ops:
+            if isinstance(op.operand, tuple):
+                pointers.append(self._map(f, op.operand))
+            elif op.kind != "activate":
+                pointers.append(f.at("%k", op.operand) if isinstance(op.operand, int) else self._vector(f, op.operand))
+        if finish.stored:
+            frame = self.plan.maps[finish.frame].layout
+            pointers.append(f.at(self._map(f, finish.frame), finish.first_channel * frame.channel))
+        for _, name in finish.pooled:
+            pointers.append(f.at(self._vector(f, name), finish.first_channel * self.lanes))
+        return pointers
+
+    def _element(self, g: Function, frame: Layout, finish: Finish, channel: str, start: str) -> _Element:
+        return _Element(self, g, frame, finish, channel, start)
+
+    def _pointwise(self, f: Function, step: Pointwise) -> None:
+        """Channel by channel, vector by vector: zeros, a map or its windows, then what follows."""
+        frame, finish, pool = self.plan.maps[step.finish.frame].layout, step.finish, step.pool
+        source = self.plan.maps[step.source].layout if step.source else None
+        operands = self._operands(f, finish)
+        extra = "".join(f", ptr %p{i}" for i in range(len(operands)))
+        tile = Tile(1, 1, -(-frame.rows * frame.pitch // self.lanes))
+
+        def write(g: Function) -> None:
+            def one_channel(j: str) -> list[str]:
+                channel = g.index("%list", j)
+                x = g.at("%x", g.scaled(channel, source.channel)) if source else ""
+
+                def one_block(block: str) -> list[str]:
+                    start = g.scaled(block, self.lanes)
+                    element = self._element(g, frame, finish, channel, start)
+                    for phase in range(frame.phases**2):
+                        if source is None:
+                            y = g.constant(0)
+                        elif pool:
+                            y = self._window(g, source, frame, tile, pool, g.at(x, start), block)
+                        else:
+                            y = g.load(g.at(x, start), phase * source.plane)
+                        element.make(phase, 0, tile, block, y)
+                    element.pool()
+                    return []
+
+                g.loop(tile.blocks, one_block)
+                return []
+
+            g.loop("%n", one_channel)
+
+        window = pool and (pool.kind, pool.kernel, pool.stride, pool.padding)
+        key = ("pointwise", source, window, frame, _signature(finish))
+        name = self._shared(key, f"ptr %x, ptr %list, i64 %n{extra}", write)
+        list_, _, count = self._list(f, step.channels)
+        x = self._map(f, step.source) if step.source else "null"
+        f.do(f"call void @{name}(ptr {x}, ptr {list_}, i64 {count}{''.join(f', ptr {o}' for o in operands)})")
+
+    def _window(
+        self, g: Function, source: Layout, frame: Layout, tile: Tile, pool: Pool, x: str, block: str
+    ) -> str:
+        """Maximum or average of the windows at a vector of positions."""
+        total = ""
+        for u in range(pool.kernel):
+            for v in range(pool.kernel):
+                down, right = u - pool.padding, v - pool.padding
+                offset, (mask,) = self._tap(source, frame, tile, down, right)
+
+                def inside(row: int, column: int, down: int = down, right: int = right) -> bool:
+                    y, x = row * pool.stride + down, column * pool.stride + right
+                    return 0 <= y < source.height and 0 <= x < source.width
+
+                if pool.kind == "max":
+                    mask = self._mask(frame, 0, tile, 0, inside)
+                lanes, value = mask(g, block), g.load(x, offset)
+                if lanes is not None:
+                    value = g.select(lanes, value, g.constant(-np.inf if pool.kind == "max" else 0))
+                if not total:
+                    total = value
+                else:
+                    total = g.maximum(total, value) if pool.kind == "max" else g.arithmetic("fadd", total, value)
+        return total if pool.kind == "max" else g.arithmetic("fmul", total, g.constant(1 / pool.kernel**2))
+
+    def _mask(
+        self, frame: Layout, phase: int, tile: Tile, vector: int, valid: Callable[[int, int], bool] | None
+    ) -> Mask:
+        """The lanes of a block's vector for which ``valid(row, column)`` holds; those outside the map do not matter.
+
+        With ``valid`` None, those that are inside the map.
+        """
+        rows, columns = frame.valid(phase)
+        blocks, lanes = np.arange(tile.blocks)[:, None], np.arange(self.lanes)
+        row, column = np.divmod((blocks * tile.vectors + vector) * self.lanes + lanes, frame.pitch)
+        inside = (row < rows) & (column < columns)
+        if valid is None:
+            set_, cleared = inside, ~inside
+        else:
+            good = np.array([[valid(r, c) for c in range(columns)] for r in range(rows)]).reshape(rows, columns)
+            holds = good[np.minimum(row, rows - 1), np.minimum(column, columns - 1)] if good.size else inside
+            set_, cleared = inside & holds, inside & ~holds
+        if not cleared.any():
+            return _all
+        if not (set_.any(axis=0) & cleared.any(axis=0)).any():  # the same for all blocks
+            literal = f"<{', '.join(f'i1 {int(not bit)}' for bit in cleared.any(axis=0))}>"
+            return lambda f, block: literal
+        integer = f"i{max(8, self.lanes)}"
+        words = ", ".join(f"{integer} {word}" for word in (~cleared @ (1 << lanes)).tolist())
+        table = self.tables.setdefault(f"[{tile.blocks} x {integer}] [{words}]", f"@mask{len(self.tables)}")
+
+        def lookup(f: Function, block: str) -> str:
+            word = f(f"load {integer}, ptr {f(f'getelementptr {integer}, ptr {table}, i64 {block}')}")
+            if self.lanes < 8:
+                word = f(f"trunc {integer} {word} to i{self.lanes}")
+            return f(f"bitcast i{self.lanes} {word} to <{self.lanes} x i1>")
+
+        return lookup
+
+    # Images and copies from one layout into another
+
+    def _load_image(self, f: Function, step: LoadImage, image: str) -> None:
+        """Bytes (H, W, C), normalised here, or floats (C, H, W), as they are."""
+        target = self.plan.maps[step.target]
+        channels, layout = target.channels, target.layout
+        size = channels * layout.height * layout.width
+        into = self._map(f, step.target)
+        floats, bytes_, after = (f.new_label("image") for _ in range(3))
+        f.do(f"br i1 {f('icmp ne i64 %bytes, 0')}, label %{bytes_}, label %{floats}")
+        f.begin(floats)
+        everything = f.at("%k", self.plan.everything)
+        f.do(f"call void @{self._copy(_dense(layout), layout)}(ptr {f.at('%images', f.scaled(image, size))}, "
+             f"ptr {into}, ptr {everything}, i64 {channels})")  # fmt: skip
+        f.do(f"br label %{after}")
+        f.begin(bytes_)
+        first = f(f"getelementptr inbounds i8, ptr %images, i64 {f.scaled(image, size)}")
+        scale, shift = f.at("%k", self.plan.scale), f.at("%k", self.plan.shift)
+        f.do(f"call void @{self._normalise(channels, layout)}(ptr {first}, ptr {into}, ptr {scale}, ptr {shift})")
+        f.do(f"br label %{after}")
+        f.begin(after)
+
+    def _normalise(self, channels: int, target: Layout) -> str:
+        def write(g: Function) -> None:
+            def one_row(y: int, row: str) -> None:
+                pixels = g.scaled(g(f"add i64 {g.scaled(row, target.phases)}, {y}"), target.width * channels)
+                line = g(f"getelementptr inbounds i8, ptr %x, i64 {pixels}")
+                for first, length in _pieces(target, self.lanes):
+                    at = g(f"getelementptr inbounds i8, ptr {line}, i64 {first * target.phases * channels}")
+                    piece = f"<{length * channels} x i8>"
+                    values = g(f"load {piece}, ptr {at}, align 1")
+                    for channel in range(channels):
+                        scale, shift = g.scalar("%scale", channel), g.scalar("%shift", channel)
+                        for phase in range(min(target.phases, length)):
+                            lanes = range(phase * channels + channel, length * channels, target.phases * channels)
+                            part = g.shuffle(piece, values, lanes)
+                            kind = f"<{len(lanes)} x float>"
+                            part = g(f"uitofp <{len(lanes)} x i8> {part} to {kind}")
+                            part = g.scale_and_shift(part, scale, shift, len(lanes))
+                            plane = channel * target.channel + (y * target.phases + phase) * target.plane
+                            address = g.at("%into", plane + first, g.scaled(row, target.pitch))
+                            g.do(f"store {kind} {part}, ptr {address}, align 4")
+
+            _rows(g, target, one_row)
+
+        return self._shared(("normalise", channels, target), "ptr %x, ptr %into, ptr %scale, ptr %shift", write)
+
+    def _relayout(self, f: Function, step: Relayout) -> None:
+        list_, _, count = self._list(f, step.channels)
+        copy = self._copy(self.plan.maps[step.source].layout, self.plan.maps[step.target].layout)
+        x, into = self._map(f, step.source), self._map(f, step.target)
+        f.do(f"call void @{copy}(ptr {x}, ptr {into}, ptr {list_}, i64 {count})")
+
+    def _flatten(self, f: Function, step: FlattenMap) -> None:
+        source = self.plan.maps[step.source]
+        copy = self._copy(source.layout, _dense(source.layout))
+        everything = f.at("%k", self.plan.everything)
+        f.do(f"call void @{copy}(ptr {self._map(f, step.source)}, ptr {self._vector(f, step.target)}, "
+             f"ptr {everything}, i64 {source.channels})")  # fmt: skip
+
+    def _copy(self, source: Layout, target: Layout) -> str:
+        """The function that copies channels from one phase into several or from several into one."""
+        apart = source.phases == 1  # several, in whichever of the two layouts has them
+        many, one = (target, source) if apart else (source, target)
+
+        def write(g: Function) -> None:
+            def one_channel(j: str) -> list[str]:
+                channel = g.index("%list", j)
+                x, into = (
+                    g.at(pointer, g.scaled(channel, layout.channel)) for pointer, layout in (("%x", source), ("%into", target))
+                )
+                of_one, of_many = (x, into) if apart else (into, x)
+
+                def one_row(y: int, row: str) -> None:
+                    line = g.at(of_one, g.scaled(g(f"add i64 {g.scaled(row, many.phases)}, {y}"), one.pitch))
+                    planes = g.at(of_many, y * many.phases * many.plane, g.scaled(row, many.pitch))
+                    for first, length in _pieces(many, self.lanes):
+                        whole = f"<{length} x float>"
+                        at = g.at(line, first * many.phases)
+                        joined = g(f"load {whole}, ptr {at}, align 4") if apart else "poison"
+                        for phase in range(min(many.phases, length)):
+                            lanes = range(phase, length, many.phases)
+                            part, place = f"<{len(lanes)} x float>", g.at(planes, phase * many.plane + first)
+                            if apart:
+                                g.do(f"store {part} {g.shuffle(whole, joined, lanes)}, ptr {place}, align 4")
+                                continue
+                            value = g(f"load {part}, ptr {place}, align 4")
+                            spread = [i // many.phases if i in lanes else None for i in range(length)]
+                            value = g.shuffle(part, value, spread)
+                            chosen = [i + length if i in lanes else i for i in range(length)]
+                            joined = g.shuffle(whole, joined, chosen, value)
+                        if not apart:
+                            g.do(f"store {whole} {joined}, ptr {at}, align 4")
+
+                _rows(g, many, one_row)
+                return []
+
+            g.loop("%n", one_channel)
+
+        return self._shared(("copy", source, target), "ptr %x, ptr %into, ptr %list, i64 %n", write)
+
+    # Pooled sums, vectors and gates
+
+    def _reset(self, f: Function, step: ResetPooled) -> None:
+        start = _START[step.kind]
+
+        def write(g: Function) -> None:
+            def one_channel(j: str) -> list[str]:
+                g.store(g.constant(start), "%sums", g.scaled(g.index("%list", j), self.lanes))
+                return []
+
+            g.loop("%n", one_channel)
+
+        name = self._shared(("reset", start), "ptr %sums, ptr %list, i64 %n", write)
+        list_, _, count = self._list(f, step.channels)
+        f.do(f"call void @{name}(ptr {self._vector(f, step.name)}, ptr {list_}, i64 {count})")
+
+    def _unpool(self, f: Function, step: Unpool) -> None:
+        v = f"v{self.lanes}f32"
+
+        def write(g: Function) -> None:
+            def one_channel(c: str) -> list[str]:
+                sums = g.load("%sums", g.scaled(c, self.lanes))
+                if step.kind == "max":
+                    total = g(f"call nnan float @llvm.vector.reduce.fmax.{v}({g.vector} {sums})")
+                else:
+                    total = g(f"call reassoc float @llvm.vector.reduce.fadd.{v}(float 0.0, {g.vector} {sums})")
+                g.do(f"store float {g(f'fmul float {total}, %factor')}, ptr {g.at('%into', c)}, align 4")
+                return []
+
+            g.loop("%n", one_channel)
+
+        name = self._shared(("unpool", step.kind), "ptr %sums, ptr %into, i64 %n, float %factor", write)
+        f.do(f"call void @{name}(ptr {self._vector(f, step.name)}, ptr {self._vector(f, step.target)}, "
+             f"i64 {step.channels}, float {literal(step.factor)})")  # fmt: skip
+
+    def _matvec(self, f: Function, step: MatVec) -> None:
+        at_once = 4
+
+        def write(g: Function) -> None:
+            def some(vectors: int, first: str) -> None:
+                """``vectors`` vectors of outputs from ``first`` on."""
+                here = g.scaled(first, self.lanes)
+                weights = g.at("%weights", here)
+
+                def one_input(i: str, *sums: str) -> list[str]:
+                    row, x = g.at(weights, g.scaled(i, "%row")), g.splat(g.scalar("%x", i))
+                    return [g.fma(g.load(row, v * self.lanes), x, total) for v, total in enumerate(sums)]
+
+                starts = [(g.vector, g.load(g.at("%bias", here), v * self.lanes)) for v in range(vectors)]
+                for v, total in enumerate(g.loop("%inputs", one_input, *starts)):
+                    g.store(total, g.at("%into", here), v * self.lanes)
+
+            def four(index: str) -> list[str]:
+                some(at_once, g.scaled(index, at_once))
+                return []
+
+            def rest(index: str) -> list[str]:
+                some(1, g(f"add i64 {index}, {whole}"))
+                return []
+
+            vectors = g(f"udiv i64 %row, {self.lanes}")
+            fours = g(f"udiv i64 {vectors}, {at_once}")
+            whole = g.scaled(fours, at_once)
+            g.loop(fours, four)
+            g.loop(g(f"sub i64 {vectors}, {whole}"), rest)
+
+        name = self._shared("matvec", "ptr %x, ptr %into, ptr %weights, ptr %bias, i64 %inputs, i64 %row", write)
+        row = -(-step.outputs // self.lanes) * self.lanes
+        f.do(f"call void @{name}(ptr {self._vector(f, step.source)}, ptr {self._vector(f, step.target)}, "
+             f"ptr {f.at('%k', step.weights)}, ptr {f.at('%k', step.bias)}, i64 {step.inputs}, i64 {row})")  # fmt: skip
+
+    def _vector_op(self, f: Function, step: VectorOp) -> None:
+        def write(g: Function) -> None:
+            def one_vector(index: str) -> list[str]:
+                here = g.scaled(index, self.lanes)
+                y = g.load("%x", here)
+                if step.kind in ("add", "multiply"):
+                    y = g.arithmetic("fadd" if step.kind == "add" else "fmul", y, g.load("%other", here))
+                else:
+                    y = g.activate(step.kind, y)
+                g.store(y, "%into", here)
+                return []
+
+            g.loop("%n", one_vector)
+
+        x, into = self._vector(f, step.source), self._vector(f, step.target)
+        if step.kind == "copy":
+            f.copy(x, f.at(into, step.offset), step.size)
+            return
+        name = self._shared(("vector", step.kind), "ptr %x, ptr %other, ptr %into, i64 %n", write)
+        other = self._vector(f, step.operand) if step.operand else "null"
+        f.do(f"call void @{name}(ptr {x}, ptr {other}, ptr {into}, i64 {-(-step.size // self.lanes)})")
+
+    def _decide(self, f: Function, step: Decide, values: str) -> None:
+        """gate = saliency where it exceeds the threshold, else 0; lists of kept and closed channels."""
+
+        def write(g: Function) -> None:
+            threshold, most = g.splat(g.scalar("%threshold")), g.splat("%most")
+
+            def one_vector(index: str) -> list[str]:
+                here = g.scaled(index, self.lanes)
+                saliency = g.minimum(g.maximum(g.load("%saliency", here), g.constant(0)), most)
+                passes = g(f"fcmp ogt {g.vector} {saliency}, {threshold}")
+                g.store(g.select(passes, saliency, g.constant(0)), "%gate", here)
+                return []
+
+            def one_channel(c: str, kept: str) -> list[str]:
+                g.do(f"store i32 {g(f'trunc i64 {kept} to i32')}, ptr {g.at('%below', c)}, align 4")
+                open_ = g(f"fcmp ogt float {g.scalar('%gate', c)}, 0.0")
+                closed = g(f"sub i64 {c}, {kept}")
+                place = g(f"select i1 {open_}, i64 {kept}, i64 {g(f'sub i64 %last, {closed}')}")
+                g.do(f"store i32 {g(f'trunc i64 {c} to i32')}, ptr {g.at('%list', place)}, align 4")
+                return [g(f"add i64 {kept}, {g(f'zext i1 {open_} to i64')}")]
+
+            g.loop(g(f"udiv i64 {g(f'add i64 %n, {self.lanes - 1}')}, {self.lanes}"), one_vector)
+            (kept,) = g.loop("%n", one_channel, ("i64", "0"))
+            g.do(f"store i32 {g(f'trunc i64 {kept} to i32')}, ptr {g.at('%below', '%n')}, align 4")
+            g.copy("%gate", "%values", "%n")
+
+        arguments = (
+            "ptr %saliency, ptr %threshold, ptr %gate, ptr %list, ptr %below, ptr %values, i64 %n, i64 %last, float %most"
+        )
+        gate = step.gate
+        list_ = self._vector(f, f"{gate.name} list")
+        f.do(f"call void @{self._shared('decide', arguments, write)}(ptr {self._vector(f, step.saliency)}, "
+             f"ptr {f.at('%k', step.threshold)}, ptr {self._vector(f, gate.name)}, ptr {list_}, "
+             f"ptr {f.at(list_, gate.channels)}, ptr {values}, i64 {gate.channels}, i64 {gate.channels - 1}, "
+             f"float {literal(gate.saliency_max)})")  # fmt: skip
+
+
+_START = {"average": 0.0, "max": -np.inf}  # of pooled sums and maxima
+
+
+class _Element:
+    """What becomes of the values of one channel and block: operations, store, pooled sums."""
+
+    def __init__(self, generator: Generator, g: Function, frame: Layout, finish: Finish, channel: str, start: str) -> None:
+        self.generator, self.g, self.frame, self.finish = generator, g, frame, finish
+        in_map = g(f"add i64 {g.scaled(channel, frame.channel)}, {start}")
+        pointers = iter(f"%p{i}" for i in range(len(finish.ops) + 1 + len(finish.pooled)))
+        self.operands: list[tuple[str, ...]] = []
+        for op in finish.ops:
+            if op.kind in ("add", "multiply"):
+                self.operands.append((g.at(next(pointers), in_map),))
+            elif op.kind == "scale":
+                self.operands.append((g.splat(g.scalar(next(pointers), channel)),))
+            elif op.kind == "affine":
+                pair = g.at(next(pointers), g.scaled(channel, 2))
+                self.operands.append((g.splat(g.scalar(pair)), g.splat(g.scalar(pair, 1))))
+            else:
+                self.operands.append(())
+        self.into = g.at(next(pointers), in_map) if finish.stored else None
+        self.sums = [(kind, g.at(next(pointers), g.scaled(channel, g.lanes))) for kind, _ in finish.pooled]
+        self.totals: dict[str, str] = {}
+
+    def make(self, phase: int, vector: int, tile: Tile, block: str, y: str) -> None:
+        """Do it for one vector of a phase."""
+        g, offset = self.g, phase * self.frame.plane + vector * self.g.lanes
+        for op, operands in zip(self.finish.ops, self.operands, strict=True):
+            if op.kind == "activate":
+                y = g.activate(str(op.operand), y)
+            elif op.kind == "scale":
+                y = g.arithmetic("fmul", y, operands[0])
+            elif op.kind == "affine":
+                y = g.fma(y, operands[0], operands[1])
+            else:
+                y = g.arithmetic("fadd" if op.kind == "add" else "fmul", y, g.load(operands[0], offset))
+        mask = self.generator._mask(self.frame, phase, tile, vector, None)(g, block)
+        if self.into:
+            g.store(y, self.into, offset, mask)
+        for kind, _ in self.sums:
+            counted = y if mask is None else g.select(mask, y, g.constant(_START[kind]))
+            self.totals[kind] = self._pooled(kind, self.totals[kind], counted) if kind in self.totals else counted
+
+    def pool(self) -> None:
+        """Add what was made to the pooled sums."""
+        for kind, pointer in self.sums:
+            self.g.store(self._pooled(kind, self.g.load(pointer), self.totals[kind]), pointer)
+
+    def _pooled(self, kind: str, a: str, b: str) -> str:
+        return self.g.maximum(a, b) if kind == "max" else self.g.arithmetic("fadd", a, b)
+
+
+def _all(f: Function, block: str) -> None:
+    """The mask that leaves nothing out."""
+
+
+def _signature(finish: Finish) -> object:
+    """What the code of a finish depends on, names and places aside."""
+    ops = tuple((op.kind, op.operand if op.kind == "activate" else None) for op in finish.ops)
+    return ops, finish.stored, tuple(kind for kind, _ in finish.pooled)
+
+
+def _dense(layout: Layout) -> Layout:
+    """The same map row after row, without gaps."""
+    return Layout(layout.height, layout.width, 1, layout.width, layout.height * layout.width)
+
+
+def _pieces(layout: Layout, lanes: int) -> list[tuple[int, int]]:
+    """A row cut up: (first column of the phases, number of elements of the map), ``lanes`` columns at a time."""
+    step = lanes * layout.phases
+    return [(first // layout.phases, min(step, layout.width - first)) for first in range(0, layout.width, step)]
+
+
+def _rows(g: Function, layout: Layout, write: Callable[[int, str], None]) -> None:
+    """``write(phase row, row)`` for every row of the map, the incomplete last round included."""
+    rounds, rest = divmod(layout.height, layout.phases)
+
+    def one_round(row: str) -> list[str]:
+        for y in range(layout.phases):
+            write(y, row)
+        return []
+
+    g.loop(rounds, one_round)
+    for y in range(rest):
+        write(y, str(rounds))

@@ -1,0 +1,166 @@
+"""The engine: machine code made for one checkpoint when it is loaded, which computes only what each image keeps."""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.checkpoint import Checkpoint
+from manidp.errors import ManiDPError, UnsupportedError
+from manidp.images import load_picture
+from manidp.runtime.codegen import ISAS, Generator, Isa
+from manidp.runtime.plan import make_plan
+from manidp.runtime.reference import Result
+
+_LLVM = threading.Lock()  # parsing and compiling share one global context
+_RUN = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_void_p,  # images
+    ctypes.c_int64,  # 1 if they are bytes
+    ctypes.c_void_p,  # logits
+    ctypes.c_void_p,  # gates
+    ctypes.c_void_p,  # number of the next image
+    ctypes.c_int64,  # number of images
+    ctypes.c_void_p,  # workspace
+    ctypes.c_void_p,  # constants
+)
+
+
+class Engine:
+    """A checkpoint, ready to run.
+
+    ``threads`` work on different images; ``isa`` forces one of ``available_isas()``, by default the widest.
+    Many threads may call ``run`` at once: at most ``threads`` images are computed at any time, and ``memory`` bytes
+    are all that the engine ever holds. Raises UnsupportedError for a node, precision or instruction set it cannot run.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, precision: str = "float32", threads: int = 1, isa: str | None = None
+    ) -> None:
+        if precision != "float32":
+            raise UnsupportedError(f"precision 'float32' can be run; got {precision!r}")
+        if threads < 1:
+            raise ManiDPError(f"an engine needs at least one thread; got {threads}")
+        self.checkpoint, self.graph, self.threads = checkpoint, checkpoint.graph, threads
+        self.isa = _choose(isa)
+        std = np.array(checkpoint.preprocessing.std, dtype=np.float64)
+        mean = np.array(checkpoint.preprocessing.mean, dtype=np.float64)
+        plan = make_plan(
+            self.graph, checkpoint.weights, lanes=self.isa.lanes, scale=1 / (255 * std), shift=-mean / std
+        )
+        generator = Generator(plan, self.isa)
+        self._code = _compile(generator.text, self.isa)
+        self._run = _RUN(self._code.get_function_address("run"))
+        self._constants = _aligned(len(plan.constants))
+        self._constants[:] = plan.constants
+        self._all_workspaces = [_aligned(generator.workspace) for _ in range(threads)]
+        self._workspaces: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for workspace in self._all_workspaces:
+            self._workspaces.put(workspace.ctypes.data)
+        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="manidp") if threads > 1 else None
+        self._gate_channels = sum(gate.channels for gate in self.graph.gates)
+
+    @property
+    def memory(self) -> int:
+        """Bytes held for weights and for the workspaces of all threads; no run needs more but its own results."""
+        return sum(array.nbytes for array in (self._constants, *self._all_workspaces))
+
+    def run(self, images: NDArray[Any] | Sequence[str | Path]) -> Result:
+        """Logits, gates, kept channels and multiply-adds of each image.
+
+        ``images``: uint8 (B, H, W, C), which are normalised as the checkpoint says, float (B, C, H, W), already
+        normalised, or paths of pictures. Raises ManiDPError for other shapes and for numbers that are not finite.
+        """
+        batch = self._batch(images)
+        count = len(batch)
+        logits = np.empty((count, self.graph.num_classes), dtype=np.float32)
+        gates = np.empty((count, self._gate_channels), dtype=np.float32)
+        following = ctypes.c_int64(0)
+        arguments = (
+            batch.ctypes.data,
+            batch.dtype == np.uint8,
+            logits.ctypes.data,
+            gates.ctypes.data,
+            ctypes.addressof(following),
+            count,
+        )
+
+        def work() -> None:
+            workspace = self._workspaces.get()
+            try:
+                self._run(*arguments, workspace, self._constants.ctypes.data)
+            finally:
+                self._workspaces.put(workspace)
+
+        helpers = [self._pool.submit(work) for _ in range(min(self.threads, count) - 1)] if self._pool else []
+        work()
+        for helper in helpers:
+            helper.result()
+        if not np.isfinite(logits).all():
+            bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+            raise ManiDPError(f"the logits of images {bad.tolist()} are not finite: their values overflow float32")
+        return Result(self.graph, logits, gates)
+
+    def _batch(self, images: NDArray[Any] | Sequence[str | Path]) -> NDArray[Any]:
+        channels, height, width = self.graph.input.dims
+        if not isinstance(images, np.ndarray):
+            images = np.stack([load_picture(Path(path), (height, width)) for path in images])
+        if images.dtype == np.uint8 and images.shape[1:] == (height, width, channels):
+            return np.ascontiguousarray(images)
+        if images.dtype.kind == "f" and images.shape[1:] == (channels, height, width):
+            batch = np.ascontiguousarray(images, dtype=np.float32)
+            if not np.isfinite(batch).all():
+                bad = np.flatnonzero(~np.isfinite(batch).all(axis=(1, 2, 3)))
+                raise ManiDPError(f"images {bad.tolist()} hold numbers that are not finite (or exceed float32)")
+            return batch
+        raise ManiDPError(
+            f"images are uint8 (B, {height}, {width}, {channels}) or float (B, {channels}, {height}, {width}); "
+            f"got {images.dtype} {images.shape}"
+        )
+
+
+def available_isas() -> tuple[str, ...]:
+    """Names of the vector instruction sets of this CPU, widest first."""
+    features = llvm.get_host_cpu_features()
+    return tuple(name for name, isa in ISAS.items() if all(features.get(feature) for feature in isa.features))
+
+
+def _choose(name: str | None) -> Isa:
+    available = available_isas()
+    if name is None and available:
+        return ISAS[available[0]]
+    if name not in available:
+        raise UnsupportedError(f"this CPU has {', '.join(available) or 'no known vector instructions'}; got {name!r}")
+    return ISAS[name]
+
+
+def _compile(text: str, isa: Isa) -> llvm.ExecutionEngine:
+    with _LLVM:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        features = llvm.get_host_cpu_features()
+        for other in ISAS.values():
+            if other.lanes > isa.lanes:
+                features.update({name: False for name in features if name.startswith(other.features[0][:4])})
+        target = llvm.Target.from_default_triple().create_target_machine(features=features.flatten(), opt=2)
+        module = llvm.parse_assembly(text)
+        module.verify()
+        engine = llvm.create_mcjit_compiler(module, target)
+        engine.finalize_object()
+        return engine
+
+
+def _aligned(size: int) -> NDArray[np.float32]:
+    """Zeros that begin at a multiple of 64 bytes."""
+    memory = np.zeros(size + 16, dtype=np.float32)
+    start = -memory.ctypes.data % 64 // 4
+    return memory[start : start + size]

@@ -1,0 +1,209 @@
+"""LLVM IR as text: a function under construction, with loops, vectors of floats and what is computed on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Body = Callable[..., Sequence[str]]
+
+
+class Function:
+    """The text of one function; every method that makes a value returns its name."""
+
+    def __init__(
+        self, name: str, arguments: str, *, lanes: int, tables: dict[str, str], linkage: str = "internal"
+    ) -> None:
+        self.lines = [f"define {linkage} void @{name}({arguments}) #0 {{", "entry:"]
+        self.count = 0
+        self.label = "entry"
+        self.lanes = lanes
+        self.tables = tables  # constant arrays of the module: contents -> name
+        self.vector = f"<{lanes} x float>"
+
+    def text(self) -> str:
+        return "\n".join([*self.lines, "  ret void", "}"])
+
+    def __call__(self, instruction: str) -> str:
+        self.count += 1
+        self.lines.append(f"  %v{self.count} = {instruction}")
+        return f"%v{self.count}"
+
+    def do(self, instruction: str) -> None:
+        self.lines.append(f"  {instruction}")
+
+    def begin(self, label: str) -> None:
+        self.lines.append(f"{label}:")
+        self.label = label
+
+    def new_label(self, name: str) -> str:
+        self.count += 1
+        return f"{name}{self.count}"
+
+    def number(self, numbers: Sequence[int], index: str) -> str:
+        """One of some fixed numbers, by an index that is known at run time only."""
+        if len(set(numbers)) == 1:
+            return str(numbers[0])
+        table = f"[{len(numbers)} x i64]"
+        values = f"{table} [{', '.join(f'i64 {n}' for n in numbers)}]"
+        name = self.tables.setdefault(values, f"@table{len(self.tables)}")
+        return self(f"load i64, ptr {self(f'getelementptr i64, ptr {name}, i64 {index}')}")
+
+    def loop(self, count: str | int, body: Body, *carried: tuple[str, str]) -> list[str]:
+        """For i from 0 to count - 1: carried = body(i, *carried). ``carried`` are (type, first value)."""
+        if count == 1:
+            return list(body("0", *(first for _, first in carried)))
+        before, start, after = self.label, self.new_label("loop"), self.new_label("after")
+        some = self(f"icmp sgt i64 {count}, 0")
+        self.do(f"br i1 {some}, label %{start}, label %{after}")
+        self.begin(start)
+        index = f"%{start}.i"
+        values = [f"%{start}.{n}" for n in range(len(carried))]
+        head = len(self.lines)
+        updated = list(body(index, *values))
+        following = self(f"add nsw i64 {index}, 1")
+        again = self(f"icmp slt i64 {following}, {count}")
+        self.do(f"br i1 {again}, label %{start}, label %{after}")
+        last = self.label
+        self.lines[head:head] = [
+            f"  {index} = phi i64 [0, %{before}], [{following}, %{last}]",
+            *(
+                f"  {value} = phi {kind} [{first}, %{before}], [{update}, %{last}]"
+                for value, (kind, first), update in zip(values, carried, updated, strict=True)
+            ),
+        ]
+        self.begin(after)
+        return [
+            self(f"phi {kind} [{first}, %{before}], [{update}, %{last}]")
+            for (kind, first), update in zip(carried, updated, strict=True)
+        ]
+
+    # Addresses and memory; offsets count floats
+
+    def at(self, pointer: str, *offsets: str | int) -> str:
+        for offset in offsets:
+            if str(offset) != "0":
+                pointer = self(f"getelementptr inbounds float, ptr {pointer}, i64 {offset}")
+        return pointer
+
+    def scaled(self, value: str, factor: str | int) -> str:
+        return "0" if value == "0" else self(f"mul nsw i64 {value}, {factor}")
+
+    def index(self, pointer: str, position: str | int = 0) -> str:
+        """An int32 of a list, as i64."""
+        return self(f"zext i32 {self(f'load i32, ptr {self.at(pointer, position)}')} to i64")
+
+    def load(self, pointer: str, offset: str | int = 0, lanes: int | None = None) -> str:
+        return self(f"load <{lanes or self.lanes} x float>, ptr {self.at(pointer, offset)}, align 4")
+
+    def store(self, value: str, pointer: str, offset: str | int = 0, mask: str | None = None) -> None:
+        address = self.at(pointer, offset)
+        if mask is None:
+            self.do(f"store {self.vector} {value}, ptr {address}, align 4")
+        else:
+            suffix, mask_type = f"v{self.lanes}f32.p0", f"<{self.lanes} x i1>"
+            self.do(f"call void @llvm.masked.store.{suffix}({self.vector} {value}, ptr {address}, i32 4, {mask_type} {mask})")
+
+    def scalar(self, pointer: str, offset: str | int = 0) -> str:
+        return self(f"load float, ptr {self.at(pointer, offset)}, align 4")
+
+    def copy(self, source: str, target: str, size: int | str) -> None:
+        """``size`` floats."""
+        length = self(f"mul i64 {size}, 4")
+        self.do(f"call void @llvm.memcpy.p0.p0.i64(ptr {target}, ptr {source}, i64 {length}, i1 false)")
+
+    # Arithmetic on vectors
+
+    def splat(self, value: str) -> str:
+        one = self(f"insertelement {self.vector} poison, float {value}, i64 0")
+        return self(f"shufflevector {self.vector} {one}, {self.vector} poison, <{self.lanes} x i32> zeroinitializer")
+
+    def constant(self, value: float) -> str:
+        lane = f"float {literal(value)}"
+        return f"<{', '.join([lane] * self.lanes)}>"
+
+    def fma(self, a: str, b: str, c: str) -> str:
+        v = self.vector
+        return self(f"call {v} @llvm.fmuladd.v{self.lanes}f32({v} {a}, {v} {b}, {v} {c})")
+
+    def arithmetic(self, operation: str, a: str, b: str) -> str:
+        return self(f"{operation} {self.vector} {a}, {b}")
+
+    def select(self, mask: str, a: str, b: str) -> str:
+        return self(f"select <{self.lanes} x i1> {mask}, {self.vector} {a}, {self.vector} {b}")
+
+    def zero_unless(self, mask: str | None, value: str) -> str:
+        return value if mask is None else self.select(mask, value, self.constant(0))
+
+    def shuffle(self, kind: str, value: str, lanes: Sequence[int | None], other: str = "poison") -> str:
+        """Lanes of one or two vectors of type ``kind``; None stands for any."""
+        chosen = ", ".join("i32 poison" if lane is None else f"i32 {lane}" for lane in lanes)
+        return self(f"shufflevector {kind} {value}, {kind} {other}, <{len(lanes)} x i32> <{chosen}>")
+
+    def scale_and_shift(self, value: str, scale: str, shift: str, lanes: int) -> str:
+        """value * scale + shift for a vector of any length."""
+        kind, first = f"<{lanes} x float>", f"<{lanes} x i32> zeroinitializer"
+        scales, shifts = (
+            self(f"shufflevector {kind} {self(f'insertelement {kind} poison, float {x}, i64 0')}, {kind} poison, {first}")
+            for x in (scale, shift)
+        )
+        product = self(f"fmul contract {kind} {value}, {scales}")
+        return self(f"fadd contract {kind} {product}, {shifts}")
+
+    def maximum(self, a: str, b: str) -> str:
+        return self.select(self(f"fcmp ogt {self.vector} {a}, {b}"), a, b)
+
+    def minimum(self, a: str, b: str) -> str:
+        return self.select(self(f"fcmp olt {self.vector} {a}, {b}"), a, b)
+
+    def combine(self, coefficients: Sequence[float], values: Sequence[str]) -> str:
+        """The sum of coefficient * value, terms with coefficient 0 left out."""
+        terms = sorted(
+            ((c, v) for c, v in zip(coefficients, values, strict=True) if c != 0), key=lambda term: term[0] < 0
+        )
+        (first, total), rest = terms[0], terms[1:]
+        if first != 1:
+            total = self.arithmetic("fmul", total, self.constant(first))
+        for coefficient, value in rest:
+            if abs(coefficient) == 1:
+                total = self.arithmetic("fadd" if coefficient > 0 else "fsub", total, value)
+            else:
+                total = self.fma(value, self.constant(coefficient), total)
+        return total
+
+    def activate(self, kind: str, y: str) -> str:
+        if kind == "relu":
+            return self.maximum(y, self.constant(0))
+        if kind == "relu6":
+            return self.minimum(self.maximum(y, self.constant(0)), self.constant(6))
+        if kind in ("hardsigmoid", "hardswish"):
+            shifted = self.arithmetic("fadd", y, self.constant(3))
+            clipped = self.minimum(self.maximum(shifted, self.constant(0)), self.constant(6))
+            sixth = self.arithmetic("fmul", clipped, self.constant(1 / 6))
+            return sixth if kind == "hardsigmoid" else self.arithmetic("fmul", y, sixth)
+        exponential = self._exp(self.arithmetic("fsub", self.constant(0), y))
+        sum_ = self.arithmetic("fadd", exponential, self.constant(1))
+        return self.arithmetic("fdiv", self.constant(1) if kind == "sigmoid" else y, sum_)
+
+    def _exp(self, x: str) -> str:
+        """e^x for |x| <= 87 and clipped beyond: 2^n e^r, n = round(x / ln 2), a polynomial for e^r."""
+        x = self.minimum(self.maximum(x, self.constant(-87)), self.constant(87))
+        magic = self.constant(1.5 * 2**23)  # adding it rounds to an integer, kept in the low bits
+        shifted = self.fma(x, self.constant(1.4426950408889634), magic)
+        n = self.arithmetic("fsub", shifted, magic)
+        r = self.fma(n, self.constant(-0.693359375), x)
+        r = self.fma(n, self.constant(2.12194440e-4), r)
+        polynomial = self.constant(1 / 720)
+        for factorial in (120, 24, 6, 2, 1, 1):
+            polynomial = self.fma(polynomial, r, self.constant(1 / factorial))
+        integers = f"<{self.lanes} x i32>"
+        bits = self(f"bitcast {self.vector} {shifted} to {integers}")
+        exponent = self(f"shl {integers} {bits}, <{', '.join(['i32 23'] * self.lanes)}>")
+        scaled = self(f"add {integers} {self(f'bitcast {self.vector} {polynomial} to {integers}')}, {exponent}")
+        return self(f"bitcast {integers} {scaled} to {self.vector}")
+
+
+def literal(value: float) -> str:
+    """A float as LLVM writes it."""
+    return f"0x{np.float64(np.float32(value)).view(np.uint64):016X}"

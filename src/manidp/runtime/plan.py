@@ -1,0 +1,761 @@
+"""From a graph and its weights to a plan: what to run, in which order, on which channels, and where everything lies.
+
+Feature maps lie channel by channel in *phases*: with S phases, element (y, x) of a channel is found in phase
+(y mod S, x mod S) at row y // S, column x // S. A strided convolution reads S = stride, a Winograd convolution reads
+and writes S = 2, so that both load neighbouring outputs' inputs from neighbouring addresses. Between the planes lie
+gaps of zeros, which serve as the padding above and below; nothing ever writes to them.
+
+Convolutions and pools start a step; the pointwise nodes that follow are fused into it as far as each value has one
+reader. Which channels a step may leave out comes from ``Graph.wanted_by`` and ``Graph.zeroed_by`` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.errors import UnsupportedError
+from manidp.graph import (
+    Activation,
+    Add,
+    BatchNorm,
+    Concat,
+    Conv,
+    Flatten,
+    Gate,
+    GlobalPool,
+    Graph,
+    Input,
+    Linear,
+    Multiply,
+    Node,
+    Pool,
+)
+
+Array = NDArray[Any]
+Key = tuple[str, int]  # a feature map: name of the value, number of phases
+
+# Winograd's F(2x2, 3x3): output = AT [(G weight G') * (BT input B)] A on tiles of 4x4 inputs and 2x2 outputs.
+BT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
+G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+AT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one channel lies in memory: ``phases``^2 planes of ``rows`` x ``pitch``, a gap of zeros after each."""
+
+    height: int
+    width: int
+    phases: int
+    pitch: int
+    plane: int
+
+    @property
+    def rows(self) -> int:
+        return -(-self.height // self.phases)
+
+    @property
+    def channel(self) -> int:
+        return self.phases**2 * self.plane
+
+    def valid(self, phase: int) -> tuple[int, int]:
+        """Rows and columns of a phase that belong to the map."""
+        row, column = divmod(phase, self.phases)
+        return -(-(self.height - row) // self.phases), -(-(self.width - column) // self.phases)
+
+    def reach(self, offset: int) -> tuple[int, int]:
+        """Phase row (or column) and shift at which the element ``offset`` before or after a tile's first lies."""
+        shift, phase = divmod(offset, self.phases)
+        return phase, shift
+
+
+@dataclass(frozen=True)
+class Map:
+    """A feature map in the workspace: ``at`` is the offset of its first element in floats."""
+
+    at: int
+    channels: int
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Op:
+    """One fused pointwise operation; ``operand`` is a map, a vector's name or an offset among the constants."""
+
+    kind: str  # 'activate', 'scale' (by a vector), 'affine' (scale and shift), 'add', 'multiply' (a map)
+    operand: Key | str | int
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What becomes of a value that was just computed: operations, where it is stored, which pooled sums it feeds."""
+
+    frame: Key  # the map whose layout it has
+    ops: tuple[Op, ...] = ()
+    stored: bool = True
+    first_channel: int = 0
+    pooled: tuple[tuple[str, str], ...] = ()  # (kind, name of the partial sums)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The channels that a loop visits: ``count`` in all, or those that a gate keeps (or closes)."""
+
+    count: int
+    gate: str | None = None
+    closed: bool = False
+
+
+@dataclass(frozen=True)
+class LoadImage:
+    target: Key
+
+
+@dataclass(frozen=True)
+class Relayout:
+    """Copy a map into another number of phases."""
+
+    source: Key
+    target: Key
+    channels: Channels
+
+
+@dataclass(frozen=True)
+class Convolve:
+    node: Conv
+    source: Key
+    winograd: bool
+    weights: int
+    bias: int
+    inputs: Channels
+    outputs: Channels
+    finish: Finish
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """``source`` (None: zeros) through ``pool`` (None: as it is) and ``finish``."""
+
+    source: Key | None
+    pool: Pool | None
+    channels: Channels
+    finish: Finish
+
+
+@dataclass(frozen=True)
+class ResetPooled:
+    kind: str
+    name: str
+    channels: Channels
+
+
+@dataclass(frozen=True)
+class Unpool:
+    """Partial sums (or maxima) of a map to one number a channel."""
+
+    kind: str
+    name: str
+    target: str
+    channels: int
+    factor: float
+
+
+@dataclass(frozen=True)
+class MatVec:
+    """target = weights @ source + bias; the weights lie transposed, rows padded to whole vectors."""
+
+    source: str
+    target: str
+    inputs: int
+    outputs: int
+    weights: int
+    bias: int
+
+
+@dataclass(frozen=True)
+class VectorOp:
+    """target = op(source, operand) on vectors; kind: an activation, 'add', 'multiply' or 'copy' at ``offset``."""
+
+    kind: str
+    source: str
+    target: str
+    size: int
+    operand: str | None = None
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Decide:
+    """saliency -> gate, and the lists of kept and closed channels."""
+
+    gate: Gate
+    saliency: str
+    threshold: int
+
+
+@dataclass(frozen=True)
+class FlattenMap:
+    source: Key
+    target: str
+
+
+Step = (
+    LoadImage | Relayout | Convolve | Pointwise | ResetPooled | Unpool | MatVec | VectorOp | Decide | FlattenMap
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the generator needs. Offsets are in floats (4 bytes), in the workspace or among the constants."""
+
+    graph: Graph
+    lanes: int
+    steps: tuple[Step, ...]
+    maps: Mapping[Key, Map]
+    vectors: Mapping[str, int]  # vectors, partial sums, lists (int32: kept from the front, closed from the back)
+    constants: NDArray[np.float32]
+    everything: int  # offset among the constants of the int32 list 0, 1, 2, ...
+    scale: int  # offsets of what byte images are multiplied by, channel by channel, and of what is then added
+    shift: int
+    workspace: int  # floats
+
+
+@dataclass
+class _Constants:
+    """Arrays laid one after the other, each at a multiple of 16 floats."""
+
+    parts: list[NDArray[np.float32]] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, array: NDArray[Any]) -> int:
+        flat = np.ascontiguousarray(array).reshape(-1)
+        flat = flat.view(np.float32) if flat.dtype == np.int32 else flat.astype(np.float32)
+        at = self.size
+        self.parts.append(np.pad(flat, (0, -len(flat) % 16)))
+        self.size += len(self.parts[-1])
+        return at
+
+
+@dataclass
+class _Task:
+    """A node that starts a step and the pointwise nodes fused into it."""
+
+    start: Node
+    fused: list[Node] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.nodes[-1].name
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return (self.start, *self.fused)
+
+
+_POINTWISE = (BatchNorm, Activation, Add, Multiply)
+_KERNEL_LIMIT, _STRIDE_LIMIT, _WINDOW_LIMIT = 7, 8, 8
+
+
+def make_plan(
+    graph: Graph,
+    weights: Mapping[str, Array],
+    *,
+    lanes: int,
+    scale: Array,
+    shift: Array,
+    reuse: bool = True,
+) -> Plan:
+    """The plan for vectors of ``lanes`` floats; byte images are normalised by ``scale`` * byte + ``shift``, both (C,).
+
+    ``reuse=False`` stores every map and gives each its own memory, for comparing layer by layer.
+    Raises UnsupportedError naming the node that cannot be run.
+    """
+    return _Planner(graph, weights, lanes, reuse).plan(scale, shift)
+
+
+class _Planner:
+    def __init__(self, graph: Graph, weights: Mapping[str, Array], lanes: int, reuse: bool) -> None:
+        self.graph, self.weights, self.lanes, self.reuse = graph, weights, lanes, reuse
+        self.steps: list[Step] = []
+        self.constants = _Constants()
+        self.vectors: dict[str, int] = {}  # name -> size in floats
+        self.phases: dict[str, int] = {}  # of each map as its step stores it
+        self.copied: set[Key] = set()
+        self.in_place: dict[Key, Key] = {}
+        self.pooled: dict[tuple[str, str], str] = {}  # (value, kind) -> name of the partial sums
+        self.tasks = self._ordered(self._fused())
+        self.last_read = {
+            source: index for index, task in enumerate(self.tasks) for node in task.nodes for source in node.inputs
+        }
+
+    def plan(self, scale: Array, shift: Array) -> Plan:
+        for index, task in enumerate(self.tasks):
+            self._emit(index, task)
+        maps, vectors, workspace = _place(self.graph, self.steps, self.vectors, self.in_place, self.lanes, self.reuse)
+        most = max(shape[0] for shape in self.graph.shapes.values())
+        return Plan(
+            graph=self.graph,
+            lanes=self.lanes,
+            steps=tuple(self.steps),
+            maps=maps,
+            vectors=vectors,
+            everything=self.constants.add(np.arange(most + 1, dtype=np.int32)),
+            scale=self.constants.add(scale),
+            shift=self.constants.add(shift),
+            constants=np.concatenate(self.constants.parts),
+            workspace=workspace,
+        )
+
+    # Which nodes make one step, and in which order the steps run
+
+    def _fused(self) -> list[_Task]:
+        tasks: dict[str, _Task] = {}  # by the value that ends them
+        for node in self.graph.nodes:
+            if isinstance(node, _POINTWISE) and len(self.graph.shapes[node.name]) == 3:
+                value = self._fusible(node, tasks)
+                task = tasks.pop(value) if value else None
+                if task:
+                    task.fused.append(node)
+                tasks[node.name] = task or _Task(node)
+            else:
+                tasks[node.name] = _Task(node)
+        return list(tasks.values())
+
+    def _fusible(self, node: Node, tasks: Mapping[str, _Task]) -> str | None:
+        """The input of a pointwise node whose step may go on with it: a gated one if there is one, else the latest."""
+        per_channel_factor = isinstance(node, Multiply) and len(self.graph.shapes[node.inputs[1]]) == 1
+        found: list[tuple[bool, int, str]] = []
+        for position, (name, task) in enumerate(tasks.items()):
+            if (
+                name in (node.inputs[:1] if per_channel_factor else node.inputs)
+                and node.inputs.count(name) == 1
+                and len(self.graph.readers[name]) == 1
+                and isinstance(task.start, (Conv, Pool, *_POINTWISE))
+            ):
+                found.append((any(self._gate_of(n) for n in task.nodes), position, name))
+        return max(found)[2] if found else None
+
+    def _gate_of(self, node: Node) -> str | None:
+        """The gate that a Multiply scales its input by."""
+        is_gated = isinstance(node, Multiply) and isinstance(self.graph.by_name[node.inputs[1]], Gate)
+        return node.inputs[1] if is_gated else None
+
+    def _ordered(self, tasks: list[_Task]) -> list[_Task]:
+        """As given, but each after the steps and the gate that it needs."""
+        ordered: list[_Task] = []
+        done: set[str] = set()
+        while tasks:
+            for task in tasks:
+                own = {node.name for node in task.nodes}
+                needed = {source for node in task.nodes for source in node.inputs} - own
+                gate = self._wanted(task)
+                if needed | ({gate} if gate else set()) <= done:
+                    break
+            tasks.remove(task)
+            ordered.append(task)
+            done |= own
+        return ordered
+
+    def _wanted(self, task: _Task) -> str | None:
+        """The gate whose closed channels the start of a step need not compute."""
+        return self._gate_of(task.start) or self.graph.wanted_by.get(task.start.name)
+
+    # One step after the other
+
+    def _emit(self, index: int, task: _Task) -> None:
+        node, shape = task.start, self.graph.shapes[task.start.name]
+        match node:
+            case Input():
+                self.phases[node.name] = self._preferred(node)
+                self.steps.append(LoadImage((node.name, self.phases[node.name])))
+                self._pool_stored(node.name)
+            case Conv():
+                self._convolve(index, task, node)
+            case Pool():
+                if max(node.kernel, node.stride) > _WINDOW_LIMIT:
+                    raise UnsupportedError(f"node '{node.name}': windows up to {_WINDOW_LIMIT}x{_WINDOW_LIMIT} can be pooled")
+                source = self._read(node.inputs[0], node.stride)
+                self._finish(index, task, 1, lambda channels, finish: Pointwise(source, node, channels, finish))
+            case Concat() if len(shape) == 3:
+                self._concat(node)
+            case Gate():
+                self._gate(node)
+            case GlobalPool():
+                self._unpool(node.inputs[0], node.kind, node.name)
+            case Linear():
+                weight = self._weight(node, "weight")
+                bias = self._weight(node, "bias") if node.bias else np.zeros(node.features)
+                self._matvec(node.inputs[0], node.name, weight, bias)
+            case Flatten():
+                self._vector(node.name, shape[0])
+                if len(self.graph.shapes[node.inputs[0]]) == 1:
+                    self.steps.append(VectorOp("copy", node.inputs[0], node.name, shape[0]))
+                else:
+                    self.steps.append(FlattenMap(self._read(node.inputs[0], 1), node.name))
+            case _ if len(shape) == 3:
+                phases = self.phases[node.inputs[0]]
+                source = self._read(node.inputs[0], phases)
+                self._finish(index, task, phases, lambda channels, finish: Pointwise(source, None, channels, finish))
+            case _:
+                self._vector_op(node)
+
+    def _convolve(self, index: int, task: _Task, node: Conv) -> None:
+        if node.kernel > _KERNEL_LIMIT or node.stride > _STRIDE_LIMIT:
+            raise UnsupportedError(
+                f"node '{node.name}': kernels up to {_KERNEL_LIMIT}x{_KERNEL_LIMIT} and strides up to {_STRIDE_LIMIT} "
+                f"can be run; it has kernel {node.kernel}, stride {node.stride}"
+            )
+        weight = self._weight(node, "weight").astype(np.float64)
+        bias = self._weight(node, "bias").astype(np.float64) if node.bias else np.zeros(node.channels)
+        if task.fused and isinstance(task.fused[0], BatchNorm):
+            scale, shift = self._affine(task.fused[0])
+            weight, bias = weight * scale[:, None, None, None], bias * scale + shift
+        winograd = self._winograd(node)
+        if winograd:
+            weight = np.einsum("au,oiuv,bv->aboi", G, weight, G)
+        packed = self.constants.add(weight), self.constants.add(bias)
+        inputs = Channels(self.graph.shapes[node.inputs[0]][0], self.graph.zeroed_by.get(node.inputs[0]))
+        phases = 2 if winograd else 1
+        source = self._read(node.inputs[0], 2 if winograd else node.stride)
+        self._finish(
+            index,
+            task,
+            phases,
+            lambda channels, finish: Convolve(node, source, winograd, *packed, inputs, channels, finish),
+        )
+
+    def _winograd(self, node: Conv) -> bool:
+        return (node.kernel, node.stride, node.padding, node.groups) == (3, 1, 1, 1)
+
+    def _finish(self, index: int, task: _Task, phases: int, step: Callable[[Channels, Finish], Step]) -> None:
+        """Emit the step, and the one that does the rest for channels whose gate is closed."""
+        name, channels = task.name, self.graph.shapes[task.name][0]
+        key, gate = (name, phases), self._wanted(task)
+        self.phases[name] = phases
+        ops = self._ops(task, phases)
+        cut = next((i for i, (node, _) in enumerate(ops) if gate and self._gate_of(node) == gate), None)
+        tail = [] if cut is None else ops[cut + 1 :]
+        stored = not self.reuse or self._stored(name)
+        residual = self._overwritten(index, task, ops)
+        if residual:
+            self.in_place[key] = residual
+        untouched = residual is not None and self._changes_nothing(task, residual, tail)
+        for kind in self._pooled_kinds(name):
+            if untouched:
+                self.pooled[name, kind] = self.pooled[residual[0], kind]
+            else:
+                self._partial_sums(name, kind, channels)
+            self.steps.append(ResetPooled(kind, self.pooled[name, kind], Channels(channels, gate if untouched else None)))
+        finish = Finish(key, tuple(op for _, op in ops), stored, pooled=self._pooled_names(name))
+        self.steps.append(step(Channels(channels, gate), finish))
+        if cut is not None and not untouched and (tail or self._needs_zeros(name)):
+            closed = Channels(channels, gate, closed=True)
+            self.steps.append(Pointwise(None, None, closed, replace(finish, ops=tuple(op for _, op in tail))))
+
+    def _ops(self, task: _Task, phases: int) -> list[tuple[Node, Op]]:
+        ops: list[tuple[Node, Op]] = []
+        nodes = task.fused if isinstance(task.start, (Conv, Pool)) else task.nodes
+        folded = isinstance(task.start, Conv) and nodes and isinstance(nodes[0], BatchNorm)
+        done = {task.start.name} if nodes is task.fused else set()
+        first = None if done else task.start.inputs[0]
+        for node in nodes:
+            others = [source for source in node.inputs if source not in done]
+            if first is not None:  # the step starts by loading this one
+                others.remove(first)
+                first = None
+            done.add(node.name)
+            if isinstance(node, BatchNorm):
+                if not (folded and node is nodes[0]):
+                    ops.append((node, Op("affine", self.constants.add(np.stack(self._affine(node), axis=1)))))
+            elif isinstance(node, Activation):
+                ops.append((node, Op("activate", node.kind)))
+            elif isinstance(node, Multiply) and len(self.graph.shapes[others[0]]) == 1:
+                ops.append((node, Op("scale", others[0])))
+            else:
+                kind = "add" if isinstance(node, Add) else "multiply"
+                ops += [(node, Op(kind, self._read(other, phases))) for other in others]
+        return ops
+
+    def _stored(self, name: str) -> bool:
+        """Whether anything reads a map itself rather than its pooled sums."""
+        return any(
+            not isinstance(reader, (Gate, GlobalPool)) for reader in self.graph.readers[name]
+        )
+
+    def _needs_zeros(self, name: str) -> bool:
+        """Whether a reader of a gated map looks at closed channels, too."""
+        return any(
+            not isinstance(reader, (Conv, Gate)) and not (isinstance(reader, GlobalPool) and reader.kind == "average")
+            for reader in self.graph.readers[name]
+        )
+
+    def _overwritten(self, index: int, task: _Task, ops: list[tuple[Node, Op]]) -> Key | None:
+        """A map to add whose memory the result may take: nothing reads it later, and the step reads it only here."""
+        if not self.reuse:
+            return None
+        read = [source for node in task.nodes for source in node.inputs]
+        for node, op in ops:
+            if isinstance(node, Add) and isinstance(op.operand, tuple):
+                value = op.operand[0]
+                if self.last_read[value] == index and read.count(value) == 1:
+                    return op.operand
+        return None
+
+    def _changes_nothing(self, task: _Task, residual: Key, tail: list[tuple[Node, Op]]) -> bool:
+        """Whether a closed channel of the result is what ``residual`` already holds, pooled sums included."""
+        if not tail or tail[0][1] != Op("add", residual) or residual[1] != self.phases[residual[0]]:
+            return False
+        rest = [op for _, op in tail[1:]]
+        same = not rest or (rest == [Op("activate", "relu")] and self._nonnegative(residual[0]))
+        return same and all((residual[0], kind) in self.pooled for kind in self._pooled_kinds(task.name))
+
+    def _nonnegative(self, name: str) -> bool:
+        node = self.graph.by_name[name]
+        if isinstance(node, Activation):
+            return node.kind in ("relu", "relu6", "sigmoid", "hardsigmoid")
+        if isinstance(node, (Add, Multiply, Concat, Pool, GlobalPool)):
+            return all(self._nonnegative(source) for source in node.inputs)
+        return isinstance(node, Gate)
+
+    def _concat(self, node: Concat) -> None:
+        phases = self.phases[node.inputs[0]]
+        self.phases[node.name] = phases
+        for kind in self._pooled_kinds(node.name):
+            channels = self.graph.shapes[node.name][0]
+            self._partial_sums(node.name, kind, channels)
+            self.steps.append(ResetPooled(kind, self.pooled[node.name, kind], Channels(channels)))
+        first = 0
+        for source in node.inputs:
+            finish = Finish((node.name, phases), first_channel=first, pooled=self._pooled_names(node.name))
+            channels = self.graph.shapes[source][0]
+            self.steps.append(Pointwise(self._read(source, phases), None, Channels(channels), finish))
+            first += channels
+
+    # Pooled sums, gates and vectors
+
+    def _pooled_kinds(self, name: str) -> list[str]:
+        kinds = {
+            "average" if isinstance(reader, Gate) else reader.kind
+            for reader in self.graph.readers[name]
+            if isinstance(reader, (Gate, GlobalPool))
+        }
+        return sorted(kinds)
+
+    def _pooled_names(self, name: str) -> tuple[tuple[str, str], ...]:
+        return tuple((kind, self.pooled[name, kind]) for kind in self._pooled_kinds(name))
+
+    def _partial_sums(self, name: str, kind: str, channels: int) -> None:
+        self.pooled[name, kind] = f"{name} {kind}"
+        self._vector(f"{name} {kind}", channels * self.lanes)
+
+    def _pool_stored(self, name: str) -> None:
+        """Pooled sums of a map that its own step could not make on the way."""
+        channels = Channels(self.graph.shapes[name][0])
+        for kind in self._pooled_kinds(name):
+            self._partial_sums(name, kind, channels.count)
+            self.steps.append(ResetPooled(kind, self.pooled[name, kind], channels))
+        if self._pooled_kinds(name):
+            key = (name, self.phases[name])
+            finish = Finish(key, stored=False, pooled=self._pooled_names(name))
+            self.steps.append(Pointwise(key, None, channels, finish))
+
+    def _unpool(self, value: str, kind: str, target: str) -> None:
+        channels, *size = self.graph.shapes[value]
+        self._vector(target, channels)
+        factor = 1 / math.prod(size) if kind == "average" else 1.0
+        self.steps.append(Unpool(kind, self.pooled[value, kind], target, channels, factor))
+
+    def _gate(self, node: Gate) -> None:
+        mean, hidden, saliency = (f"{node.name} {part}" for part in ("mean", "hidden", "saliency"))
+        self._unpool(node.inputs[0], "average", mean)
+        self._matvec(mean, hidden, self._weight(node, "fc1.weight"), np.zeros(node.hidden))
+        self.steps.append(VectorOp("relu", hidden, hidden, node.hidden))
+        self._matvec(hidden, saliency, self._weight(node, "fc2.weight"), self._weight(node, "fc2.bias"))
+        self._vector(node.name, node.channels)
+        self._vector(f"{node.name} list", 2 * node.channels + 1)
+        threshold = self.constants.add(self._weight(node, "threshold"))
+        self.steps.append(Decide(node, saliency, threshold))
+
+    def _matvec(self, source: str, target: str, weight: Array, bias: Array) -> None:
+        outputs, inputs = weight.shape
+        padding = -outputs % self.lanes
+        self._vector(target, outputs)
+        packed = self.constants.add(np.pad(weight.T, ((0, 0), (0, padding)))), self.constants.add(np.pad(bias, (0, padding)))
+        self.steps.append(MatVec(source, target, inputs, outputs, *packed))
+
+    def _vector_op(self, node: Node) -> None:
+        (size,) = self.graph.shapes[node.name]
+        self._vector(node.name, size)
+        if isinstance(node, Activation):
+            self.steps.append(VectorOp(node.kind, node.inputs[0], node.name, size))
+        elif isinstance(node, Concat):
+            first = 0
+            for source in node.inputs:
+                (part,) = self.graph.shapes[source]
+                self.steps.append(VectorOp("copy", source, node.name, part, offset=first))
+                first += part
+        else:
+            kind, left = "add" if isinstance(node, Add) else "multiply", node.inputs[0]
+            for right in node.inputs[1:]:
+                self.steps.append(VectorOp(kind, left, node.name, size, right))
+                left = node.name
+
+    def _vector(self, name: str, size: int) -> None:
+        self.vectors[name] = size
+
+    def _weight(self, node: Node, name: str) -> Array:
+        return np.asarray(self.weights[f"{node.name}.{name}"])
+
+    def _affine(self, node: BatchNorm) -> tuple[Array, Array]:
+        names = ("gamma", "beta", "moving_mean", "moving_variance")
+        gamma, beta, mean, variance = (self._weight(node, name).astype(np.float64) for name in names)
+        scale = gamma / np.sqrt(variance + node.eps)
+        return scale, beta - mean * scale
+
+    # Phases
+
+    def _preferred(self, node: Node) -> int:
+        """The number of phases that the first reader of a map wants."""
+        for reader in self.graph.readers[node.name]:
+            if isinstance(reader, Conv):
+                return 2 if self._winograd(reader) else reader.stride
+            if isinstance(reader, Pool):
+                return reader.stride
+        return 1
+
+    def _read(self, name: str, phases: int) -> Key:
+        """The map in as many phases, copied into them if it is stored in others."""
+        stored = self.phases[name]
+        key = (name, phases)
+        if stored != phases and key not in self.copied:
+            source = self._read(name, 1) if stored > 1 < phases else (name, stored)
+            gate = self.graph.wanted_by.get(name)
+            if gate is None and not self._needs_zeros(name):
+                gate = self.graph.zeroed_by.get(name)
+            self.steps.append(Relayout(source, key, Channels(self.graph.shapes[name][0], gate)))
+            self.copied.add(key)
+        return key
+
+
+# Where everything lies
+
+
+def _place(
+    graph: Graph,
+    steps: list[Step],
+    vectors: Mapping[str, int],
+    in_place: Mapping[Key, Key],
+    lanes: int,
+    reuse: bool,
+) -> tuple[dict[Key, Map], dict[str, int], int]:
+    """Layout and place of every map, place of every vector, and how many floats that takes."""
+    layouts = _layouts(graph, steps, lanes)
+    slack = 16 * lanes  # the last block of a map may read, never write, this far beyond it
+    size = slack
+    offsets: dict[str, int] = {}
+    for name, length in vectors.items():
+        offsets[name] = size
+        size += _whole(length + lanes, 16)
+
+    life: dict[Key, list[int]] = {}  # first and last step that touches the memory of a map
+    for index, step in enumerate(steps):
+        for key in _stored_keys(step):
+            life.setdefault(_root(key, in_place), [index, index])[1] = index
+    free: dict[Layout, list[tuple[int, int]]] = {}  # (channels, offset)
+    places: dict[Key, int] = {}
+    ends: list[tuple[int, Key]] = []
+    for key, (first, last) in sorted(life.items(), key=lambda item: item[1]):
+        for end, other in [e for e in ends if e[0] < first]:
+            ends.remove((end, other))
+            free.setdefault(layouts[other], []).append((graph.shapes[other[0]][0], places[other]))
+        layout, channels = layouts[key], graph.shapes[key[0]][0]
+        fitting = sorted(slot for slot in free.get(layout, []) if slot[0] >= channels) if reuse else []
+        if fitting:
+            places[key] = fitting[0][1]
+            free[layout].remove(fitting[0])
+        else:
+            gap = layout.plane - layout.rows * layout.pitch
+            places[key] = size + _whole(gap, 16)
+            size = places[key] + _whole(channels * layout.channel, 16)
+        ends.append((last, key))
+    maps = {
+        key: Map(places.get(_root(key, in_place), -1), graph.shapes[key[0]][0], layout)
+        for key, layout in layouts.items()
+    }
+    return maps, offsets, size + slack + max((layout.pitch * 8 for layout in layouts.values()), default=0)
+
+
+def _root(key: Key, in_place: Mapping[Key, Key]) -> Key:
+    while key in in_place:
+        key = in_place[key]
+    return key
+
+
+def _whole(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def _stored_keys(step: Step) -> list[Key]:
+    """Maps that a step reads or writes."""
+    keys: list[Key] = []
+    if isinstance(step, (LoadImage, Relayout)):
+        keys.append(step.target)
+    if isinstance(step, (Relayout, FlattenMap, Convolve)) or (isinstance(step, Pointwise) and step.source):
+        keys.append(step.source)  # type: ignore[arg-type]
+    if isinstance(step, (Convolve, Pointwise)):
+        keys += [op.operand for op in step.finish.ops if isinstance(op.operand, tuple)]
+        if step.finish.stored:
+            keys.append(step.finish.frame)
+    return keys
+
+
+def _layouts(graph: Graph, steps: list[Step], lanes: int) -> dict[Key, Layout]:
+    """Maps that one step walks together get one pitch; maps of one size and pitch get one layout."""
+    parent: dict[Key, Key] = {}
+
+    def find(key: Key) -> Key:
+        parent.setdefault(key, key)
+        while parent[key] != key:
+            key = parent[key]
+        return key
+
+    windows: list[tuple[Key, Key, int, int]] = []  # source, frame, kernel, padding
+    for step in steps:
+        for key in _stored_keys(step):
+            find(key)
+        if isinstance(step, (Convolve, Pointwise)):
+            frame = step.finish.frame
+            walked = [op.operand for op in step.finish.ops if isinstance(op.operand, tuple)]
+            walked += [step.source] if step.source else []
+            for key in walked:
+                parent[find(key)] = find(frame)
+            window = step.node if isinstance(step, Convolve) else step.pool
+            if window and step.source:
+                windows.append((step.source, frame, window.kernel, window.padding))
+    size = {key: graph.shapes[key[0]][1:] for key in parent}
+    pitch: dict[Key, int] = {}
+    for key in parent:
+        pitch[find(key)] = max(pitch.get(find(key), 1), -(-size[key][1] // key[1]))
+
+    def kind(key: Key) -> tuple[int, int, int, int]:
+        return (*size[key], key[1], pitch[find(key)])
+
+    gaps: dict[tuple[int, int, int, int], int] = {}
+    for source, frame, kernel, padding in windows:
+        step_pitch = pitch[find(source)]
+        rows_in, rows_out = -(-size[source][0] // source[1]), -(-size[frame][0] // frame[1])
+        last = (kernel + (frame[1] - 1) - 1 - padding) // source[1] if frame[1] > 1 else (kernel - 1 - padding) // source[1]
+        before = -(-padding // source[1])
+        below = max(0, rows_out - 1 + last - (rows_in - 1))
+        gap = max(before, below) * step_pitch + max(before, last, 0)
+        gaps[kind(source)] = max(gaps.get(kind(source), 0), gap)
+    return {
+        key: Layout(*kind(key), plane=_whole(-(-size[key][0] // key[1]) * kind(key)[3] + gaps.get(kind(key), 0), lanes))
+        for key in parent
+    }
