@@ -168,10 +168,9 @@ def _results(
 
 
 def macs_histogram(macs: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Counts (K,) and edges (K + 1,) of some 15 to 60 bins whose width is 1, 2 or 5 times a power of ten."""
+    """Counts (K,) and edges (K + 1,) of at most some 60 bins, their width 1, 2 or 5 times a power of ten."""
     low, high = int(macs.min()), int(macs.max())
-    wanted = min(max(2 * math.sqrt(len(macs)), 20), 50)
-    rough = max((high - low) / wanted, high / 1000, 1)
+    rough = max((high - low) / 40, high / 100, 1)  # narrower than a hundredth of the axis cannot be seen
     power = 10 ** math.floor(math.log10(rough))
     width = min((power * step for step in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
     edges = np.arange(low // width, high // width + 2, dtype=np.int64) * width
@@ -227,15 +226,15 @@ def _drawing(**settings: object) -> Iterator[None]:
 
 
 def _millions(macs: float) -> str:
-    return f"{macs / 1e6:.2f} M"
+    return f"{macs / 1e6:,.2f}\N{NO-BREAK SPACE}M"
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _rate(count: int, total: int) -> str:
-    return f"{count:,} of {total:,} ({100 * count / total:.2f} %)"
+    return f"{count:,} of {total:,} ({100 * count / total:.2f}\N{NO-BREAK SPACE}%)"
 
 
 def _named(findings: Findings, label: int, length: int = 32) -> str:
@@ -260,7 +259,7 @@ def _draw_histogram(axes: Axes, findings: Findings) -> None:
     places, widths = edges[:-1] / 1e6, np.diff(edges) / 1e6
     for name, bars, below, colour in (("wrong", wrong, 0, _ORANGE), ("right", counts - wrong, wrong, _BLUE)):
         axes.bar(places, bars, widths, below, align="edge", color=colour, edgecolor=_PAPER, linewidth=0.6,
-                 label=f"{name}: {bars.sum():,} images")  # fmt: skip
+                 label=f"{name}: {bars.sum():,}")  # fmt: skip
     end = 1.02 * max(findings.dense_macs, edges[-1]) / 1e6
     axes.set(xlim=(0, end), ylim=(0, 1.45 * counts.max()))  # above the bars there is room for the words below
     axes.set(xlabel="million multiply-adds (M) spent on an image", ylabel="images")
@@ -280,8 +279,7 @@ def _draw_histogram(axes: Axes, findings: Findings) -> None:
         axes.annotate("", (mean, 0.92), (dense, 0.92), across, arrowprops={"arrowstyle": "<->", "color": _MUTED})
         axes.text((mean + dense) / 2, 0.95, f"{_percent(findings.saved)} fewer on average",
                   transform=across, ha="center", va="bottom")  # fmt: skip
-    corner, anchor = ("upper left", (0, 1)) if mean > 0.4 * end else ("center right", (0.96, 0.45))
-    axes.legend(loc=corner, bbox_to_anchor=anchor, frameon=False, reverse=True)
+    axes.legend(loc=(0.01, 0.7) if mean > 0.4 * end else (0.75, 0.4), frameon=False, reverse=True)
 
 
 def _histogram(findings: Findings) -> Figure:
@@ -294,6 +292,7 @@ def _class_costs(findings: Findings) -> Figure:
     labels = np.unique(findings.image_set.labels)
     figure = Figure((11, 0.9 + 0.3 * len(labels)), layout="constrained")
     axes = figure.add_subplot()
+    counts = []
     for row, label in enumerate(labels):
         chosen = findings.image_set.labels == label
         least, lower, upper, most = np.quantile(findings.macs[chosen], (0, 0.25, 0.75, 1)) / 1e6
@@ -301,14 +300,15 @@ def _class_costs(findings: Findings) -> Figure:
         axes.plot((least, most), (row, row), color=_RULE, linewidth=1.5, solid_capstyle="round")
         axes.plot((lower, upper), (row, row), color=_BLUE, linewidth=7, alpha=0.4, solid_capstyle="butt")
         axes.plot(mean / 1e6, row, "o", color=_BLUE, markersize=7)
-        right = f"{findings.right[chosen].sum():,} of {chosen.sum():,} right"
-        for text, place in ((_millions(mean), 1.08), (right, 1.26)):
-            axes.annotate(text, (place, row), xycoords=("axes fraction", "data"), ha="right", va="center")
+        counts.append(f"{_millions(mean)} · {findings.right[chosen].sum():,} of {chosen.sum():,} right")
     axes.axvline(float(findings.macs.mean()) / 1e6, color=_INK, linewidth=1.2, linestyle="--")
     axes.set_yticks(range(len(labels)), [_named(findings, label) for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0, labelcolor=_INK)
-    axes.spines["left"].set_visible(False)
+    beside = axes.secondary_yaxis("right")
+    beside.set_yticks(range(len(labels)), counts)
+    for side, spine in ((axes, "left"), (beside, "right")):
+        side.tick_params(axis="y", length=0, labelcolor=_INK)
+        side.spines[spine].set_visible(False)
     axes.set_xlabel("million multiply-adds (M) spent on an image")
     return figure
 
@@ -417,8 +417,8 @@ def _page(findings: Findings, title: str) -> str:
     images = len(findings.image_set)
     cheapest, dearest = findings.by_cost[:GALLERY], findings.by_cost[::-1][:GALLERY]
     sections = [
-        f"<header><h1>{escape(title)}</h1><p>{images:,} labelled images, {len(findings.kept)} gates. "
-        "One multiply-add counts as one; those of the gates are counted in.</p></header>",
+        f"<header><h1>{escape(title)}</h1><p>Labelled images: {images:,}. Gates: {len(findings.kept)}, "
+        "their own multiply-adds counted in.</p></header>",
         _totals(findings),
         "<h2>Multiply-adds an image</h2>",
         f"<p>Every image pays for what its gates keep: from {_millions(findings.macs.min())} to "
@@ -473,8 +473,8 @@ def _totals(findings: Findings) -> str:
     ]  # fmt: skip
     head = _row("Network", _heads(("Right", "Multiply-adds an image, mean", "Fewer than dense")), "col")
     return (
-        f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody><caption>95 % confidence interval of the "
-        f"gated network's accuracy, from so many images: {_percent(low)} to {_percent(high)} (Wilson).</caption></table>"
+        f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody><caption>95 % confidence interval of the gated "
+        f"network's accuracy, from so many images: {_percent(low)} to {_percent(high)} (Wilson).</caption></table>"
     )
 
 
@@ -520,14 +520,14 @@ def _gallery(findings: Findings, places: NDArray[np.int64]) -> str:
 
 def _heat_map_section(findings: Findings) -> str:
     images = len(findings.image_set)
-    drawn = f"{HEAT_MAP_ROWS} of {images:,} images, evenly drawn" if images > HEAT_MAP_ROWS else f"{images:,} images"
+    drawn = min(images, HEAT_MAP_ROWS)
     kept = float(np.mean([kept.mean() for kept in findings.kept.values()]))
     return (
         "<p>One row an image, sorted by class and within a class from cheap to dear; one column a channel, grouped by "
         "gate, those kept most often first. Blue was kept, grey was not computed. Columns blue throughout are channels "
         "for every image, those that change with the rows channels for some.</p>"
         + _drawn(_heat_map(findings), f"Heat map of kept channels; gates keep {_percent(kept)} on average.")
-        + f'<p class="note">{drawn}.</p>'
+        + f'<p class="note">Images shown, evenly spaced in this order: {drawn} of {images:,}.</p>'
     )
 
 
@@ -551,9 +551,10 @@ def _rates_table(findings: Findings) -> str:
     head = _row("Class", _heads(f"<span>{escape(name)}</span>" for name in findings.kept), "col")
     return (
         f'<h3>Keep rate by class and gate</h3><div class="wide"><table class="rates"><thead>{head}</thead>'
-        f"<tbody>{''.join(rows)}</tbody><tfoot>{''.join(whole)}</tfoot>"
-        "<caption>Percent of the gate's channels that were kept, on average over the images of a class. Blue: more than for all images; orange: fewer; full colour at 20 points. Below, how many "
-        "of the gate's channels were kept for every image, for some, for none.</caption></table></div>"
+        f"<tbody>{''.join(rows)}</tbody><tfoot>{''.join(whole)}</tfoot><caption>Percent of the gate's channels that "
+        "were kept, on average over the images of a class. Blue: more than for all images; orange: fewer; full colour "
+        "at 20 points. Below, how many of the gate's channels were kept for every image, for some, for none."
+        "</caption></table></div>"
     )
 
 
