@@ -53,12 +53,12 @@ def write(path: Path, picture: Any, **options: Any) -> Path:
     return path
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png(width: int, height: int, depth: int, colour: int, pixels: bytes) -> bytes:
     """A PNG written from its definition; ``pixels`` are the rows, each after its filter byte."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
 
@@ -307,11 +307,11 @@ def test_cmyk_jpeg_becomes_rgb(tmp_path: Path) -> None:
     np.testing.assert_allclose(loaded, np.broadcast_to([255, 127, 0], (16, 16, 3)), atol=3)
 
 
-def test_animation_gives_its_first_frame(tmp_path: Path) -> None:
+def test_several_pictures_in_a_file_give_the_first(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    for suffix in ("png", "webp"):
-        path = write(tmp_path / f"x.{suffix}", frames[0], save_all=True, append_images=frames[1:], lossless=True)
-        np.testing.assert_array_equal(load_picture(path, (8, 8)), np.asarray(frames[0]))
+    for name, kind in (("x.png", "PNG"), ("x.webp", "WEBP"), ("phone.jpg", "MPO")):
+        path = write(tmp_path / name, frames[0], format=kind, save_all=True, append_images=frames[1:], lossless=True)
+        np.testing.assert_allclose(load_picture(path, (8, 8)), np.asarray(frames[0]), atol=2)
 
 
 side = st.integers(1, 200)
@@ -325,7 +325,7 @@ def test_one_colour_stays_that_colour_at_any_size(width: int, height: int, size:
     rgb = (colour >> 16, colour >> 8 & 255, colour & 255)
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder) / "x.png", Image.new("RGB", (width, height), rgb))
-        np.testing.assert_array_equal(load_picture(path, size), np.broadcast_to(np.uint8(rgb), (*size, 3)))
+        np.testing.assert_array_equal(load_picture(path, size), np.full((*size, 3), rgb))
 
 
 @pytest.mark.parametrize("turn", [False, True])
@@ -369,6 +369,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "jpeg header alone": (encoded("JPEG")[:20], ""),
     "png cut": (encoded("PNG")[:1_500], "truncated"),
     "png header alone": (encoded("PNG")[:33], ""),
+    "png of half a header": (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes(8)), "broken picture: Truncated IHDR chunk"),
     "png without pixels": (png(8, 8, 8, 2, b""), ""),
     "png of no size": (png(0, 8, 8, 2, b""), ""),
     "webp cut": (encoded("WEBP")[:500], ""),
