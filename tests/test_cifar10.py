@@ -418,7 +418,7 @@ def test_failing_home_page_leaves_nothing(
     home.update(answer)
     began = time.monotonic()
     assert_refused(tmp_path, "home", rf"http://127.0.0.1:\d+/cifar-10-binary.tar.gz: .*{reason}")
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 15
 
 
 def test_unreachable_home_page_is_an_error(tmp_path: Path, batches: Files) -> None:

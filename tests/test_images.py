@@ -39,9 +39,6 @@ from manidp.images import (
 )
 
 CIFAR10 = Path(__file__).parent.parent / "cifar10"
-needs_cifar10 = pytest.mark.skipif(
-    not (CIFAR10 / "test_batch.bin").exists(), reason="CIFAR-10 is not here: manidp data cifar10"
-)
 
 
 def noise(*shape: int, seed: int = 0) -> Any:
@@ -122,9 +119,16 @@ def test_image_set_that_cannot_be_is_refused(images: Any, labels: Any, indices: 
 # CIFAR-10 ------------------------------------------------------------------------------------------------------------
 
 
-@needs_cifar10
-def test_cifar10_is_the_published_one() -> None:
-    train, test = load_cifar10(CIFAR10)
+@pytest.fixture(scope="module")
+def real() -> tuple[ImageSet, ImageSet]:
+    """The real CIFAR-10, (train, test)."""
+    if not (CIFAR10 / "test_batch.bin").exists():
+        pytest.skip("CIFAR-10 is not here: manidp data cifar10")
+    return load_cifar10(CIFAR10)
+
+
+def test_cifar10_is_the_published_one(real: tuple[ImageSet, ImageSet]) -> None:
+    train, test = real
     assert train.images.shape == (50_000, 32, 32, 3)
     assert test.images.shape == (10_000, 32, 32, 3)
     assert train.labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
@@ -172,9 +176,8 @@ def test_bundled_sample_is_balanced() -> None:
     assert 0 <= sample.indices[0] < sample.indices[-1] < 10_000
 
 
-@needs_cifar10
-def test_bundled_sample_is_drawn_from_the_test_set() -> None:
-    _, test = load_cifar10(CIFAR10)
+def test_bundled_sample_is_drawn_from_the_test_set(real: tuple[ImageSet, ImageSet]) -> None:
+    _, test = real
     sample = load_sample()
     drawn = test.take(draw_sample(test, per_class=20, seed=0))
     np.testing.assert_array_equal(sample.indices, drawn.indices)

@@ -35,6 +35,7 @@ import numpy as np
 from PIL import Image
 
 from manidp.errors import ImageError
+from manidp.files import replacing, sync_folder
 from manidp.images import CIFAR10_CLASSES, CIFAR10_SHA1, Progress, shown
 
 HOME_PAGE_FILE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -83,15 +84,15 @@ def fetch_cifar10(folder: str | Path, source: str | Path | None = None, progress
             whole = place / "whole"
             whole.mkdir()
             for name, content in (*batches.items(), (_META, ("\n".join(CIFAR10_CLASSES) + "\n\n").encode())):
-                with (whole / name).open("wb") as file:
+                with replacing(whole / name) as file:
                     file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
             if target.exists():  # it may be somebody's working directory, so it stays; its batches are replaced
                 for path in whole.iterdir():
                     path.replace(target / path.name)
+                sync_folder(target)
             else:
                 whole.rename(target)
+                sync_folder(target.parent)
     except OSError as error:
         raise ImageError(f"{shown(folder)}: cannot be written: {error.strerror or error}") from error
     return Path(folder)
@@ -122,7 +123,6 @@ def _workplace(target: Path) -> Iterator[Path]:
         place = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         try:
             yield place
-            os.fsync(lock)
         finally:
             shutil.rmtree(place, ignore_errors=True)
     finally:

@@ -26,6 +26,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from manidp.errors import ImageError
+from manidp.files import replacing
 
 Progress = Callable[[int, int | None], None]  # done and total (None while unknown), of bytes or of pictures
 
@@ -136,9 +137,9 @@ def load_cifar10(folder: str | Path) -> tuple[ImageSet, ImageSet]:
 
 
 def _cifar10_set(*batches: NDArray[np.uint8]) -> ImageSet:
-    records = np.concatenate(batches)
-    images = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    return ImageSet(images, records[:, 0].astype(np.int64), CIFAR10_CLASSES)
+    pixels = [np.stack(np.split(batch[:, 1:], 3, axis=1), axis=-1) for batch in batches]
+    labels = [batch[:, 0].astype(np.int64) for batch in batches]
+    return ImageSet(np.concatenate(pixels).reshape(-1, 32, 32, 3), np.concatenate(labels), CIFAR10_CLASSES)
 
 
 def draw_sample(image_set: ImageSet, per_class: int, seed: int) -> NDArray[np.int64]:
@@ -162,7 +163,7 @@ def load_sample() -> ImageSet:
 def save_image_set(image_set: ImageSet, path: str | Path) -> None:
     """Write an image set as one safetensors file: tensors ``images``, ``labels`` and, if there, ``indices``.
 
-    The same set gives the same bytes. The file is written beside its place and moved there when whole.
+    The same set gives the same bytes; the file appears whole or not at all. Raises ImageError.
     """
     tensors = {"images": image_set.images, "labels": image_set.labels}
     if image_set.indices is not None:
@@ -170,18 +171,11 @@ def save_image_set(image_set: ImageSet, path: str | Path) -> None:
     # One metadata entry: the order of several is not fixed, and the bytes should be.
     description = json.dumps({"format": "image set", "version": 1, "classes": image_set.classes})
     data = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"manidp": description})
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
+        with replacing(path) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
     except OSError as error:
-        raise ImageError(f"{shown(target)}: cannot be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
+        raise ImageError(f"{shown(path)}: cannot be written: {_reason(error)}") from error
 
 
 def load_image_set(path: str | Path) -> ImageSet:
@@ -257,7 +251,7 @@ def _upright(picture: Image.Image) -> Image.Image:
     }  # fmt: skip
     try:
         turn = turns.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # noqa: BLE001 - garbage in the EXIF block spoils no pixel: shown as it is stored
+    except Exception:  # garbage in the EXIF block spoils no pixel: shown as it is stored
         return picture
     return picture if turn is None else picture.transpose(turn)
 
