@@ -1,0 +1,124 @@
+"""A gated network's two MindSpore files, weights (.ckpt) and thresholds (.npy) <-> one checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from manidp.checkpoint import Checkpoint
+from manidp.ckpt import BFLOAT16, bfloat16_to_float32
+from manidp.errors import CkptError
+from manidp.files import replacing
+from manidp.graph import Gate, Graph
+from manidp.images import Preprocessing
+
+MAX_THRESHOLDS_BYTES = 2**20
+_NPY = re.compile(
+    rb"\x93NUMPY(?:\x01\x00..|\x02\x00....)\{'descr': '([<>]f[248])', 'fortran_order': (?:False|True), "
+    rb"'shape': \((\d{1,6}),\), \} *\n",
+    re.DOTALL,
+)
+"""The head of a .npy file of one dimension, as NumPy writes it."""
+
+
+def from_ckpt(
+    values: Mapping[str, NDArray[Any]],
+    thresholds: Sequence[float] | NDArray[Any],
+    graph: Graph,
+    preprocessing: Preprocessing,
+    classes: tuple[str, ...],
+    provenance: Mapping[str, Any] | None = None,
+) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The checkpoint that a .ckpt's values and the thresholds of its gates make, and the names that were ignored.
+
+    Names and shapes must be the graph's. ``thresholds``: one for each gate, in the order of the gates; () for a graph
+    without gates. Values that are no parameters of the graph (an optimizer's state, an epoch count) are ignored.
+    Raises CkptError for what is missing, of another shape or no floating-point numbers, CheckpointError for the rest.
+    """
+    given = np.asarray(thresholds, np.float32)
+    if given.shape != (len(graph.gates),):
+        raise CkptError(f"the network has {len(graph.gates)} gates and needs a threshold for each; got {given.shape}")
+    weights = {f"{gate.name}.threshold": np.asarray(value) for gate, value in zip(graph.gates, given, strict=True)}
+    wanted = _without_thresholds(graph)
+    missing = [name for name in wanted if name not in values]
+    if missing:
+        raise CkptError(f"the .ckpt lacks {len(missing)} of the network's {len(wanted)} values: {_some(missing)}; "
+                        f"it holds {_some(list(values))}")  # fmt: skip
+    for name, shape in wanted.items():
+        if values[name].shape != shape:
+            raise CkptError(f"'{name}' has the shape {values[name].shape}; the network asks for {shape}")
+        weights[name] = _float32(name, values[name])
+    ignored = tuple(name for name in values if name not in wanted)
+    ordered = {name: weights[name] for name in graph.parameters}
+    return Checkpoint(graph, ordered, preprocessing, classes, provenance or {}), ignored
+
+
+def to_ckpt(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float64]]:
+    """The values of a .ckpt, in the order in which the original's network has them, and the thresholds, float64.
+
+    Within a block, that order is: all nodes as they are computed, then the gates.
+    """
+    graph = checkpoint.graph
+    blocks = {gate.name.rpartition(".")[0]: len(graph.nodes) for gate in graph.gates}
+    order = []
+    for index, node in enumerate(graph.nodes):
+        block = max((b for b in blocks if b and node.name.startswith(f"{b}.")), key=len, default=node.name)
+        first = blocks[block] = min(blocks.get(block, index), index)
+        order.append((first, isinstance(node, Gate), index))
+    names = [
+        f"{graph.nodes[index].name}.{name}"
+        for _, _, index in sorted(order)
+        for name in graph.nodes[index].parameters(*graph.input_shapes(graph.nodes[index]))
+    ]
+    wanted = _without_thresholds(graph)
+    thresholds = np.array([checkpoint.weights[f"{gate.name}.threshold"] for gate in graph.gates], np.float64)
+    return {name: checkpoint.weights[name] for name in names if name in wanted}, thresholds
+
+
+def read_thresholds(path: str | Path) -> NDArray[np.float64]:
+    """The thresholds in a .npy file, float64 (gates,). Raises CkptError; runs nothing from the file."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_THRESHOLDS_BYTES + 1)
+    except OSError as error:
+        raise CkptError(f"cannot read '{path}': {error.strerror or error}") from error
+    found = _NPY.match(content)
+    if found is None or len(content) > MAX_THRESHOLDS_BYTES:
+        raise CkptError(f"'{path}' must be a .npy file of one floating-point threshold for each gate")
+    dtype, count, data = np.dtype(found[1].decode()), int(found[2]), content[found.end() :]
+    if len(data) != count * dtype.itemsize:
+        raise CkptError(f"'{path}' holds {len(data)} bytes; {count} thresholds take {count * dtype.itemsize}")
+    return np.frombuffer(data, dtype).astype(np.float64)
+
+
+def write_thresholds(thresholds: NDArray[np.float64], path: str | Path) -> None:
+    """Write thresholds as the original has them, a .npy file of float64, whole or not at all. Raises CkptError."""
+    try:
+        with replacing(path) as file:
+            npy.write_array(file, np.asarray(thresholds, np.float64), version=(1, 0), allow_pickle=False)
+    except OSError as error:
+        raise CkptError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+def _without_thresholds(graph: Graph) -> dict[str, tuple[int, ...]]:
+    thresholds = {f"{gate.name}.threshold" for gate in graph.gates}
+    return {name: shape for name, shape in graph.parameters.items() if name not in thresholds}
+
+
+def _float32(name: str, value: NDArray[Any]) -> NDArray[np.float32]:
+    if value.dtype == BFLOAT16:
+        return bfloat16_to_float32(value)
+    if value.dtype.kind != "f":
+        raise CkptError(f"'{name}' is of type {value.dtype}; the network's values are floating-point numbers")
+    with np.errstate(over="ignore"):  # what becomes infinite the checkpoint refuses
+        return value.astype(np.float32)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")

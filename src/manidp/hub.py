@@ -1,0 +1,637 @@
+"""Models by name: a uid leads to a card, the card to a file and its sha256, the sha256 to a verified file on disk.
+
+First it is decided, then done. ``resolve`` reads cards and says which file a uid stands for, which digest it must
+have and where it could come from; ``fetch`` brings it. The cache knows files by their digest alone, so that all names
+of one file share it, and a file is verified again each time it is asked for. Nothing that is downloaded is executed.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import difflib
+import gzip
+import hashlib
+import io
+import json
+import logging
+import lzma
+import os
+import posixpath
+import re
+import tarfile
+import urllib.parse
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock
+
+from manidp.card import MAX_CARD_BYTES, Asset, ModelCard, Remark, parse_card
+from manidp.checkpoint import Checkpoint, load_checkpoint
+from manidp.ckpt import read_ckpt, write_ckpt
+from manidp.conversion import from_ckpt, to_ckpt
+from manidp.download import Downloader, TransferError, origins, sha256_of, target_of
+from manidp.errors import CardError, HubError
+from manidp.files import replacing, sync_folder
+from manidp.graph import resnet, with_gates
+from manidp.images import Preprocessing, Progress
+
+HOSTS = ("download.mindspore.cn",)
+"""The host of the hub's weights; all that is asked unless the user allows more."""
+DATA = Path(__file__).parent / "data"
+CARDS = DATA / "cards"
+"""The bundled catalogue."""
+
+MAX_ASSET_BYTES = 4 * 2**30
+MAX_CARDS = 100_000
+MAX_ARCHIVE_BYTES = 256 * 2**20
+_PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,98}[A-Za-z0-9_-])?")
+_TREE = "mshub_res/assets/"  # where cards are in the hub's repository
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, order=True)
+class Uid:
+    """The name of a card: publisher/version/stem or publisher/device/version/stem; raises HubError as parse_uid."""
+
+    publisher: str
+    device: str  # "" where the name has three parts
+    version: str
+    stem: str
+
+    def __post_init__(self) -> None:
+        parts = [self.publisher, self.version, self.stem, *([self.device] if self.device else [])]
+        if not all(_PART.fullmatch(part) for part in parts):
+            raise HubError(
+                f"{str(self)[:200]!r} is not the name of a card: publisher/version/name or "
+                "publisher/device/version/name expected, such as noah-cvlab/gpu/1.1/manidp_v1.0_cifar10"
+            )
+
+    def __str__(self) -> str:
+        return "/".join(part for part in (self.publisher, self.device, self.version, self.stem) if part)
+
+
+def parse_uid(text: str) -> Uid:
+    """A uid, or the address of its card on the hub (``https://.../mshub_res/assets/UID.md``).
+
+    Each part is of letters, digits, '_', '.' and '-', does not start with '.' or '-' nor end in '.', and has at most
+    100 of them. Raises HubError.
+    """
+    name = text
+    if re.match("https?://", text):
+        path = text.partition("://")[2].removesuffix(".md").split("/")[1:]
+        tail = "/".join(path).partition(_TREE)[2]
+        name = tail or "/".join(path[-3:])
+    match name.split("/"):
+        case [publisher, version, stem]:
+            return Uid(publisher, "", version, stem)
+        case [publisher, device, version, stem] if device:
+            return Uid(publisher, device, version, stem)
+    return Uid(name, "", "", "")  # which is none
+
+
+# Where cards are ----------------------------------------------------------------------------------------------------
+
+
+class Source(Protocol):
+    """A place with cards."""
+
+    name: str
+
+    def uids(self) -> Iterable[Uid]:
+        """The cards that can be listed."""
+
+    def read(self, uid: Uid, ask: bool = True) -> bytes | None:
+        """The text of a card, or None if it is not here; the web is asked only with ``ask``. Raises HubError."""
+
+    def beside(self, uid: Uid, filename: str) -> Path | None:
+        """A file of this name beside the card, on this machine; not verified."""
+
+
+class Folder:
+    """Cards in a folder, ``UID.md`` each; also a checkout of the hub's repository."""
+
+    def __init__(self, path: Path, name: str = "") -> None:
+        self.name = name or str(path)
+        self._root = path / _TREE if (path / _TREE).is_dir() else path
+        if not self._root.is_dir():
+            raise HubError(f"'{path}' is no folder of cards")
+
+    def uids(self) -> Iterator[Uid]:
+        for path in sorted(self._root.rglob("*.md")):
+            with contextlib.suppress(HubError):
+                yield parse_uid(path.relative_to(self._root).as_posix().removesuffix(".md"))
+
+    def read(self, uid: Uid, ask: bool = True) -> bytes | None:
+        try:
+            with open(self._root / f"{uid}.md", "rb") as file:
+                return file.read(MAX_CARD_BYTES + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise HubError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    def beside(self, uid: Uid, filename: str) -> Path | None:
+        path = (self._root / str(uid)).parent / filename
+        return path if path.is_file() else None
+
+
+class Archive:
+    """Cards in a .zip or .tar file (.gz, .bz2 and .xz too); nothing is unpacked to the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._path = path
+
+    @cached_property
+    def _cards(self) -> dict[Uid, bytes]:
+        cards: dict[Uid, bytes] = {}
+        total = 0
+        try:
+            for name, content in _zipped(self._path) if zipfile.is_zipfile(self._path) else _tarred(self._path):
+                with contextlib.suppress(HubError):
+                    path = posixpath.normpath(name)
+                    cards[parse_uid((path.partition(_TREE)[2] or path).removesuffix(".md"))] = content
+                total += len(content)
+                if len(cards) > MAX_CARDS or total > MAX_ARCHIVE_BYTES:
+                    raise HubError(f"'{self._path}': more than {MAX_CARDS:,} cards or {MAX_ARCHIVE_BYTES:,} bytes")
+        except (OSError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError,
+                NotImplementedError, RuntimeError, ValueError) as error:  # fmt: skip
+            reason = (isinstance(error, OSError) and error.strerror) or error
+            raise HubError(f"'{self._path}' is no whole .zip or .tar archive of cards: {reason}") from error
+        return dict(sorted(cards.items()))
+
+    def uids(self) -> Iterable[Uid]:
+        return self._cards
+
+    def read(self, uid: Uid, ask: bool = True) -> bytes | None:
+        return self._cards.get(uid)
+
+    def beside(self, uid: Uid, filename: str) -> Path | None:
+        return None
+
+
+class _Limited(io.RawIOBase):
+    """A stream that gives no more than its limit: a small archive may unpack to anything."""
+
+    def __init__(self, stream: io.BufferedIOBase) -> None:
+        self._stream = stream
+        self._left = MAX_ARCHIVE_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        count = self._stream.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise ValueError(f"it unpacks to more than {MAX_ARCHIVE_BYTES:,} bytes")
+        return count
+
+
+def _unpacked(path: Path) -> io.BufferedIOBase:
+    with open(path, "rb") as file:
+        start = file.read(6)
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.open(path)
+    if start.startswith(b"BZh"):
+        return bz2.open(path)
+    return lzma.open(path) if start == b"\xfd7zXZ\0" else open(path, "rb")
+
+
+def _tarred(path: Path) -> Iterator[tuple[str, bytes]]:
+    with _unpacked(path) as stream, tarfile.open(fileobj=io.BufferedReader(_Limited(stream)), mode="r|") as archive:
+        for member in archive:
+            content = archive.extractfile(member) if member.isreg() and member.name.endswith(".md") else None
+            if content is not None:
+                yield member.name, content.read(MAX_CARD_BYTES + 1)
+
+
+def _zipped(path: Path) -> Iterator[tuple[str, bytes]]:
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.filename.endswith(".md"):
+                with archive.open(member) as content:
+                    yield member.filename, content.read(MAX_CARD_BYTES + 1)
+
+
+class Website:
+    """Cards under an https address, ``BASE/UID.md`` each. They are kept, for when it cannot be reached."""
+
+    def __init__(self, base: str, downloader: Downloader, kept: Path) -> None:
+        self.name = base
+        self._base = base.rstrip("/") + "/"
+        self._downloader = downloader
+        self._kept = kept / hashlib.sha256(self._base.encode()).hexdigest()[:16]
+
+    def uids(self) -> Iterator[Uid]:
+        if self._kept.is_dir():
+            yield from Folder(self._kept).uids()
+
+    def read(self, uid: Uid, ask: bool = True) -> bytes | None:
+        kept = self._kept / f"{uid}.md"
+        if not ask:
+            return Folder(self._kept).read(uid)
+        try:
+            content = self._downloader.text(f"{self._base}{uid}.md", MAX_CARD_BYTES)
+        except TransferError as error:
+            if error.kind == "missing":
+                return None
+            if kept.is_file():
+                _log.info("%s: the card kept from last time is used (%s)", uid, error)
+                return Folder(self._kept).read(uid)
+            raise
+        parse_card(content, f"{uid} ({self.name})")  # a page that is no card is not kept as one
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(kept) as file:
+                file.write(content)
+        except OSError as error:
+            _log.warning("%s: the card cannot be kept: %s", kept, error)
+        return content
+
+    def beside(self, uid: Uid, filename: str) -> Path | None:
+        return None
+
+
+# What is known of files beyond their cards --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """What makes a runnable network of a .ckpt: what the file does not hold and its card does not say.
+
+    ``thresholds`` of the gates in their order, ``depth`` of the gated ResNet, ``at_hand``: the name of the bundled
+    model that can be had where the file cannot.
+    """
+
+    depth: int
+    thresholds: tuple[float, ...]
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    at_hand: str
+
+
+@cache
+def known_networks() -> Mapping[str, Network]:
+    """The networks that this library can make of a file, by its sha256."""
+    entries = json.loads((CARDS / "networks.json").read_text("utf-8"))
+    return {
+        digest: Network(
+            depth=entry["depth"],
+            thresholds=tuple(entry["thresholds"]),
+            preprocessing=Preprocessing(tuple(entry["mean"]), tuple(entry["std"]), tuple(entry["size"])),
+            classes=tuple(entry["classes"]),
+            at_hand=entry["at_hand"],
+        )
+        for digest, entry in entries.items()
+    }
+
+
+@cache
+def bundled_files() -> Mapping[str, str]:
+    """The .ckpt files that can be made of a bundled model: sha256 -> the model's name."""
+    entries: dict[str, str] = json.loads((CARDS / "bundled.json").read_text("utf-8"))
+    return entries
+
+
+# Deciding -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A card in the catalogue, and where it was found."""
+
+    uid: Uid
+    source: str
+    card: ModelCard
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which file a uid stands for and where it can come from; made before anything is done.
+
+    ``path``: where in the cache it is or will be; ``cached``: whether it is there (it is verified when it is
+    fetched); ``beside``: a file of its name beside the card; ``links``: all addresses that may be asked, the card's
+    own first, then those of other cards for the same file; ``refused``: why others may not be; ``network``: what is
+    known beyond the card; ``bundled``: the name of the bundled model of which the file is made; ``remarks``: what is
+    wrong with the card.
+    """
+
+    uid: Uid
+    source: str
+    asset: Asset
+    filename: str
+    path: Path
+    cached: bool
+    beside: Path | None = None
+    links: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    bundled: str = ""
+    network: Network | None = None
+    remarks: tuple[Remark, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A file in the cache: its name is its digest, ``intact`` if it still has it; ``uids``: the cards that name it."""
+
+    path: Path
+    size: int
+    intact: bool
+    uids: tuple[Uid, ...]
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A catalogue (``sources``, the first that has a card counts), a cache folder, and the way to the web."""
+
+    sources: tuple[Source, ...]
+    cache: Path
+    downloader: Downloader = field(repr=False)
+
+    def uids(self) -> tuple[Uid, ...]:
+        """All names in the catalogue, sorted; a web address shows only the cards that were read from it."""
+        return tuple(sorted({uid for source in self.sources for uid in source.uids()}))
+
+    def cards(self, words: Sequence[str] = ()) -> Iterator[Listed]:
+        """The cards that hold all the words, in upper or lower case, in their name, title or fields.
+
+        A broken card is left out with a logged warning.
+        """
+        for uid in self.uids():
+            try:
+                listed = self.card(uid, ask=False)
+            except (HubError, CardError) as error:
+                _log.warning("%s", error)
+                continue
+            text = "\n".join((str(uid), listed.card.title, *listed.card.fields.values())).lower()
+            if all(word.lower() in text for word in words):
+                yield listed
+
+    def card(self, uid: Uid, ask: bool = True) -> Listed:
+        """The card of this name; the web is asked only with ``ask``.
+
+        Raises HubError if there is none, CardError if it is broken.
+        """
+        failed = []
+        for source in self.sources:
+            try:
+                content = source.read(uid, ask)
+            except TransferError as error:
+                failed.append(str(error))
+                continue
+            if content is not None:
+                return Listed(uid, source.name, parse_card(content, f"{uid} ({source.name})"))
+        similar = difflib.get_close_matches(str(uid), [str(known) for known in self.uids()], n=3)
+        raise HubError(
+            f"there is no card '{uid}' in {', '.join(source.name for source in self.sources)}"
+            + (f"; not all could be asked: {'; '.join(failed)}" if failed else "")
+            + (f"; similar names: {', '.join(similar)}" if similar else "")
+        )
+
+    def resolve(self, name: str | Uid) -> Decision:
+        """Decide which file a name stands for and where it could come from; nothing is brought or changed.
+
+        The file is the first .ckpt of the card with a whole sha256. Raises HubError if there is none, CardError if
+        the card is broken.
+        """
+        uid = name if isinstance(name, Uid) else parse_uid(name)
+        listed = self.card(uid)
+        asset = _chosen(listed)
+        path = self._path(asset.sha256)
+        filename = posixpath.basename(urllib.parse.urlsplit(asset.link).path)
+        beside = None
+        if _PART.fullmatch(filename):
+            beside = next((s.beside(uid, filename) for s in self.sources if s.name == listed.source), None)
+        cached = path.is_file()
+        others = [] if cached else [link for _, link in self._named.get(asset.sha256, ())]
+        refusals = {link: self.downloader.refusal(link) for link in (asset.link, *others) if link}
+        return Decision(
+            uid, listed.source, asset, filename, path, cached, beside,
+            links=tuple(link for link, reason in refusals.items() if reason is None),
+            refused=tuple(reason for reason in refusals.values() if reason is not None),
+            bundled=bundled_files().get(asset.sha256, ""),
+            network=known_networks().get(asset.sha256),
+            remarks=listed.card.remarks,
+        )  # fmt: skip
+
+    @cached_property
+    def _named(self) -> Mapping[str, list[tuple[Uid, str]]]:
+        """Who names each verifiable file of the catalogue, by its sha256: cards and the addresses they give."""
+        named: dict[str, list[tuple[Uid, str]]] = {}
+        for listed in self.cards():
+            for asset in listed.card.assets:
+                if asset.verifiable:
+                    named.setdefault(asset.sha256, []).append((listed.uid, asset.link))
+        return named
+
+    def _uids(self, sha256: str) -> tuple[Uid, ...]:
+        return tuple(dict.fromkeys(uid for uid, _ in self._named.get(sha256, ())))
+
+    def _path(self, sha256: str) -> Path:
+        return self.cache / "files" / sha256
+
+    # Doing ----------------------------------------------------------------------------------------------------------
+
+    def fetch(self, decision: Decision, progress: Progress | None = None) -> Path:
+        """The decided file in the cache, verified now; brought first if it is not there or is damaged.
+
+        Of several processes that ask at once, one brings it and the others wait. Raises HubError saying what was
+        tried and how to bring the file in by hand; nothing wrong is left under its name.
+        """
+        path = decision.path
+        try:
+            if _is(path, decision.asset.sha256):
+                return path
+            with self._locked(decision.asset.sha256):
+                if not _is(path, decision.asset.sha256):
+                    damaged = ["what was in the cache was damaged and is deleted"] if path.exists() else []
+                    path.unlink(missing_ok=True)
+                    self._bring(decision, damaged, progress)
+                return path
+        except OSError as error:
+            raise HubError(f"the cache {self.cache} cannot be used: {error.strerror or error}") from error
+
+    def _bring(self, decision: Decision, failed: list[str], progress: Progress | None) -> None:
+        digest = decision.asset.sha256
+        if decision.bundled:
+            _write_bundled(decision.bundled, self._path(digest), digest)
+            return
+        if decision.beside is not None:
+            if _is(decision.beside, digest):
+                self._take(decision.beside, digest)
+                return
+            failed.append(f"{decision.beside} has another sha256")
+        part = self.cache / "parts" / digest
+        part.parent.mkdir(parents=True, exist_ok=True)
+        down = set()
+        for link in decision.links:
+            host = urllib.parse.urlsplit(link).netloc
+            if host in down:
+                continue
+            try:
+                self.downloader.file(link, part, digest, MAX_ASSET_BYTES, progress)
+            except TransferError as error:
+                failed.append(str(error))
+                if error.kind == "disk":
+                    break
+                if error.kind in ("unreachable", "passing") or self.downloader.offline:
+                    down.add(host)  # its other addresses would fail alike
+                continue
+            os.replace(part, decision.path)
+            sync_folder(decision.path.parent)
+            return
+        raise HubError(_by_hand(decision, [*failed, *decision.refused]))
+
+    def _take(self, source: Path, sha256: str) -> Path:
+        """Copy a file of this digest into the cache."""
+        path = self._path(sha256)
+        came = hashlib.sha256()
+        with source.open("rb") as file, replacing(path) as copy:
+            while chunk := file.read(2**20):
+                came.update(chunk)
+                copy.write(chunk)
+            if came.hexdigest() != sha256:
+                raise HubError(f"'{source}' changed while it was copied")
+        return path
+
+    def add(self, source: str | Path) -> Cached:
+        """Bring in a file carried by hand. Raises HubError if no card of the catalogue names its sha256."""
+        source = Path(source)
+        try:
+            digest = sha256_of(source)
+        except OSError as error:
+            raise HubError(f"cannot read '{source}': {error.strerror or error}") from error
+        uids = self._uids(digest)
+        if not uids:
+            raise HubError(
+                f"'{source}' is no file that the catalogue knows: no card names its sha256 {digest}. Is it whole and "
+                f"of the right version? Searched were {len(self.uids())} cards in "
+                f"{', '.join(place.name for place in self.sources)}"
+            )
+        try:
+            with self._locked(digest):
+                path = self._path(digest)
+                if not _is(path, digest):
+                    self._take(source, digest)
+                return Cached(path, path.stat().st_size, True, uids)
+        except OSError as error:
+            raise HubError(f"the cache {self.cache} cannot be used: {error.strerror or error}") from error
+
+    def verify(self, *, remove: bool = False) -> Iterator[Cached]:
+        """Every file in the cache, hashed again; with ``remove``, those that are damaged are deleted."""
+        try:
+            for path in sorted((self.cache / "files").glob("*")):
+                if re.fullmatch("[0-9a-f]{64}", path.name) and path.is_file():
+                    found = Cached(path, path.stat().st_size, _is(path, path.name), self._uids(path.name))
+                    if remove and not found.intact:
+                        with self._locked(path.name):
+                            if not _is(path, path.name):
+                                path.unlink(missing_ok=True)
+                    yield found
+        except OSError as error:
+            raise HubError(f"the cache {self.cache} cannot be used: {error.strerror or error}") from error
+
+    @contextlib.contextmanager
+    def _locked(self, sha256: str) -> Iterator[None]:
+        """One process at a time works on a file. The system frees the lock of a process that was killed."""
+        for folder in ("files", "locks"):
+            (self.cache / folder).mkdir(parents=True, exist_ok=True)
+        with FileLock(self.cache / "locks" / sha256):
+            yield
+
+    def checkpoint(self, name: str | Uid, progress: Progress | None = None) -> tuple[Checkpoint, tuple[str, ...]]:
+        """The network that a name stands for, ready to run, and the names in its file that were ignored.
+
+        Raises HubError if this library does not know the network or its file cannot be had, CkptError or
+        CheckpointError if the file is not what it should be.
+        """
+        decision = self.resolve(name)
+        if decision.bundled:
+            return load_checkpoint(DATA / f"{decision.bundled}.safetensors"), ()
+        network = decision.network
+        if network is None:
+            able = sorted({str(uid) for digest in (*known_networks(), *bundled_files()) for uid in self._uids(digest)})
+            raise HubError(f"'{decision.uid}' is no network that manidp can run; it can run {', '.join(able)}")
+        values = read_ckpt(self.fetch(decision, progress))
+        graph = with_gates(resnet(network.depth, num_classes=len(network.classes)))
+        provenance = {"uid": str(decision.uid), "source": decision.source, "sha256": decision.asset.sha256}
+        return from_ckpt(values, network.thresholds, graph, network.preprocessing, network.classes, provenance)
+
+
+def open_hub(
+    sources: Iterable[str | Path] = (),
+    *,
+    cache: str | Path | None = None,
+    hosts: Iterable[str] = (),
+    offline: bool | None = None,
+) -> Hub:
+    """The hub as the user set it up. What is given goes before what the environment says.
+
+    ``sources``: folders, archives and https addresses of cards, before those of MANIDP_HUB (separated by commas) and
+    the bundled catalogue. ``cache``: a folder; MANIDP_CACHE, else ``~/.cache/manidp``. ``hosts``: further hosts that
+    files may come from, with those of MANIDP_HUB_HOSTS (separated by commas). ``offline``: open no socket;
+    MANIDP_OFFLINE=1. Raises HubError for what makes no sense.
+    """
+    named = [str(source) for source in sources] + _listed_in("MANIDP_HUB")
+    sites = [name for name in named if "://" in name]
+    allowed = origins([*HOSTS, *hosts, *_listed_in("MANIDP_HUB_HOSTS"), *(target_of(site).origin for site in sites)])
+    switch = os.environ.get("MANIDP_OFFLINE") == "1" if offline is None else offline
+    downloader = Downloader(allowed, offline=switch)
+    folder = Path(cache or os.environ.get("MANIDP_CACHE") or Path.home() / ".cache" / "manidp").expanduser().absolute()
+    places: list[Source] = [
+        Website(name, downloader, folder / "cards") if name in sites
+        else Archive(Path(name)) if Path(name).is_file()
+        else Folder(Path(name).expanduser())
+        for name in named
+    ]  # fmt: skip
+    return Hub((*places, Folder(CARDS, "the bundled catalogue")), folder, downloader)
+
+
+def _listed_in(variable: str) -> list[str]:
+    return [entry.strip() for entry in os.environ.get(variable, "").split(",") if entry.strip()]
+
+
+def _is(path: Path, sha256: str) -> bool:
+    return path.is_file() and sha256_of(path) == sha256
+
+
+def _chosen(listed: Listed) -> Asset:
+    """The first .ckpt of a card with a whole digest."""
+    assets = [asset for asset in listed.card.assets if asset.file_format == "ckpt"]
+    for asset in assets:
+        if asset.verifiable:
+            return asset
+    if assets:
+        weak = assets[0].sha256
+        raise HubError(f"the card '{listed.uid}' gives {f'only {len(weak)} digits' if weak else 'nothing'} of the "
+                       "sha256 of its .ckpt: what came could not be verified, so it is not brought")  # fmt: skip
+    formats = ", ".join(asset.file_format or "no format" for asset in listed.card.assets)
+    raise HubError(f"the card '{listed.uid}' names no .ckpt file ({formats or 'no files at all'})")
+
+
+def _write_bundled(name: str, path: Path, sha256: str) -> None:
+    """Make the .ckpt of a bundled model; its bytes are those of the published file."""
+    values, _ = to_ckpt(load_checkpoint(DATA / f"{name}.safetensors"))
+    write_ckpt(values, path)
+    if not _is(path, sha256):
+        path.unlink()
+        raise HubError(f"the bundled model {name} does not make the file of its card (sha256 {sha256}): the "
+                       "installation is damaged, or its card is of another version")  # fmt: skip
+
+
+def _by_hand(decision: Decision, failed: Sequence[str]) -> str:
+    more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
+    reasons = "; ".join(failed[:3]) + more or "the card gives no address"
+    at_hand = decision.network.at_hand if decision.network else ""
+    return (
+        f"{decision.filename} of '{decision.uid}' cannot be had: {reasons}. If you have the file from elsewhere "
+        f"(sha256 {decision.asset.sha256}), bring it in with: manidp hub add {decision.filename or 'FILE'}"
+        + (f". At hand without it is our own model: {at_hand}" if at_hand else "")
+    )

@@ -1,0 +1,615 @@
+"""The hub: names, catalogues, decisions, and files that are right or not there."""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loopback import Loopback, Request, Route, in_turn, serving, status, whole
+from manidp.card import card_faults, parse_card
+from manidp.checkpoint import Checkpoint, save_checkpoint
+from manidp.ckpt import write_ckpt
+from manidp.conversion import to_ckpt
+from manidp.errors import CardError, HubError, ManiDPError
+from manidp.graph import resnet, with_gates
+from manidp.hub import CARDS, Hub, Uid, known_networks, open_hub, parse_uid
+from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
+
+REAL_CARDS = Path(__file__).parents[2] / "shared" / "data" / "hub-cards.tar.xz"
+ORIGINAL = "noah-cvlab/gpu/1.1/manidp_v1.0_cifar10"
+ORIGINAL_SHA256 = "3ba6e1e064231e5afd7bb776c52442a9bacb4e48195c9c93d1f7e4c3ddc279eb"
+CONTENT = bytes(range(256)) * 200
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy",
+                 "MANIDP_HUB", "MANIDP_HUB_HOSTS", "MANIDP_OFFLINE"):  # fmt: skip
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MANIDP_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    with serving(f=whole(CONTENT)) as running:
+        yield running
+
+
+def card_text(*assets: tuple[str, str], kind: str = "ckpt", title: str = "a model") -> str:
+    """A card with assets of these links and digests."""
+    lines = [f"# {title}", "---", f"model-name: {title}", "asset:"]
+    for link, digest in assets:
+        lines += [f"- file-format: {kind}", f"  asset-link: <{link}>", f"  asset-sha256: {digest}"]
+    return "\n".join([*lines, "---", "body", ""])
+
+
+def folder_of(tmp_path: Path, **cards: str) -> Path:
+    """A folder with the cards ``me/1.0/NAME``."""
+    place = tmp_path / "cards" / "me" / "1.0"
+    place.mkdir(parents=True, exist_ok=True)
+    for name, text in cards.items():
+        (place / f"{name}.md").write_text(text)
+    return tmp_path / "cards"
+
+
+def hub_with(tmp_path: Path, *servers: Loopback, **cards: Any) -> Hub:
+    """The hub with these cards, hosts that are tried twice, and perhaps ``offline``."""
+    offline = cards.pop("offline", False)
+    hub = open_hub([folder_of(tmp_path, **cards)], hosts=[server.origin for server in servers], offline=offline)
+    return replace(hub, downloader=replace(hub.downloader, patience=5.0, backoff=0.01, attempts=2))
+
+
+def files_in(hub: Hub) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (hub.cache / "files").glob("*")}
+
+
+def assert_nothing_wrong(hub: Hub) -> None:
+    """Every file in the cache is what its name says."""
+    for name, content in files_in(hub).items():
+        assert hashlib.sha256(content).hexdigest() == name
+
+
+# Names --------------------------------------------------------------------------------------------------------------
+
+TREE = "https://gitee.com/mindspore/hub/blob/master/mshub_res/assets"
+
+
+@pytest.mark.parametrize(
+    ("text", "uid"),
+    [
+        (ORIGINAL, Uid("noah-cvlab", "gpu", "1.1", "manidp_v1.0_cifar10")),
+        ("mindspore/1.10/manidp_cifar10", Uid("mindspore", "", "1.10", "manidp_cifar10")),
+        (f"{TREE}/{ORIGINAL}.md", Uid("noah-cvlab", "gpu", "1.1", "manidp_v1.0_cifar10")),
+        (f"{TREE}/mindspore/1.7/albert_squadv1.1.md", Uid("mindspore", "", "1.7", "albert_squadv1.1")),
+        ("http://any.host/deep/down/mindspore/1.7/albert_squadv1.1", Uid("mindspore", "", "1.7", "albert_squadv1.1")),
+    ],
+)
+def test_names_and_addresses_of_cards(text: str, uid: Uid) -> None:
+    assert parse_uid(text) == uid and parse_uid(str(uid)) == uid
+
+
+BAD_NAMES = [
+    "", "manidp-res20", "a/b", "a/b/c/d/e", "a//b/c", "/a/b/c", "a/b/c/", "../a/b", "a/../b", "a/b/..", "a/./b/c",
+    "a/.b/c", "a/-b/c", "a/b./c", "a/b/c\n", " a/b/c", "a/b/c d", "a/b/ç", "a/b/c%2e", "a\\b\\c", "a/b/c:d", "a/b/c\0",
+    f"a/b/{'c' * 101}", "https://h/a/b", f"{TREE}/../../../etc/a/b/c/d.md", f"{TREE}/a/b/c.md?x=y", "file:///a/b/c",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD_NAMES)
+def test_what_is_no_name_is_refused(text: str) -> None:
+    with pytest.raises(HubError, match="is not the name of a card"):
+        parse_uid(text)
+
+
+@given(st.one_of(st.text(max_size=40), st.text("ab.-_/%", max_size=12), st.text("ab./", max_size=12).map(TREE.__add__)))
+def test_every_name_that_is_accepted_stays_below_its_folder(text: str) -> None:
+    try:
+        uid = parse_uid(text)
+    except HubError:
+        return
+    assert parse_uid(str(uid)) == uid
+    assert len(Path(str(uid)).parts) in (3, 4) and Path(os.path.normpath(f"x/{uid}.md")) == Path(f"x/{uid}.md")
+
+
+def test_a_uid_cannot_be_made_around_the_grammar() -> None:
+    with pytest.raises(HubError):
+        Uid("..", "", "..", "etc")
+
+
+# The bundled catalogue ----------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_catalogue_has_the_eight_cards_of_the_original() -> None:
+    hub = open_hub()
+    originals = [listed for listed in hub.cards(["manidp"]) if listed.card.assets[0].sha256 == ORIGINAL_SHA256]
+    versions = ["1.10", "1.3", "1.5", "1.6", "1.7", "1.8", "1.9"]
+    assert [str(o.uid) for o in originals] == [*(f"mindspore/{v}/manidp_cifar10" for v in versions), ORIGINAL]
+    assert len({o.card.assets[0].link for o in originals}) == 8
+
+
+@pytest.mark.parametrize("path", sorted(CARDS.rglob("*.md")), ids=lambda path: str(path.relative_to(CARDS)))
+def test_a_bundled_card_has_no_faults(path: Path) -> None:
+    assert card_faults(path.read_bytes(), path.name) == ()
+
+
+def test_the_thresholds_of_the_original_are_known_to_the_last_bit() -> None:
+    network = known_networks()[ORIGINAL_SHA256]
+    assert len(network.thresholds) == len(with_gates(resnet(network.depth)).gates) == 18
+    for threshold in network.thresholds:
+        assert float(str(np.float32(threshold))) == threshold
+    assert network.thresholds[0] == 0.020589862 and network.thresholds[-1] == 1.2263142e-06
+    assert network.preprocessing.std[0] == 0.2471 and network.classes == CIFAR10_CLASSES
+
+
+def test_the_original_that_cannot_be_had_is_named_with_the_ways_out(tmp_path: Path) -> None:
+    hub = open_hub(offline=True)
+    decision = hub.resolve(ORIGINAL)
+    assert decision.filename == "resnet20.ckpt" and decision.asset.sha256 == ORIGINAL_SHA256 and not decision.cached
+    assert len(decision.links) == 8 and decision.links[0].endswith("manidp/resnet20.ckpt") and not decision.refused
+    for call in (lambda: hub.fetch(decision), lambda: hub.checkpoint(ORIGINAL)):
+        with pytest.raises(HubError) as caught:
+            call()
+        said = str(caught.value)
+        assert "manidp hub add resnet20.ckpt" in said and ORIGINAL_SHA256 in said and "manidp-res20" in said
+        assert "MANIDP_OFFLINE=1" in said and "\n" not in said
+
+
+# Catalogues of the user ---------------------------------------------------------------------------------------------
+
+
+def _archive(path: Path, members: dict[str, bytes]) -> Path:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+    else:
+        mode: Any = f"w:{path.suffix[1:].replace('tar', '')}"
+        with tarfile.open(path, mode) as archive:
+            for name, content in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("name", ["c.zip", "c.tar", "c.tar.gz", "c.tar.bz2", "c.tar.xz"])
+def test_an_archive_is_a_catalogue(tmp_path: Path, name: str) -> None:
+    text = card_text(("https://h/f", DIGEST)).encode()
+    members = {"./me/1.0/a.md": text, "hub-master/mshub_res/assets/me/gpu/1.0/b.md": text, "me/1.0/../../../x.md": text,
+               "README.md": b"no card", "/etc/1.0/c.md": text, "me/1.0/f.ckpt": bytes(9)}  # fmt: skip
+    hub = open_hub([_archive(tmp_path / name, members)])
+    mine = [str(uid) for uid in hub.uids() if uid.publisher == "me"]
+    assert mine == ["me/1.0/a", "me/gpu/1.0/b"] and hub.resolve("me/1.0/a").asset.sha256 == DIGEST
+
+
+@pytest.mark.parametrize("name", ["c.zip", "c.tar.gz", "c.tar.xz"])
+def test_an_archive_that_unpacks_to_too_much_is_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _archive(tmp_path / name, {f"me/1.0/a{n}.md": bytes(300_000) for n in range(9)})
+    assert path.stat().st_size < 30_000
+    monkeypatch.setattr("manidp.hub.MAX_ARCHIVE_BYTES", 1_000_000)
+    with pytest.raises(HubError, match=r"1,000,000 bytes"):
+        open_hub([path]).uids()
+    monkeypatch.setattr("manidp.hub.MAX_ARCHIVE_BYTES", 2**28)
+    monkeypatch.setattr("manidp.hub.MAX_CARDS", 8)
+    with pytest.raises(HubError, match="more than 8 cards"):
+        open_hub([path]).uids()
+
+
+@pytest.mark.parametrize("damage", [slice(0, 0), slice(0, 100), slice(0, 20_000), slice(30, None)])
+@pytest.mark.parametrize("name", ["c.zip", "c.tar", "c.tar.gz", "c.tar.bz2", "c.tar.xz"])
+def test_a_broken_archive_is_an_error(tmp_path: Path, name: str, damage: slice) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, 40_000, np.uint8).tobytes()
+    path = _archive(tmp_path / name, {"me/1.0/a.md": noise})
+    path.write_bytes(path.read_bytes()[damage])
+    with pytest.raises(HubError, match=r"c\..*is no whole .zip or .tar archive"):
+        open_hub([path]).uids()
+
+
+def test_a_checkout_of_the_hub_is_a_catalogue_and_comes_before_the_bundled_one(tmp_path: Path) -> None:
+    place = tmp_path / "hub" / "mshub_res" / "assets" / "noah-cvlab" / "gpu" / "1.1"
+    place.mkdir(parents=True)
+    (place / "manidp_v1.0_cifar10.md").write_text(card_text(("https://h/f", DIGEST), title="mine"))
+    (tmp_path / "hub" / "a" / "b").mkdir(parents=True)
+    (tmp_path / "hub" / "a" / "b" / "c.md").write_text("outside")
+    hub = open_hub([tmp_path / "hub"])
+    assert hub.card(parse_uid(ORIGINAL)).card.title == "mine" and len(hub.uids()) == len(open_hub().uids())
+
+
+@pytest.mark.skipif(not REAL_CARDS.exists(), reason="the real cards are not beside the project")
+def test_all_real_cards_are_listed_and_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANIDP_HUB", str(REAL_CARDS))
+    hub = open_hub()
+    assert len(hub.uids()) >= 1500 and sum(listed.source == str(REAL_CARDS) for listed in hub.cards()) == 1500
+    assert hub.card(parse_uid(ORIGINAL)).source == str(REAL_CARDS)
+    assert hub.resolve(ORIGINAL).network == known_networks()[ORIGINAL_SHA256]
+    with pytest.raises(HubError, match="only 8 digits of the sha256"):
+        hub.resolve("mindspore/2.5/yolox_s_coco2017")
+
+
+def test_a_search_finds_the_cards_with_all_the_words(tmp_path: Path) -> None:
+    hub = hub_with(tmp_path, one=card_text(title="Red Net"), two=card_text(title="Blue net"), net=card_text(title="x"))
+    for words, stems in ((["NET"], ["net", "one", "two"]), (["red", "net"], ["one"]), (["red", "blue"], [])):
+        assert [listed.uid.stem for listed in hub.cards([*words, "me/"])] == stems
+
+
+def test_a_name_that_is_not_there_is_met_with_similar_ones() -> None:
+    with pytest.raises(HubError, match=r"no card 'mindspore/1.7/manidp_cifar100' .*similar names: mindspore/1"):
+        open_hub().resolve("mindspore/1.7/manidp_cifar100")
+
+
+def test_a_broken_card_stops_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hub = hub_with(tmp_path, good=card_text(("https://h/f", DIGEST)), bad="no card")
+    assert [listed.uid.stem for listed in hub.cards() if listed.uid.publisher == "me"] == ["good"]
+    assert "me/1.0/bad" in caplog.text
+    with pytest.raises(CardError, match=r"me/1.0/bad .*line 1"):
+        hub.resolve("me/1.0/bad")
+
+
+def test_settings_that_make_no_sense_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for sources, hosts in (([tmp_path / "none"], []), (["http://example.com/cards"], []), ([], ["http://example.com"])):
+        with pytest.raises(HubError):
+            open_hub(sources, hosts=hosts)
+    monkeypatch.setenv("MANIDP_HUB_HOSTS", "mirror.example, other.example:8443")
+    allowed = open_hub().downloader.allowed
+    assert allowed == {"https://download.mindspore.cn:443", "https://mirror.example:443", "https://other.example:8443"}
+
+
+# Cards from the web -------------------------------------------------------------------------------------------------
+
+
+def test_a_web_address_is_a_catalogue_and_its_cards_are_kept(server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = card_text((f"{server.origin}/f", DIGEST))
+    server.routes["/cards/me/1.0/a.md"] = whole(text.encode())
+    base = f"{server.origin}/cards"
+    hub = open_hub([base])
+    assert Uid("me", "", "1.0", "a") not in hub.uids()
+    assert hub.resolve("me/1.0/a").source == base and Uid("me", "", "1.0", "a") in hub.uids()
+    with pytest.raises(HubError, match=r"no card 'me/1.0/b'"):
+        hub.resolve("me/1.0/b")
+    path = hub.fetch(hub.resolve("me/1.0/a"))
+    asked = len(server.asked)
+    monkeypatch.setenv("MANIDP_OFFLINE", "1")
+    hub = open_hub([base])
+    assert hub.fetch(hub.resolve("me/1.0/a")) == path and len(server.asked) == asked
+    with pytest.raises(HubError, match=r"not all could be asked: .*MANIDP_OFFLINE"):
+        hub.resolve("me/1.0/b")
+
+
+def test_listing_asks_nothing_of_the_web(server: Loopback) -> None:
+    server.routes["/me/1.0/a.md"] = whole(card_text((f"{server.origin}/f", DIGEST)).encode())
+    hub = open_hub([server.origin])
+    hub.resolve("me/1.0/a")
+    server.asked.clear()
+    assert "me/1.0/a" in [str(listed.uid) for listed in hub.cards()] and not server.asked
+
+
+def test_a_page_that_is_no_card_is_not_kept_as_one(server: Loopback) -> None:
+    good = whole(card_text((f"{server.origin}/f", DIGEST)).encode())
+    server.routes["/me/1.0/a.md"] = in_turn(whole(b"<html>please log in</html>"), good, status(404))
+    hub = open_hub([server.origin])
+    with pytest.raises(CardError):
+        hub.resolve("me/1.0/a")
+    assert Uid("me", "", "1.0", "a") not in hub.uids()
+    assert hub.resolve("me/1.0/a").asset.sha256 == DIGEST
+
+
+# Deciding -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_decision_says_what_and_where_from_and_does_nothing(tmp_path: Path, server: Loopback) -> None:
+    mine = f"{server.origin}/f"
+    hub = hub_with(
+        tmp_path, server,
+        a=card_text(("https://elsewhere.example/x/net.ckpt", DIGEST.upper())),
+        b=card_text((mine, DIGEST)),
+        c=card_text(("http://plain.example/f", DIGEST), (mine, "0" * 64)),
+    )  # fmt: skip
+    decision = hub.resolve("me/1.0/a")
+    assert (decision.filename, decision.asset.sha256) == ("net.ckpt", DIGEST)
+    assert decision.links == (mine,) and decision.path == hub.cache / "files" / DIGEST and not decision.cached
+    assert len(decision.refused) == 2 and "elsewhere.example" in decision.refused[0]
+    assert "must begin with https" in decision.refused[1]
+    assert [remark.text for remark in decision.remarks] == ["the asset's sha256 is not in lower case"]
+    assert not hub.cache.exists() and not server.asked
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (card_text(("https://h/f", "e616cdcb")), "only 8 digits of the sha256"),
+        (card_text(("https://h/f", "")), "nothing of the sha256"),
+        (card_text(("https://h/f", DIGEST), kind="mslite"), r"names no .ckpt file \(mslite\)"),
+        (card_text(), "no files at all"),
+    ],
+)
+def test_a_card_without_a_verifiable_ckpt_leads_nowhere(tmp_path: Path, text: str, said: str) -> None:
+    hub = hub_with(tmp_path, a=text)
+    with pytest.raises(HubError, match=said):
+        hub.resolve("me/1.0/a")
+
+
+def test_the_first_verifiable_ckpt_is_chosen(tmp_path: Path) -> None:
+    mindir = card_text(("https://h/m", "1" * 64), kind="mindir").split("---")[1]
+    text = card_text(("https://h/weak", "e616cdcb"), ("https://h/f", DIGEST), ("https://h/g", "2" * 64))
+    hub = hub_with(tmp_path, a=text.replace("asset:\n", mindir.partition("\n")[2].partition("\n")[2]))
+    assert parse_card((tmp_path / "cards/me/1.0/a.md").read_bytes(), "a").assets[0].file_format == "mindir"
+    assert hub.resolve("me/1.0/a").asset.link == "https://h/f"
+
+
+# Bringing -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_brought_once_for_all_its_names(tmp_path: Path, server: Loopback) -> None:
+    link = f"{server.origin}/f"
+    hub = hub_with(tmp_path, server, a=card_text((link, DIGEST)), b=card_text(("https://nowhere.example/f", DIGEST)))
+    path = hub.fetch(hub.resolve("me/1.0/a"))
+    assert path.read_bytes() == CONTENT and path == hub.fetch(hub.resolve("me/1.0/a"))
+    assert path == hub.fetch(hub.resolve("me/1.0/b")) and hub.resolve("me/1.0/b").cached
+    assert server.asked == [("/f", "")] and files_in(hub) == {DIGEST: CONTENT}
+
+
+def test_a_cached_file_is_had_offline_without_a_socket(
+    tmp_path: Path, server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = card_text((f"{server.origin}/f", DIGEST))
+    hub = hub_with(tmp_path, server, a=text)
+    hub.fetch(hub.resolve("me/1.0/a"))
+
+    def opened(*_: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr("socket.socket.__init__", opened)
+    monkeypatch.setattr("socket.getaddrinfo", opened)
+    monkeypatch.setenv("MANIDP_OFFLINE", "1")
+    hub = open_hub([tmp_path / "cards"], hosts=[server.origin])
+    assert hub.fetch(hub.resolve("me/1.0/a")).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("damage", [b"", CONTENT[:-1], b"x" + CONTENT[1:]])
+def test_a_file_that_was_damaged_in_the_cache_is_brought_again(tmp_path: Path, server: Loopback, damage: bytes) -> None:
+    hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/f", DIGEST)))
+    path = hub.fetch(hub.resolve("me/1.0/a"))
+    path.write_bytes(damage)
+    assert [(c.intact, c.size, [u.stem for u in c.uids]) for c in hub.verify()] == [(False, len(damage), ["a"])]
+    assert hub.fetch(hub.resolve("me/1.0/a")).read_bytes() == CONTENT
+    path.write_bytes(damage)
+    with pytest.raises(HubError, match=r"what was in the cache was damaged and is deleted; .*MANIDP_OFFLINE"):
+        hub_with(tmp_path, server, offline=True).fetch(hub.resolve("me/1.0/a"))
+    assert files_in(hub) == {}
+
+
+def _page(request: Request) -> None:
+    whole(b"<html>please log in</html>", Content_Type="text/html")(request)
+
+
+@pytest.mark.parametrize(
+    ("route", "said"),
+    [
+        (status(404), "404"),
+        (status(503), "503"),
+        (_page, "an HTML page"),
+        (whole(CONTENT[:-1]), "what came is not the file"),
+        (whole(CONTENT + b"x"), "what came is not the file"),
+    ],
+)
+def test_after_any_failure_the_cache_is_right_and_the_next_call_works(
+    tmp_path: Path, server: Loopback, route: Route, said: str
+) -> None:
+    server.routes["/f"] = route
+    hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/f", DIGEST)))
+    with pytest.raises(HubError, match=f"{said}.*manidp hub add f$"):
+        hub.fetch(hub.resolve("me/1.0/a"))
+    assert files_in(hub) == {}
+    server.routes["/f"] = whole(CONTENT)
+    assert hub.fetch(hub.resolve("me/1.0/a")).read_bytes() == CONTENT
+
+
+def test_other_addresses_of_the_file_are_tried_in_turn(tmp_path: Path, server: Loopback) -> None:
+    server.routes |= {"/gone": status(404), "/wrong": whole(b"x"), "/good": whole(CONTENT)}
+    cards = {name: card_text((f"{server.origin}/{name}", DIGEST)) for name in ("gone", "wrong", "zgood")}
+    cards["zgood"] = card_text((f"{server.origin}/good", DIGEST))
+    hub = hub_with(tmp_path, server, **cards)
+    assert hub.fetch(hub.resolve("me/1.0/gone")).read_bytes() == CONTENT
+    assert [path for path, _ in server.asked] == ["/gone", "/wrong", "/good"]
+
+
+def test_a_host_that_is_down_is_not_asked_for_each_of_its_addresses(tmp_path: Path, server: Loopback) -> None:
+    with serving(f=whole(CONTENT)) as mirror:
+        cards = {f"a{n}": card_text((f"{server.origin}/{n}", DIGEST)) for n in range(4)}
+        cards["z"] = card_text((f"{mirror.origin}/f", DIGEST))
+        server.routes = {f"/{n}": status(503) for n in range(4)}
+        hub = hub_with(tmp_path, server, mirror, **cards)
+        assert hub.fetch(hub.resolve("me/1.0/a0")).read_bytes() == CONTENT
+    assert server.asked == [("/0", ""), ("/0", "")]
+
+
+def test_many_failures_are_told_in_one_short_line(tmp_path: Path, server: Loopback) -> None:
+    hub = hub_with(tmp_path, server, **{f"a{n}": card_text((f"{server.origin}/{n}", DIGEST)) for n in range(9)})
+    with pytest.raises(HubError, match=r"; and 6 more\. If you have the file") as caught:
+        hub.fetch(hub.resolve("me/1.0/a0"))
+    assert len(str(caught.value)) < 700 and "\n" not in str(caught.value)
+
+
+def test_a_file_beside_its_card_is_taken_if_it_is_right(tmp_path: Path, server: Loopback) -> None:
+    hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/f", DIGEST)))
+    beside = tmp_path / "cards" / "me" / "1.0" / "f"
+    beside.write_bytes(CONTENT)
+    assert hub.resolve("me/1.0/a").beside == beside
+    path = hub.fetch(hub.resolve("me/1.0/a"))
+    assert path.read_bytes() == CONTENT and path != beside and not server.asked
+    path.unlink()
+    beside.write_bytes(b"another")
+    assert hub.fetch(hub.resolve("me/1.0/a")).read_bytes() == CONTENT and len(server.asked) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path, server: Loopback) -> None:
+    (tmp_path / "cache").write_text("a file where the cache should be")
+    hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/f", DIGEST)))
+    with pytest.raises(HubError, match=r"the cache .*cannot be used: Not a directory|File exists"):
+        hub.fetch(hub.resolve("me/1.0/a"))
+    (tmp_path / "f").write_bytes(CONTENT)
+    with pytest.raises(HubError, match=r"the cache .*cannot be used"):
+        hub.add(tmp_path / "f")
+
+
+# Several processes --------------------------------------------------------------------------------------------------
+
+FETCH = """
+import sys
+from manidp.hub import open_hub
+hub = open_hub([sys.argv[1]], hosts=[sys.argv[2]])
+print(len(hub.fetch(hub.resolve("me/1.0/a")).read_bytes()))
+"""
+
+
+def _fetching(tmp_path: Path, server: Loopback) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", FETCH, str(tmp_path / "cards"), server.origin]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def _slow(seconds: float) -> Route:
+    def route(request: Request) -> None:
+        if request.offset():
+            whole(CONTENT)(request)
+        else:
+            request.answer(200, Content_Length=len(CONTENT))
+            request.send(CONTENT[:20_000])
+            request.pause(seconds)
+            request.send(CONTENT[20_000:])
+
+    return route
+
+
+def test_two_processes_at_once_bring_a_file_once(tmp_path: Path, server: Loopback) -> None:
+    server.routes["/f"] = _slow(1.5)
+    hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/f", DIGEST)))
+    both = [_fetching(tmp_path, server) for _ in range(2)]
+    assert [process.communicate(timeout=60)[0] for process in both] == [f"{len(CONTENT)}\n"] * 2
+    assert server.asked == [("/f", "")] and files_in(hub) == {DIGEST: CONTENT}
+
+
+def test_a_killed_download_is_gone_on_with_and_blocks_nobody(tmp_path: Path, server: Loopback) -> None:
+    server.routes["/f"] = _slow(60)
+    hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/f", DIGEST)))
+    part = hub.cache / "parts" / DIGEST
+    process = _fetching(tmp_path, server)
+    until = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert files_in(hub) == {} and 0 < part.stat().st_size < len(CONTENT)
+    left = part.stat().st_size
+    assert hub.fetch(hub.resolve("me/1.0/a")).read_bytes() == CONTENT
+    assert server.asked == [("/f", ""), ("/f", f"bytes={left}-")]
+
+
+# By hand, and again -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_carried_by_hand_is_taken_in_if_it_is_known(tmp_path: Path) -> None:
+    hub = hub_with(tmp_path, offline=True, a=card_text(("https://h/f", DIGEST)), b=card_text(("https://h/g", DIGEST)))
+    (tmp_path / "carried").write_bytes(CONTENT)
+    added = hub.add(tmp_path / "carried")
+    assert [uid.stem for uid in added.uids] == ["a", "b"] and added.size == len(CONTENT) and added.intact
+    assert hub.fetch(hub.resolve("me/1.0/b")) == added.path and added.path.read_bytes() == CONTENT
+    assert hub.add(tmp_path / "carried") == added
+    (tmp_path / "carried").write_bytes(CONTENT + b"x")
+    digest = hashlib.sha256(CONTENT + b"x").hexdigest()
+    with pytest.raises(HubError, match=f"no card names its sha256 {digest}"):
+        hub.add(tmp_path / "carried")
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(HubError, match="cannot read"):
+            hub.add(path)
+    assert files_in(hub) == {DIGEST: CONTENT}
+
+
+def test_verifying_hashes_everything_again(tmp_path: Path) -> None:
+    other = b"other"
+    digests = {hashlib.sha256(content).hexdigest(): content for content in (CONTENT, other)}
+    hub = hub_with(tmp_path, **{f"a{n}": card_text(("https://h/f", d)) for n, d in enumerate(digests)})
+    assert list(hub.verify()) == []
+    for digest, content in digests.items():
+        (tmp_path / digest).write_bytes(content)
+        hub.add(tmp_path / digest)
+    assert {c.path.name: c.intact for c in hub.verify()} == dict.fromkeys(digests, True)
+    (hub.cache / "files" / DIGEST).write_bytes(CONTENT[:-1])
+    expected = {digest: digest != DIGEST for digest in digests}
+    assert {c.path.name: c.intact for c in hub.verify()} == expected and len(files_in(hub)) == 2
+    assert {c.path.name: c.intact for c in hub.verify(remove=True)} == expected
+    assert list(files_in(hub).values()) == [other]
+
+
+# Networks -----------------------------------------------------------------------------------------------------------
+
+
+def _network() -> tuple[Checkpoint, np.ndarray[Any, Any]]:
+    graph = with_gates(resnet(20))
+    rng = np.random.default_rng(0)
+    weights = {name: rng.uniform(0.1, 1, shape).astype(np.float32) for name, shape in graph.parameters.items()}
+    checkpoint = Checkpoint(graph, weights, CIFAR10_PREPROCESSING, CIFAR10_CLASSES)
+    return checkpoint, to_ckpt(checkpoint)[1]
+
+
+def assert_weights(got: Checkpoint, expected: Checkpoint) -> None:
+    assert got.graph == expected.graph and got.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        np.testing.assert_array_equal(got.weights[name], weight, strict=True)
+
+
+def test_a_known_network_is_ready_to_run(tmp_path: Path, server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original's whole path, with a network of our own in its place."""
+    network, thresholds = _network()
+    write_ckpt({**to_ckpt(network)[0], "epoch_num": np.array(3)}, tmp_path / "x.ckpt")
+    content = (tmp_path / "x.ckpt").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    known = replace(known_networks()[ORIGINAL_SHA256], thresholds=tuple(thresholds))
+    monkeypatch.setattr("manidp.hub.known_networks", lambda: {digest: known})
+    server.routes["/x.ckpt"] = whole(content)
+    hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/x.ckpt", digest)), b=card_text(("", DIGEST)))
+    checkpoint, ignored = hub.checkpoint("me/1.0/a")
+    assert ignored == ("epoch_num",) and checkpoint.provenance["sha256"] == digest
+    assert checkpoint.preprocessing == known.preprocessing
+    assert_weights(checkpoint, network)
+    assert_weights(hub_with(tmp_path, offline=True).checkpoint("me/1.0/a")[0], network)
+    with pytest.raises(HubError, match=r"'me/1.0/b' is no network that manidp can run; it can run me/1\.0/a$"):
+        hub.checkpoint("me/1.0/b")
+
+
+def test_a_file_of_a_bundled_model_is_made_on_the_spot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, _ = _network()
+    (tmp_path / "data").mkdir()
+    save_checkpoint(network, tmp_path / "data" / "ours.safetensors")
+    write_ckpt(to_ckpt(network)[0], tmp_path / "x.ckpt")
+    digest = hashlib.sha256((tmp_path / "x.ckpt").read_bytes()).hexdigest()
+    monkeypatch.setattr("manidp.hub.DATA", tmp_path / "data")
+    monkeypatch.setattr("manidp.hub.bundled_files", lambda: {digest: "ours", DIGEST: "ours"})
+    cards = {"a": card_text(("https://h/x.ckpt", digest)), "wrong": card_text(("https://h/f", DIGEST))}
+    hub = hub_with(tmp_path, offline=True, **cards)
+    checkpoint, ignored = hub.checkpoint("me/1.0/a")
+    assert ignored == ()
+    assert_weights(checkpoint, network)
+    assert hub.fetch(hub.resolve("me/1.0/a")).read_bytes() == (tmp_path / "x.ckpt").read_bytes()
+    with pytest.raises(HubError, match="does not make the file of its card"):
+        hub.fetch(hub.resolve("me/1.0/wrong"))
+    assert_nothing_wrong(hub)
+
+
+def test_every_error_of_the_hub_is_one_of_ours() -> None:
+    assert issubclass(HubError, ManiDPError) and issubclass(CardError, ManiDPError)
