@@ -24,24 +24,30 @@ def keep_rate(epoch: int, epochs: int, target: float) -> float:
     return (1 - target) / 2 * math.cos(math.pi * min(epoch + 1, epochs) / epochs) + (1 + target) / 2
 
 
-def threshold(mean_saliency: NDArray[np.floating], rate: float, *, between: bool = False) -> float:
+def threshold(mean_saliency: NDArray[np.floating], rate: float) -> float:
     """The k-th largest of the channels' mean saliencies (C,), k = ceil(rate * C), at least 1.
 
-    ``between`` interpolates linearly between ranks, so that the threshold moves continuously with the rate.
     Departs: rate * C is freed of rounding first; else 0.6 * 5 = 3.0000000000000004 would count as 4.
     """
     ordered = np.sort(np.asarray(mean_saliency, dtype=np.float64))[::-1]
-    rank = min(max(rate * len(ordered), 1.0), float(len(ordered)))
-    if between:
-        return float(np.interp(rank, np.arange(1, len(ordered) + 1), ordered))
-    return float(ordered[math.ceil(rank - 1e-9) - 1])
+    k = math.ceil(rate * len(ordered) - 1e-9)
+    return float(ordered[min(max(k, 1), len(ordered)) - 1])
 
 
-def thresholds_for_rate(
-    saliencies: Mapping[str, NDArray[np.floating]], rate: float, *, between: bool = False
-) -> dict[str, float]:
+def continuous_threshold(mean_saliency: NDArray[np.floating], rate: float) -> float:
+    """``threshold`` made continuous, so that a budget can be met exactly.
+
+    Equal to it wherever rate * C is whole, linear between; from rate 1 on it falls to 0, reached at rate 2: the least
+    mean saliency still closes its channel for half of the images, 0 keeps whatever is positive.
+    """
+    ordered = np.sort(np.asarray(mean_saliency, dtype=np.float64))[::-1]
+    ranks = np.arange(1, len(ordered) + 1) / len(ordered)
+    return float(np.interp(rate, np.append(ranks, 2.0), np.append(ordered, 0.0)))
+
+
+def thresholds_for_rate(saliencies: Mapping[str, NDArray[np.floating]], rate: float) -> dict[str, float]:
     """Every gate's threshold for one keep rate; saliencies (images, C_l) under the gates' names."""
-    return {name: threshold(value.mean(0), rate, between=between) for name, value in saliencies.items()}
+    return {name: threshold(value.mean(0), rate) for name, value in saliencies.items()}
 
 
 def thresholds_for_budget(
@@ -51,13 +57,13 @@ def thresholds_for_budget(
 
     Exact as far as saliencies do not change with the thresholds of earlier gates; repeat on fresh ones to converge.
     """
-    low, high = 0.0, 1.0
+    means = {name: value.mean(0) for name, value in saliencies.items()}
+    low, high = 0.0, 2.0
     for _ in range(24):
         rate = (low + high) / 2
-        chosen = thresholds_for_rate(saliencies, rate, between=True)
-        kept = {name: value > np.float32(chosen[name]) for name, value in saliencies.items()}
+        kept = {name: value > np.float32(continuous_threshold(means[name], rate)) for name, value in saliencies.items()}
         if macs_per_image(graph, kept).mean() > budget:
             high = rate
         else:
             low = rate
-    return thresholds_for_rate(saliencies, low, between=True)
+    return {name: continuous_threshold(mean, low) for name, mean in means.items()}

@@ -259,11 +259,13 @@ class Training:
         self.records = [EpochRecord(**record) for record in meta["records"]]
         self.mean_cross_entropy = self.records[-1].cross_entropy if self.records else 0.0
         self.network.load_state_dict(_below(tensors, "network/"))
-        self.average = {name: value.to(self.device) for name, value in _below(tensors, "average/").items()}
+        for name, value in _below(tensors, "average/").items():
+            self.average[name].copy_(value)
         momenta = _below(tensors, "momentum/")
         for name, parameter in self.network.named_parameters():
             if name in momenta:
-                self.optimizer.state[parameter]["momentum_buffer"] = momenta[name].to(self.device)
+                buffer = torch.empty_like(parameter).copy_(momenta[name])  # laid out like the parameter
+                self.optimizer.state[parameter]["momentum_buffer"] = buffer
         self._write_log()
 
     def _save(self) -> None:

@@ -1,0 +1,276 @@
+"""Graphs check themselves, know their shapes and parameters, and gates are a rewrite that leaves the rest alone."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manidp.errors import GraphError
+from manidp.graph import (
+    Activation,
+    Add,
+    BatchNorm,
+    Concat,
+    Conv,
+    Flatten,
+    Gate,
+    GlobalPool,
+    Graph,
+    Input,
+    Linear,
+    Multiply,
+    Node,
+    Pool,
+    graph_from_json,
+    residual_convs,
+    resnet,
+    with_classes,
+    with_gates,
+)
+
+IMAGE = Input(name="image", dims=(3, 8, 8))
+
+
+def small(*nodes: Node, output: str = "out") -> Graph:
+    return Graph((IMAGE, *nodes), output)
+
+
+HEAD = (GlobalPool(name="pool", inputs=("conv",)), Linear(name="out", inputs=("pool",), features=2))
+
+
+@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110, 8])
+def test_resnet_has_as_many_weighted_layers_as_its_name_says(depth: int) -> None:
+    graph = resnet(depth)
+    layers = [node for node in graph.nodes if isinstance(node, (Conv, Linear)) and "downsample" not in node.name]
+    assert len(layers) == depth
+    assert graph.shapes["avgpool"] == (64,)
+
+
+@pytest.mark.parametrize("depth", [0, 7, 19, 21, -4])
+def test_a_depth_that_is_not_6n_plus_2_is_refused(depth: int) -> None:
+    with pytest.raises(GraphError, match=f"6n \\+ 2 layers.*got {depth}"):
+        resnet(depth)
+
+
+def test_parameters_of_resnet20_are_the_published_ones() -> None:
+    dense, gated = resnet(20), with_gates(resnet(20))
+    assert trained(dense) == 272_282
+    assert trained(gated) == 334_906
+    assert list(gated.parameters)[:5] == [
+        "conv_1_3x3.weight", "bn_1.moving_mean", "bn_1.moving_variance", "bn_1.gamma", "bn_1.beta",
+    ]  # fmt: skip
+    assert gated.parameters["stage_2.0.downsample.0.weight"] == (32, 16, 1, 1)
+    assert gated.parameters["stage_3.0.mb1.fc1.weight"] == (64, 32)
+    assert gated.parameters["stage_3.0.mb2.fc2.bias"] == (64,)
+    assert gated.parameters["classifier.weight"] == (10, 64)
+
+
+def trained(graph: Graph) -> int:
+    fixed = ("moving_mean", "moving_variance", "threshold")
+    return sum(math.prod(shape) for name, shape in graph.parameters.items() if not name.endswith(fixed))
+
+
+def test_gates_come_in_the_order_of_the_blocks_and_spare_stem_and_shortcuts() -> None:
+    gated = with_gates(resnet(20))
+    assert [gate.name for gate in gated.gates] == [
+        f"stage_{stage}.{block}.mb{k}" for stage in (1, 2, 3) for block in range(3) for k in (1, 2)
+    ]
+    first, second = gated.gates[:2]
+    assert first.inputs == ("relu_1",)
+    assert second.inputs == ("stage_1.0.mb1.gated",)  # the second gate reads what the first one let through
+    assert gated.gated_value(first) == "stage_1.0.relu_a"
+    assert gated.gated_value(second) == "stage_1.0.bn_b"
+    assert gated.by_name["stage_1.0.add"].inputs == ("relu_1", "stage_1.0.mb2.gated")
+
+
+def test_gates_add_nodes_and_change_nothing_else() -> None:
+    dense, gated = resnet(32), with_gates(resnet(32))
+    kept = {name: node for name, node in gated.by_name.items() if name in dense.by_name}
+    assert kept.keys() == dense.by_name.keys()
+    for name, node in kept.items():
+        undone = tuple(source.replace(".mb1.gated", ".relu_a").replace(".mb2.gated", ".bn_b") for source in node.inputs)
+        assert replace(node, inputs=undone) == dense.by_name[name]
+    assert dense == resnet(32)
+
+
+def test_what_a_gate_lets_us_skip_is_derived_from_the_graph() -> None:
+    gated = with_gates(resnet(20))
+    assert gated.wanted_by["stage_1.0.conv_a"] == "stage_1.0.mb1"
+    assert gated.wanted_by["stage_1.0.conv_b"] == "stage_1.0.mb2"
+    assert gated.zeroed_by["stage_1.0.mb1.gated"] == "stage_1.0.mb1"
+    assert gated.zeroed_by.keys() == {f"{gate.name}.gated" for gate in gated.gates}
+    assert not {"conv_1_3x3", "stage_2.0.downsample.0", "stage_1.0.add", "classifier"} & gated.wanted_by.keys()
+
+
+def test_a_second_reader_of_a_scaled_value_forbids_skipping() -> None:
+    nodes = (
+        Conv(name="conv", inputs=("image",), channels=4),
+        Gate(name="gate", inputs=("image",), channels=4, hidden=4),
+        Multiply(name="scaled", inputs=("conv", "gate")),
+        GlobalPool(name="pool", inputs=("scaled",)),
+        Linear(name="out", inputs=("pool",), features=2),
+    )
+    alone = small(*nodes)
+    assert alone.wanted_by == {"conv": "gate"}
+    assert alone.zeroed_by == {"scaled": "gate", "pool": "gate"}
+    other = (
+        Add(name="sum", inputs=("scaled", "conv")),
+        replace(nodes[3], inputs=("sum",)),
+        nodes[4],
+    )
+    assert small(*nodes[:3], *other).wanted_by == {}
+    scaling_itself = small(nodes[0], replace(nodes[1], inputs=("conv",)), *nodes[2:])
+    assert scaling_itself.wanted_by == {}  # the gate has to see the value first
+
+
+def test_zeros_do_not_survive_what_shifts_them() -> None:
+    def chain(node: Node) -> Graph:
+        return small(
+            Conv(name="conv", inputs=("image",), channels=4),
+            Gate(name="gate", inputs=("image",), channels=4, hidden=4),
+            Multiply(name="scaled", inputs=("conv", "gate")),
+            node,
+            GlobalPool(name="pool", inputs=(node.name,)),
+            Linear(name="out", inputs=("pool",), features=2),
+        )
+
+    keeps = [Activation(name="x", inputs=("scaled",), kind=kind) for kind in ("relu", "relu6", "hardswish", "silu")]
+    keeps += [Conv(name="x", inputs=("scaled",), channels=4, groups=4), Pool(name="x", inputs=("scaled",), kind="max", kernel=2, stride=2)]  # fmt: skip  # noqa: E501
+    shifts = [Activation(name="x", inputs=("scaled",), kind=kind) for kind in ("sigmoid", "hardsigmoid")]
+    shifts += [BatchNorm(name="x", inputs=("scaled",)), Conv(name="x", inputs=("scaled",), channels=4, groups=4, bias=True), Conv(name="x", inputs=("scaled",), channels=4)]  # fmt: skip  # noqa: E501
+    for node in keeps:
+        assert chain(node).zeroed_by.get("x") == "gate", node
+    for node in shifts:
+        assert "x" not in chain(node).zeroed_by, node
+
+
+def test_gating_chosen_convolutions_of_a_plain_chain() -> None:
+    plain = small(
+        Conv(name="features.0", inputs=("image",), channels=4),
+        Conv(name="features.1", inputs=("features.0",), channels=6),
+        GlobalPool(name="pool", inputs=("features.1",)),
+        Linear(name="out", inputs=("pool",), features=2),
+    )
+    assert residual_convs(plain) == ()
+    assert with_gates(plain) == plain
+    gated = with_gates(plain, ["features.1"])
+    assert [gate.name for gate in gated.gates] == ["features.mb1"]
+    assert gated.wanted_by == {"features.1": "features.mb1"}
+    with pytest.raises(GraphError, match="'pool' is not a convolution"):
+        with_gates(plain, ["pool"])
+    with pytest.raises(GraphError, match=r"'features\.1' has a gate already"):
+        with_gates(gated, ["features.1"])
+
+
+@given(st.sampled_from([8, 14, 20, 32]), st.integers(2, 200), st.booleans())
+def test_json_there_and_back(depth: int, classes: int, gates: bool) -> None:
+    graph = with_gates(resnet(depth, num_classes=classes)) if gates else resnet(depth, num_classes=classes)
+    assert graph_from_json(json.loads(json.dumps(graph.to_json()))) == graph
+
+
+def test_every_node_type_there_and_back_with_its_shape() -> None:
+    graph = small(
+        Conv(name="a", inputs=("image",), channels=6, kernel=5, stride=2, padding=2, groups=3, bias=True),
+        BatchNorm(name="b", inputs=("a",), eps=1e-3),
+        Activation(name="c", inputs=("b",), kind="hardswish"),
+        Pool(name="d", inputs=("c",), kind="max", kernel=3, stride=1, padding=1),
+        Concat(name="e", inputs=("c", "d")),
+        GlobalPool(name="f", inputs=("e",), kind="max"),
+        Linear(name="g", inputs=("f",), features=12, bias=False),
+        Multiply(name="h", inputs=("e", "g")),
+        Add(name="i", inputs=("h", "e")),
+        Flatten(name="j", inputs=("i",)),
+        Linear(name="out", inputs=("j",), features=3),
+    )
+    assert graph.shapes["a"] == (6, 4, 4)
+    assert graph.shapes["e"] == (12, 4, 4)
+    assert graph.shapes["j"] == (192,)
+    assert graph.parameters["a.weight"] == (6, 1, 5, 5)
+    assert "g.bias" not in graph.parameters
+    assert graph_from_json(json.loads(json.dumps(graph.to_json()))) == graph
+
+
+CONV = Conv(name="conv", inputs=("image",), channels=4)
+BROKEN = {
+    "'out' reads 'nowhere'": (CONV, Linear(name="out", inputs=("nowhere",), features=2)),
+    "cycle: a, b": (
+        Activation(name="a", inputs=("b",)),
+        Activation(name="b", inputs=("a",)),
+        CONV,
+        *HEAD,
+    ),
+    "more than once: conv": (CONV, CONV, *HEAD),
+    "exactly one Input": (Input(name="other", dims=(3, 8, 8)), CONV, *HEAD),
+    "'sum' .*inputs of one shape; got conv \\(4, 8, 8\\), image \\(3, 8, 8\\)": (
+        CONV,
+        Add(name="sum", inputs=("conv", "image")),
+        *HEAD,
+    ),
+    "'conv' .*groups divide": (Conv(name="conv", inputs=("image",), channels=4, groups=2), *HEAD),
+    "'out' .*a vector": (CONV, Linear(name="out", inputs=("conv",), features=2)),
+    "'conv' .*11x11 kernel": (Conv(name="conv", inputs=("image",), channels=4, kernel=11), *HEAD),
+    "'sum' \\(Add\\) takes 2 to 64 inputs; got 1": (CONV, Add(name="sum", inputs=("conv",)), *HEAD),
+    "output 'out' does not exist": (CONV,),
+    "must be a vector": (replace(CONV, name="out"),),
+    "'mul' .*one of the same shape|'mul' .*vector": (
+        CONV,
+        GlobalPool(name="v", inputs=("image",)),
+        Multiply(name="mul", inputs=("conv", "v")),
+        *HEAD,
+    ),
+    "both own a parameter 'conv.fc1.weight'": (
+        Gate(name="conv", inputs=("image",), channels=4, hidden=2),
+        Linear(name="conv.fc1", inputs=("pool",), features=2),
+        GlobalPool(name="pool", inputs=("image",)),
+        Linear(name="out", inputs=("conv",), features=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_graph_that_cannot_be_is_refused_and_its_nodes_named(message: str) -> None:
+    with pytest.raises(GraphError, match=message):
+        small(*BROKEN[message])
+
+
+def test_nodes_may_be_given_in_any_order() -> None:
+    graph = resnet(20)
+    assert Graph(graph.nodes[::-1], graph.output).shapes == graph.shapes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"op": "Attention"}, "unknown op 'Attention'"),
+        ({"channels": "16"}, "'channels' must be of type int; got '16'"),
+        ({"channels": True}, "'channels' must be of type int"),
+        ({"channels": 10**12}, "'channels' must be of type int"),
+        ({"dilation": 2}, "no field 'dilation'"),
+        ({"inputs": "image"}, "'inputs' must be of type"),
+        ({"name": ""}, "'name' must be of type str"),
+        ({"op": ["Conv"]}, "unknown op"),
+    ],
+)
+def test_json_that_describes_no_node_is_refused_with_the_place(change: dict[str, object], message: str) -> None:
+    data = resnet(8).to_json()
+    data["nodes"][1] |= change
+    with pytest.raises(GraphError, match=f"node 1 .*{message}"):
+        graph_from_json(data)
+
+
+@pytest.mark.parametrize(
+    "data", [None, [], {}, {"nodes": {}}, {"nodes": [1], "output": "x"}, {"nodes": [], "output": 3}]
+)
+def test_json_that_is_no_graph_is_refused(data: object) -> None:
+    with pytest.raises(GraphError):
+        graph_from_json(data)
+
+
+def test_a_new_head_has_the_new_number_of_classes_and_nothing_else_changes() -> None:
+    graph = with_classes(with_gates(resnet(20)), 3)
+    assert graph.num_classes == 3
+    changed = {n for n, s in graph.parameters.items() if with_gates(resnet(20)).parameters[n] != s}
+    assert changed == {"classifier.weight", "classifier.bias"}

@@ -1,0 +1,48 @@
+"""What may load what, measured in fresh processes; a probe is shown to be able to fail."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAVY = ("torch", "mindspore", "matplotlib", "llvmlite", "onnxruntime", "openvino")
+
+
+def loaded_after(code: str) -> list[str]:
+    probe = f"import sys, json\n{code}\nprint(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    found: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("module", ["manidp", "manidp.cli", "manidp.checkpoint", "manidp.images", "manidp.graph"])
+def test_base_modules_load_nothing_heavy(module: str) -> None:
+    assert loaded_after(f"import {module}") == []
+
+
+def test_the_probe_can_fail() -> None:
+    assert loaded_after("sys.modules['torch'] = sys") == ["torch"]
+
+
+def test_help_is_quick_and_loads_no_framework() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "manidp", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "classify" in done.stdout
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not modules & {*HEAVY, "numpy", "PIL"}
+    plain = [sys.executable, "-m", "manidp", "--help"]
+    fastest = min(timed(plain) for _ in range(5))
+    assert fastest < 0.3 * slowness(), "seconds"
+
+
+def timed(command: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, capture_output=True, check=True)
+    return time.perf_counter() - started
+
+
+def slowness() -> float:
+    """How much slower than usual this machine starts a Python now, at least 1: others may be using it."""
+    return max(1.0, min(timed([sys.executable, "-c", "import json, http.client"]) for _ in range(5)) / 0.06)

@@ -1,0 +1,188 @@
+"""The torch network walks the graph: equal to the reference, identity gates, exact names."""
+
+import numpy as np
+import pytest
+import torch
+
+from manidp.checkpoint import Checkpoint
+from manidp.errors import CheckpointError
+from manidp.graph import (
+    Activation,
+    Add,
+    BatchNorm,
+    Concat,
+    Conv,
+    Flatten,
+    Gate,
+    GlobalPool,
+    Graph,
+    Input,
+    Linear,
+    Multiply,
+    Pool,
+    resnet,
+    with_classes,
+    with_gates,
+)
+from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
+from manidp.runtime.reference import run
+from manidp.torch.convert import network_from, network_inheriting
+from manidp.torch.network import Network
+
+
+def random_weights(graph: Graph, seed: int) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+    generator = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in graph.parameters.items():
+        value = generator.normal(size=shape) / max(1, np.prod(shape[1:])) ** 0.5
+        if name.endswith(("moving_variance", "gamma")):
+            value = 0.5 + generator.random(shape)
+        if name.endswith("fc2.bias"):
+            value = generator.random(shape)
+        if name.endswith("threshold"):
+            value = np.array(0.4)
+        weights[name] = np.asarray(value, np.float32)
+    return weights
+
+
+def assert_network_equals_reference(graph: Graph, seed: int) -> None:
+    weights = random_weights(graph, seed)
+    images = np.random.default_rng(seed).normal(size=(4, *graph.input.dims)).astype(np.float32)
+    network = Network(graph)
+    network.load(weights)
+    network.eval()
+    with torch.no_grad():
+        output = network(torch.from_numpy(images))
+    result = run(graph, weights, images)
+    scale = np.abs(result.logits).max()
+    assert np.abs(output.logits.numpy() - result.logits).max() <= 1e-5 * scale
+    assert output.records.keys() == result.gates.keys()
+    for name, record in output.records.items():
+        assert ((record.gate > 0).numpy() == result.kept[name]).all(), name
+        assert record.gate.numpy() == pytest.approx(result.gates[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("depth", [8, 20])
+def test_gated_resnets_equal_the_reference(depth: int) -> None:
+    assert_network_equals_reference(with_gates(resnet(depth)), depth)
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid"])
+def test_every_node_type_equals_the_reference(kind: str) -> None:
+    graph = Graph(
+        (
+            Input(name="image", dims=(3, 9, 7)),
+            Conv(name="a", inputs=("image",), channels=6, kernel=5, stride=2, padding=2, groups=3, bias=True),
+            BatchNorm(name="b", inputs=("a",), eps=1e-3),
+            Activation(name="c", inputs=("b",), kind=kind),  # type: ignore[arg-type]
+            Pool(name="d", inputs=("c",), kind="max", kernel=3, stride=1, padding=1),
+            Pool(name="d2", inputs=("c",), kind="average", kernel=3, stride=1, padding=1),
+            Concat(name="e", inputs=("d2", "d")),
+            Conv(name="depthwise", inputs=("e",), channels=12, groups=12, padding=1),
+            Gate(name="gate", inputs=("e",), channels=12, hidden=5),
+            Multiply(name="scaled", inputs=("depthwise", "gate")),
+            GlobalPool(name="f", inputs=("e",), kind="max"),
+            Linear(name="g", inputs=("f",), features=12, bias=False),
+            Activation(name="squeeze", inputs=("g",), kind="sigmoid"),
+            Multiply(name="h", inputs=("scaled", "squeeze")),
+            Multiply(name="square", inputs=("h", "e")),
+            Add(name="i", inputs=("square", "e", "h")),
+            Flatten(name="j", inputs=("i",)),
+            GlobalPool(name="k", inputs=("i",)),
+            Concat(name="l", inputs=("j", "k")),
+            Linear(name="out", inputs=("l",), features=3),
+        ),
+        "out",
+    )
+    assert_network_equals_reference(graph, 3)
+
+
+def test_state_has_exactly_the_graphs_parameters() -> None:
+    graph = with_gates(resnet(20))
+    state = Network(graph).state_dict()
+    assert {name: tuple(value.shape) for name, value in state.items()} == dict(graph.parameters)
+    trained = sum(parameter.numel() for parameter in Network(graph).parameters())
+    assert trained == 334_906
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_fresh_gates_are_the_identity_to_the_last_bit(training: bool, bfloat16: bool) -> None:
+    dense = Network(resnet(20), seed=1).train(training)
+    checkpoint = checkpoint_of(dense)
+    gated = network_inheriting(with_gates(resnet(20)), checkpoint).train(training)
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        ungated, output = dense(images).logits, gated(images)
+    assert torch.equal(ungated, output.logits)
+    assert all(bool((record.gate == 1).all()) for record in output.records.values())
+
+
+def test_a_saliency_exactly_on_the_threshold_is_not_kept() -> None:
+    graph = with_gates(resnet(8))
+    network = Network(graph)  # every saliency is exactly 1
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for threshold, kept in ((1.0, False), (float(np.nextafter(np.float32(1), np.float32(0))), True)):
+        for gate in graph.gates:
+            network.state_dict()[f"{gate.name}.threshold"].fill_(threshold)
+        records = network(images).records
+        assert all(bool(((record.gate > 0) == kept).all()) for record in records.values())
+
+
+def test_the_feature_is_the_mean_of_the_map_before_it_is_scaled() -> None:
+    graph = with_gates(resnet(8))
+    weights = random_weights(graph, 5)
+    network = Network(graph).eval()
+    network.load(weights)
+    images = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
+    from manidp.runtime.reference import node_values
+
+    values = node_values(graph, weights, images)
+    with torch.no_grad():
+        records = network(torch.from_numpy(images)).records
+    for gate in graph.gates:
+        expected = values[graph.gated_value(gate)].mean((2, 3))
+        assert records[gate.name].feature.numpy() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_gradients_keep_the_fast_memory_layout_and_are_right() -> None:
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_(True)
+    from manidp.torch.network import _mean
+
+    y = torch.randn(2, 3, dtype=torch.float32)
+    (_mean(x) * y).sum().backward()
+    assert x.grad is not None
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+    assert x.grad.numpy() == pytest.approx(np.broadcast_to(y[:, :, None, None].numpy() / 20, x.shape), rel=1e-6)
+
+
+def checkpoint_of(network: Network) -> Checkpoint:
+    return Checkpoint(network.graph, network.weights(), CIFAR10_PREPROCESSING, CIFAR10_CLASSES)
+
+
+def test_weights_there_and_back() -> None:
+    checkpoint = checkpoint_of(Network(with_gates(resnet(8)), seed=3))
+    again = network_from(checkpoint).weights()
+    assert all((again[name] == value).all() for name, value in checkpoint.weights.items())
+    assert again.keys() == checkpoint.weights.keys()
+
+
+def test_inheriting_is_strict() -> None:
+    checkpoint = checkpoint_of(Network(resnet(8), seed=3))
+    with pytest.raises(CheckpointError, match=r"stage_1\.1\.bn_a"):
+        network_inheriting(resnet(14), checkpoint)  # would silently be half fresh
+    with pytest.raises(CheckpointError, match=r"\(\d+ in all\)"):
+        network_inheriting(resnet(8), checkpoint_of(Network(with_gates(resnet(8)))))  # gates would be lost
+    with pytest.raises(CheckpointError, match="do not fit"):
+        Network(resnet(8)).load({})
+
+
+def test_a_new_head_is_fresh_and_the_rest_inherited() -> None:
+    checkpoint = checkpoint_of(Network(with_gates(resnet(8)), seed=3))
+    network = network_inheriting(with_classes(checkpoint.graph, 4), checkpoint, seed=4)
+    weights = network.weights()
+    assert weights["classifier.weight"].shape == (4, 64)
+    for name, value in checkpoint.weights.items():
+        if not name.startswith("classifier."):
+            assert (weights[name] == value).all()
