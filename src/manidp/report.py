@@ -473,8 +473,9 @@ def _totals(findings: Findings) -> str:
     ]  # fmt: skip
     head = _row("Network", _heads(("Right", "Multiply-adds an image, mean", "Fewer than dense")), "col")
     return (
-        f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody><caption>95 % confidence interval of the gated "
-        f"network's accuracy, from so many images: {_percent(low)} to {_percent(high)} (Wilson).</caption></table>"
+        f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody><caption>95 % confidence '
+        f"interval of the gated network's accuracy, from so many images: {_percent(low)} to {_percent(high)} (Wilson)."
+        "</caption></table></div>"
     )
 
 
