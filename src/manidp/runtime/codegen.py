@@ -10,9 +10,10 @@ at a time. The loop that takes the time is the *tile*, K outputs x V vectors of 
                 a[k][v] += weight[lo[k]][li[j]][tap] * x[v]
 
 Weights are broadcast one by one from where they lie, so any set of channels can be skipped without packing anything.
-A Winograd convolution is the same tile with one tap, run for 16 points: its inputs are blocks transformed beforehand.
-Tiles go to a scratch area that stays in the first-level cache, and ``finish`` makes the outputs from it: inverse
-transform, bias, activation, gate, residual, pooled sums for the next gate, store.
+A Winograd convolution multiplies transformed 4x4 inputs instead of taps: 16 products make 4 outputs, not 36. It goes
+column by column of the 4x4, so that what it transforms and multiplies stays in the first-level cache; the four
+products of a column are reduced to two in registers. What tiles make goes to a scratch area, and ``finish`` makes
+outputs from it: rest of the inverse transform, bias, activation, gate, residual, pooled sums for the next gate, store.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from manidp.runtime.ir import Function, literal
 from manidp.runtime.plan import (
     AT,
     BT,
+    POINTS,
     Channels,
     Convolve,
     Decide,
@@ -67,24 +69,25 @@ ISAS = {
 
 @dataclass(frozen=True)
 class Tile:
-    """At most ``outputs`` x ``vectors`` accumulators; the map is walked in ``blocks`` blocks of that many vectors."""
+    """At most ``outputs`` x ``vectors`` sums; the map is walked in ``blocks`` blocks of that many vectors."""
 
     outputs: int
     vectors: int
     blocks: int
 
 
-def tile_shape(positions: int, most_outputs: int, isa: Isa) -> Tile:
+def tile_shape(positions: int, most_outputs: int, winograd: bool, isa: Isa) -> Tile:
     """The tile that needs fewest cycles at two multiply-adds and two loads a cycle, padding of blocks counted."""
     best: tuple[float, Tile] | None = None
     needed = -(-positions // isa.lanes)
+    sums = 2 if winograd else 1  # a Winograd tile works on two points at a time
     for vectors in range(1, 9):
-        outputs = min((isa.registers - 2 - vectors) // vectors, most_outputs)
+        outputs = min((isa.registers - 2 - vectors) // vectors // sums, most_outputs)
         if outputs < 1:
             continue
         blocks = -(-needed // vectors)
-        cycles = max(outputs * vectors, outputs + vectors + 1) / (outputs * vectors)
-        cost = cycles * blocks * vectors / needed + 0.5 / outputs / vectors + 0.02 * vectors
+        multiplied, loaded = sums * outputs * vectors, sums * (outputs + vectors) + 1
+        cost = max(multiplied, loaded) / multiplied * blocks * vectors / needed + 0.5 / multiplied + 0.02 * vectors
         if best is None or cost < best[0]:
             best = cost, Tile(outputs, vectors, blocks)
     assert best is not None
@@ -109,28 +112,23 @@ class _Group:
         return self.tile.vectors * self.lanes
 
     @property
-    def points(self) -> int:
-        return len(BT) ** 2 if self.winograd else 1
-
-    @property
-    def point_stride(self) -> int:
-        """From the transformed inputs of one point to the next: one vector more, lest all points share cache sets."""
-        return self.inputs * self.block + self.lanes if self.winograd else 0
-
-    @property
-    def transformed(self) -> int:
-        """Floats of scratch for the transformed inputs."""
-        return self.points * self.point_stride
-
-    @property
-    def products(self) -> int:
-        """Floats of scratch for a tile."""
-        return self.points * self.tile.outputs * self.block
+    def columns(self) -> int:
+        return len(BT) if self.winograd else 1
 
     @property
     def row(self) -> int:
         """Weights from one output to the next."""
-        return self.inputs * (1 if self.winograd else self.kernel**2)
+        return self.inputs * (len(BT) if self.winograd else self.kernel**2)
+
+    @property
+    def transformed(self) -> int:
+        """Floats of scratch for one column of the transformed inputs."""
+        return self.inputs * len(BT) * self.block if self.winograd else 0
+
+    @property
+    def values(self) -> int:
+        """Vectors that tiles make of each output and vector of positions."""
+        return self.columns * len(AT) if self.winograd else 1
 
 
 Mask = Callable[[Function, str], str | None]  # gives the lanes of a block that hold, None for all
@@ -240,16 +238,17 @@ class Generator:
     def _convolve(self, f: Function, step: Convolve) -> None:
         node, finish = step.node, step.finish
         source, frame = self.plan.maps[step.source].layout, self.plan.maps[finish.frame].layout
+        outputs = node.channels // node.groups
         group = _Group(
             inputs=step.inputs.count // node.groups,
-            outputs=node.channels // node.groups,
+            outputs=outputs,
             kernel=node.kernel,
             padding=node.padding,
             winograd=step.winograd,
-            tile=tile_shape(frame.rows * frame.pitch, min(node.channels // node.groups, 10 if step.winograd else 6), self.isa),
+            tile=tile_shape(frame.rows * frame.pitch, min(outputs, 10 if step.winograd else 6), step.winograd, self.isa),
             lanes=self.lanes,
         )
-        self.scratch = max(self.scratch, group.transformed + group.products)
+        self.scratch = max(self.scratch, group.transformed + outputs * group.values * group.block)
         operands = self._operands(f, finish)
         extra = "".join(f", ptr %p{i}" for i in range(len(operands)))
         arguments = f"ptr %x, ptr %weights, ptr %bias, ptr %li, i64 %ni, ptr %lo, i64 %no, ptr %scratch{extra}"
@@ -284,129 +283,155 @@ class Generator:
         """Block by block, and in each block the outputs in tiles of as even a size as can be."""
         tiles = g(f"udiv i64 {g(f'add i64 %no, {group.tile.outputs - 1}')}, {group.tile.outputs}")
         products = g.at("%scratch", group.transformed)
-        multiply = self._tiles(group, source, frame)
-        finishing = self._finish(group, frame, finish, extra)
 
         def one_block(block: str) -> list[str]:
-            x = "%x"
-            if group.winograd:
-                transform = self._transform(group, source, frame)
-                x = "%scratch"
-                g.do(f"call void @{transform}(ptr %x, ptr {x}, ptr %li, i64 %ni, i64 {block})")
+            for column in range(group.columns):
+                x = "%x"
+                if group.winograd:
+                    x = "%scratch"
+                    transform = self._transform(group, source, frame, column)
+                    g.do(f"call void @{transform}(ptr %x, ptr {x}, ptr %li, i64 %ni, i64 {block})")
+                weights = g.at("%weights", column * group.outputs * group.row)
+                multiply = self._tiles(group, source, frame)
 
-            def one_tile(index: str) -> list[str]:
-                first = g(f"udiv i64 {g.scaled(index, '%no')}, {tiles}")
-                end = g(f"udiv i64 {g.scaled(g(f'add i64 {index}, 1'), '%no')}, {tiles}")
-                outputs = f"ptr {g.at('%lo', first)}, i64 {g(f'sub i64 {end}, {first}')}"
-                g.do(f"call void @{multiply}(ptr {x}, ptr %weights, ptr %li, i64 %ni, {outputs}, ptr {products}, "
-                     f"i64 {block})")  # fmt: skip
-                g.do(f"call void @{finishing}(ptr {products}, ptr %bias, {outputs}, i64 {block}{extra})")
-                return []
+                def one_tile(index: str) -> list[str]:
+                    first = g(f"udiv i64 {g.scaled(index, '%no')}, {tiles}")
+                    end = g(f"udiv i64 {g.scaled(g(f'add i64 {index}, 1'), '%no')}, {tiles}")
+                    into = g.at(products, column * len(AT) * group.block, g.scaled(first, group.values * group.block))
+                    g.do(f"call void @{multiply}(ptr {x}, ptr {weights}, ptr %li, i64 %ni, ptr {g.at('%lo', first)}, "
+                         f"i64 {g(f'sub i64 {end}, {first}')}, ptr {into}, i64 {block})")  # fmt: skip
+                    return []
 
-            g.loop(tiles, one_tile)
+                g.loop(tiles, one_tile)
+            finishing = self._finish(group, frame, finish, extra)
+            g.do(f"call void @{finishing}(ptr {products}, ptr %bias, ptr %lo, i64 %no, i64 {block}{extra})")
             return []
 
         g.loop(group.tile.blocks, one_block)
 
     def _tiles(self, group: _Group, source: Layout, frame: Layout) -> str:
         """The function that picks the tile for a number of outputs."""
+        tile = self._winograd_tile if group.winograd else self._direct_tile
 
         def write(g: Function) -> None:
             arms = {n: g.new_label("tile") for n in range(1, group.tile.outputs + 1)}
             g.do(f"switch i64 %no, label %after [{' '.join(f'i64 {n}, label %{arm}' for n, arm in arms.items())}]")
             for n, arm in arms.items():
                 g.begin(arm)
-                strides = f"i64 {group.row}, i64 {group.outputs * group.inputs}, i64 {group.point_stride}"
-                g.do(f"call void @{self._tile(group, source, frame, n)}(ptr %x, ptr %weights, ptr %li, i64 %ni, "
-                     f"ptr %lo, ptr %products, i64 %block, {strides})")  # fmt: skip
+                name = tile(group, source, frame, n)
+                g.do(f"call void @{name}(ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, ptr %products, i64 %block, "
+                     f"i64 {group.row}, i64 {group.inputs * 2 * group.block})")  # fmt: skip
                 g.do("br label %after")
             g.begin("after")
 
         arguments = "ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, i64 %no, ptr %products, i64 %block"
         return self._shared(("tiles", group, source, frame), arguments, write)
 
-    def _tile(self, group: _Group, source: Layout, frame: Layout, outputs: int) -> str:
+    _TILE = "ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, ptr %products, i64 %block, i64 %row, i64 %pair"
+
+    def _direct_tile(self, group: _Group, source: Layout, frame: Layout, outputs: int) -> str:
         """The function that multiplies and adds: ``outputs`` of a block, from all kept inputs."""
-        tile, lanes = group.tile, self.lanes
-        kernel = 1 if group.winograd else group.kernel
-        taps = [(0, [_all] * tile.vectors)]
-        if not group.winograd:
-            taps = [self._tap(source, frame, tile, 0, v - group.padding) for v in range(kernel)]
-        lines = [0 if group.winograd else self._tap(source, frame, tile, u - group.padding, 0)[0] for u in range(kernel)]
+        tile, lanes, kernel = group.tile, self.lanes, group.kernel
+        taps = [self._tap(source, frame, tile, 0, v - group.padding) for v in range(kernel)]
+        lines = [self._tap(source, frame, tile, u - group.padding, 0)[0] for u in range(kernel)]
 
         def write(g: Function) -> None:
             rows = [g.at("%weights", g.scaled(g.index("%lo", k), "%row")) for k in range(outputs)]
-            x = "%x" if group.winograd else g.at("%x", g.scaled("%block", group.block))
+            start = g.at("%x", g.scaled("%block", group.block))
             masks = [[mask(g, "%block") for mask in these] for _, these in taps]
 
-            def one_point(point: str) -> list[str]:
-                shift = g.scaled(point, "%weights_per_point")
-                weights = [g.at(row, shift) for row in rows]
-                inputs = g.at(x, g.scaled(point, "%inputs_per_point"))
+            def one_input(j: str, *sums: str) -> list[str]:
+                i = g.index("%li", j)
+                x = g.at(start, g.scaled(i, source.channel))
 
-                def one_input(j: str, *sums: str) -> list[str]:
-                    i = g.index("%li", j)
-                    here = g.at(inputs, g.scaled(j, group.block) if group.winograd else g.scaled(i, source.channel))
+                def one_line(u: str, *sums: str) -> list[str]:
+                    line = g.at(x, g.number(lines, u))
+                    first = g(f"add i64 {g.scaled(i, kernel**2)}, {g.scaled(u, kernel)}")
+                    totals = list(sums)
+                    for t, (offset, _) in enumerate(taps):
+                        values = [
+                            g.zero_unless(mask, g.load(line, offset + v * lanes)) for v, mask in enumerate(masks[t])
+                        ]
+                        for k in range(outputs):
+                            weight = g.splat(g.scalar(g.at(rows[k], first), t))
+                            for v, value in enumerate(values):
+                                at = k * tile.vectors + v
+                                totals[at] = g.fma(value, weight, totals[at])
+                    return totals
 
-                    def one_line(u: str, *sums: str) -> list[str]:
-                        line = g.at(here, g.number(lines, u))
-                        first = g(f"add i64 {g.scaled(i, kernel**2)}, {g.scaled(u, kernel)}")
-                        totals = list(sums)
-                        for t, (offset, _) in enumerate(taps):
-                            values = [
-                                g.zero_unless(mask, g.load(line, offset + v * lanes)) for v, mask in enumerate(masks[t])
-                            ]
-                            for k in range(outputs):
-                                weight = g.splat(g.scalar(g.at(weights[k], first), t))
-                                for v, value in enumerate(values):
-                                    at = k * tile.vectors + v
-                                    totals[at] = g.fma(value, weight, totals[at])
-                        return totals
+                return g.loop(kernel, one_line, *((g.vector, total) for total in sums))
 
-                    return g.loop(kernel, one_line, *((g.vector, total) for total in sums))
+            zeros = [(g.vector, "zeroinitializer")] * (outputs * tile.vectors)
+            for at, total in enumerate(g.loop("%ni", one_input, *zeros)):
+                g.store(total, "%products", at * lanes)
 
-                zeros = [(g.vector, "zeroinitializer")] * (outputs * tile.vectors)
-                products = g.at("%products", g.scaled(point, tile.outputs * group.block))
-                for at, total in enumerate(g.loop("%ni", one_input, *zeros)):
-                    g.store(total, products, at * lanes)
-                return []
+        return self._shared(("tile", group, source, frame, outputs), self._TILE, write)
 
-            g.loop(group.points, one_point)
+    def _winograd_tile(self, group: _Group, source: Layout, frame: Layout, outputs: int) -> str:
+        """The same for one column of a Winograd convolution: products 1 and 2 first, then 0 and 3.
 
-        arguments = (
-            "ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, ptr %products, i64 %block, "
-            "i64 %row, i64 %weights_per_point, i64 %inputs_per_point"
-        )
-        what = (tile.outputs, tile.vectors) if group.winograd else (group, source, frame)
-        return self._shared(("tile", outputs, what), arguments, write)
-
-    def _transform(self, group: _Group, source: Layout, frame: Layout) -> str:
-        """The function that makes BT d B of every kept input of a block, d the 4x4 inputs around each 2x2 outputs."""
-        size = range(len(BT))
+        With sum and difference of the first two in its registers, the tile goes on to AT times all four.
+        """
+        vectors, block, lanes = group.tile.vectors, group.block, self.lanes
 
         def write(g: Function) -> None:
-            taps = {(i, j): self._tap(source, frame, group.tile, i - 1, j - 1) for i in size for j in size}
+            rows = [g.at("%weights", g.scaled(g.index("%lo", k), "%row")) for k in range(outputs)]
+            sums = ["zeroinitializer"] * (2 * outputs * vectors)  # point, output, vector
+            for pair in range(2):
+                inputs = g.at("%x", g.scaled("%pair", pair)) if pair else "%x"
+
+                def one_input(j: str, *sums: str) -> list[str]:
+                    first = g.scaled(g.index("%li", j), len(BT))
+                    x = g.at(inputs, g.scaled(j, 2 * block))
+                    totals = list(sums)
+                    for point in range(2):
+                        values = [g.load(x, point * block + v * lanes) for v in range(vectors)]
+                        for k in range(outputs):
+                            weight = g.splat(g.scalar(g.at(rows[k], first), 2 * pair + point))
+                            for v, value in enumerate(values):
+                                at = (point * outputs + k) * vectors + v
+                                totals[at] = g.fma(value, weight, totals[at])
+                    return totals
+
+                sums = g.loop("%ni", one_input, *((g.vector, total) for total in sums))
+                if pair == 0:
+                    halves = list(zip(sums[: outputs * vectors], sums[outputs * vectors :], strict=True))
+                    sums = [g.arithmetic(operation, a, b) for operation in ("fadd", "fsub") for a, b in halves]
+            for at, total in enumerate(sums):
+                half, k, v = at // (outputs * vectors), at // vectors % outputs, at % vectors
+                g.store(total, "%products", (k * group.values + half) * block + v * lanes)
+
+        return self._shared(("tile", "winograd", outputs, vectors), self._TILE, write)
+
+    def _transform(self, group: _Group, source: Layout, frame: Layout, column: int) -> str:
+        """The function that makes one column of BT d B of every kept input, d the 4x4 inputs around 2x2 outputs."""
+        size = range(len(BT))
+        used = [j for j in size if BT[column, j]]
+
+        def write(g: Function) -> None:
+            taps = {(i, j): self._tap(source, frame, group.tile, i - 1, j - 1) for i in size for j in used}
             masks = {at: [mask(g, "%block") for mask in these] for at, (_, these) in taps.items()}
             start = g.scaled("%block", group.block)
 
-            def one_input(j: str) -> list[str]:
-                x = g.at("%x", g.scaled(g.index("%li", j), source.channel), start)
-                into = g.at("%into", g.scaled(j, group.block))
+            def one_input(k: str) -> list[str]:
+                x = g.at("%x", g.scaled(g.index("%li", k), source.channel), start)
+                into = g.at("%into", g.scaled(k, 2 * group.block))
                 for v in range(group.tile.vectors):
                     d = {
                         at: g.zero_unless(masks[at][v], g.load(x, offset + v * self.lanes))
                         for at, (offset, _) in taps.items()
                     }
-                    d = {(a, j): g.combine(BT[a], [d[i, j] for i in size]) for a in size for j in size}
-                    d = {(a, b): g.combine(BT[b], [d[a, j] for j in size]) for a in size for b in size}
-                    for a, b in d:
-                        g.store(d[a, b], into, (a * len(BT) + b) * group.point_stride + v * self.lanes)
+                    rows = [g.combine(BT[column, used], [d[i, j] for j in used]) for i in size]
+                    for place, point in enumerate(POINTS):
+                        pair, second = divmod(place, 2)
+                        at = pair * group.inputs * 2 * group.block + second * group.block + v * self.lanes
+                        g.store(g.combine(BT[point], rows), into, at)
                 return []
 
             g.loop("%ni", one_input)
 
         arguments = "ptr %x, ptr %into, ptr %li, i64 %ni, i64 %block"
-        return self._shared(("transform", group, source, frame), arguments, write)
+        return self._shared(("transform", group, source, frame, column), arguments, write)
 
     def _tap(self, source: Layout, frame: Layout, tile: Tile, down: int, right: int) -> tuple[int, list[Mask]]:
         """Where the elements ``down`` and ``right`` of the block's own lie, and the lanes that do not wrap around."""
@@ -420,27 +445,22 @@ class Generator:
         return phase * source.plane + rows * source.pitch + columns, masks
 
     def _finish(self, group: _Group, frame: Layout, finish: Finish, extra: str) -> str:
-        """The function that makes outputs from a tile and does what follows."""
-        tile, lanes = group.tile, self.lanes
-        size, halves = (range(len(BT)), range(len(AT))) if group.winograd else (range(1), range(1))
-        per_point = tile.outputs * group.block
+        """The function that makes outputs of a block from what tiles made, and does what follows."""
+        tile = group.tile
 
         def write(g: Function) -> None:
             start = g.scaled("%block", group.block)
 
             def one_output(k: str) -> list[str]:
                 channel = g.index("%lo", k)
-                element = self._element(g, frame, finish, channel, start)
+                element = _Element(self, g, frame, finish, channel, start)
                 bias = g.splat(g.scalar("%bias", channel))
-                products = g.at("%products", g.scaled(k, group.block))
+                products = g.at("%products", g.scaled(k, group.values * group.block))
                 for v in range(tile.vectors):
-                    y = {
-                        (a, b): g.load(products, (a * len(size) + b) * per_point + v * lanes) for a in size for b in size
-                    }
+                    y = [g.load(products, n * group.block + v * self.lanes) for n in range(group.values)]
                     if group.winograd:
-                        y = {(i, b): g.combine(AT[i], [y[a, b] for a in size]) for i in halves for b in size}
-                        y = {(i, j): g.combine(AT[j], [y[i, b] for b in size]) for i in halves for j in halves}
-                    for phase, value in enumerate(y.values()):
+                        y = [g.combine(half, y[i :: len(AT)]) for i in range(len(AT)) for half in AT]
+                    for phase, value in enumerate(y):
                         element.make(phase, v, tile, "%block", g.arithmetic("fadd", value, bias))
                 element.pool()
                 return []
@@ -467,9 +487,6 @@ class Generator:
             pointers.append(f.at(self._vector(f, name), finish.first_channel * self.lanes))
         return pointers
 
-    def _element(self, g: Function, frame: Layout, finish: Finish, channel: str, start: str) -> _Element:
-        return _Element(self, g, frame, finish, channel, start)
-
     def _pointwise(self, f: Function, step: Pointwise) -> None:
         """Channel by channel, vector by vector: zeros, a map or its windows, then what follows."""
         frame, finish, pool = self.plan.maps[step.finish.frame].layout, step.finish, step.pool
@@ -485,7 +502,7 @@ class Generator:
 
                 def one_block(block: str) -> list[str]:
                     start = g.scaled(block, self.lanes)
-                    element = self._element(g, frame, finish, channel, start)
+                    element = _Element(self, g, frame, finish, channel, start)
                     for phase in range(frame.phases**2):
                         if source is None:
                             y = g.constant(0)

@@ -44,6 +44,7 @@ Key = tuple[str, int]  # a feature map: name of the value, number of phases
 BT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 AT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
+POINTS = (1, 2, 0, 3)  # order in which the products of a column are made; the weights of the last change their sign
 
 
 @dataclass(frozen=True)
@@ -418,7 +419,7 @@ class _Planner:
             weight, bias = weight * scale[:, None, None, None], bias * scale + shift
         winograd = self._winograd(node)
         if winograd:
-            weight = np.einsum("au,oiuv,bv->aboi", G, weight, G)
+            weight = np.einsum("au,oiuv,bv->boia", G, weight, G)[..., POINTS] * (1, 1, 1, -1)
         packed = self.constants.add(weight), self.constants.add(bias)
         inputs = Channels(self.graph.shapes[node.inputs[0]][0], self.graph.zeroed_by.get(node.inputs[0]))
         phases = 2 if winograd else 1
