@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from manidp.runtime.reference import Reference
+    from manidp.runtime.engine import Engine
 
 __version__ = "0.1.0"
 
-def load(name: str | Path) -> Reference:
-    """A network ready to run, by bundled name or path of a checkpoint.
+
+def load(name: str | Path, *, precision: str = "float32", threads: int = 1, isa: str | None = None) -> Engine:
+    """A network ready to run, by bundled name or path of a checkpoint; options are those of ``Engine``.
 
     Raises CheckpointError if there is no such model or its file is broken.
     """
     from manidp.checkpoint import checkpoint_path, load_checkpoint
-    from manidp.runtime.reference import Reference
+    from manidp.runtime.engine import Engine
 
-    return Reference(load_checkpoint(checkpoint_path(name)))
+    checkpoint = load_checkpoint(checkpoint_path(name))
+    return Engine(checkpoint, precision=precision, threads=threads, isa=isa)

@@ -7,6 +7,7 @@ command that needs them, so that ``manidp --help`` is fast and works with the ba
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -276,7 +277,9 @@ def report(
 
     engine = manidp.load(model)
     images, _ = _labelled(data, engine)
-    findings = collect(engine, images, manidp.load(beside))
+    with _progress() as progress:
+        steps = _steps(progress, "Running")
+        findings = collect(engine.checkpoint, engine, images, manidp.load(beside), steps)
     write_report(findings, out)
     if overview:
         draw_overview(findings, overview)
@@ -345,18 +348,21 @@ def _evaluated(name: str, engine: Any, images: Any) -> dict[str, Any]:
 
 
 def _print_classified(rows: list[dict[str, Any]], dense: int) -> None:
+    from rich.box import SIMPLE
     from rich.table import Table
 
     if not rows:
         return
     stages = list(rows[0]["kept"])
-    table = Table(caption=f"dense: {dense / 1e6:.1f} M multiply-adds for every image")
-    for heading in ("image", "class", "probability"):
-        table.add_column(heading, justify="right" if heading == "probability" else "left")
+    table = Table(box=SIMPLE, caption=f"M MACs: million multiply-adds spent; dense: {dense / 1e6:.1f} for every image",
+                  caption_justify="left")  # fmt: skip
+    table.add_column("image", overflow="fold")
+    table.add_column("class")
+    table.add_column("proba-\nbility", justify="right")
     known = any(row["truth"] for row in rows)
     if known:
         table.add_column("truth")
-    for heading in ("M multiply-adds", "of dense", *(f"{stage} kept" for stage in stages)):
+    for heading in ("M MACs", "of\ndense", *(f"kept in\n{stage}" for stage in stages)):
         table.add_column(heading, justify="right")
     for row in rows:
         cells = [row["image"], row["class"], f"{row['probability']:.1%}"]
@@ -368,11 +374,12 @@ def _print_classified(rows: list[dict[str, Any]], dense: int) -> None:
 
 
 def _print_evaluated(rows: list[dict[str, Any]], description: str) -> None:
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(title=description, title_justify="left")
+    table = Table(box=SIMPLE, title=description, title_justify="left")
     table.add_column("model")
-    for heading in ("correct", "accuracy", "mean M multiply-adds", "of dense", "ms an image"):
+    for heading in ("correct", "accuracy", "mean M MACs", "of dense", "ms an image"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
@@ -432,9 +439,10 @@ def _finished_line(finished: Finished) -> str:
 
 
 def _console() -> Any:
+    """stdout; into a file or pipe, tables are as wide as what is in them."""
     from rich.console import Console
 
-    return Console()
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240)
 
 
 def _progress() -> Progress:

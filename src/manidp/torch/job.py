@@ -6,13 +6,13 @@ import hashlib
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from manidp import __version__
 from manidp.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
 from manidp.errors import TrainingError
 from manidp.graph import Graph, resnet, with_classes, with_gates
@@ -96,7 +96,7 @@ def run_job(job: Job) -> Iterator[str | EpochRecord | Finished]:
         }
     provenance = {
         "made_with": {
-            "manidp": __version__, "torch": torch.__version__, "numpy": np.__version__,
+            "manidp": version("manidp"), "torch": torch.__version__, "numpy": np.__version__,
             "python": platform.python_version(),
         },
         "recipe": asdict(recipe),
@@ -189,4 +189,4 @@ def _tensorboard(job: Job) -> Any:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(job.out))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(job.out))

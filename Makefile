@@ -1,0 +1,39 @@
+# Everything a fresh machine needs is installed by these targets, into .venv and .venv-mindspore.
+PYTHON ?= python3
+VENV := .venv
+MANIDP := $(VENV)/bin/manidp
+
+.PHONY: help run test check data model figure test-mindspore clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+run: $(VENV)/.base  ## Classify bundled CIFAR-10 test images, then compare with the dense network
+	$(MANIDP) classify
+	$(MANIDP) evaluate --beside dense-res20
+
+test: check  ## Set up, check and run every test
+	$(VENV)/bin/python -m pytest
+	$(MAKE) test-mindspore
+
+check: $(VENV)/.dev  ## Formatting, lint, types, layers
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+data: $(VENV)/.base  ## Bring CIFAR-10 into ./cifar10 and verify it
+	$(MANIDP) data cifar10
+
+$(VENV)/.base: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)/bin/python -m pip install --quiet --editable '.[torch,plots,dev]'
+	touch $@
+
+clean:  ## Remove the environments and caches
+	rm -rf $(VENV) .venv-mindspore .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,238 @@
+"""The command line: what it prints, as tables and as JSON, its exit codes, and errors of one line."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from manidp import cli
+from manidp.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from manidp.graph import resnet, with_gates
+from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
+from manidp.macs import ungated_macs
+from manidp.runtime import reference
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small gated network with random weights that keeps some channels and closes some."""
+    graph = with_gates(resnet(8, width=4))
+    generator = np.random.default_rng(0)
+    weights = {}
+    for name, shape in graph.parameters.items():
+        value = generator.normal(size=shape) / max(1, np.prod(shape[1:])) ** 0.5
+        if name.endswith(("moving_variance", "gamma", "fc2.bias")):
+            value = 0.5 + generator.random(shape)
+        weights[name] = np.asarray(0.9 if name.endswith("threshold") else value, np.float32)
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    save_checkpoint(Checkpoint(graph, weights, CIFAR10_PREPROCESSING, CIFAR10_CLASSES, {"note": "random"}), path)
+    return path
+
+
+def reference_run(model: Path, images: NDArray[np.uint8]) -> reference.Result:
+    checkpoint = load_checkpoint(model)
+    return reference.run(checkpoint.graph, checkpoint.weights, checkpoint.preprocessing.apply(images))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, pixels in enumerate(load_sample().images[:3]):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of ``manidp`` with these arguments, in this process."""
+    code = 0
+    sys.argv = ["manidp", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_classify_tells_class_cost_and_kept_channels(
+    model: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "classify", pictures, "--model", model, "--json")
+    assert code == 0
+    rows = json.loads(out)["images"]
+    checkpoint = load_checkpoint(model)
+    result = reference_run(model, load_sample().images[:3])
+    assert [row["image"] for row in rows] == [str(pictures / f"{i}.png") for i in range(3)]
+    assert [row["class"] for row in rows] == [CIFAR10_CLASSES[i] for i in result.logits.argmax(1)]
+    assert [row["macs"] for row in rows] == result.macs.tolist()
+    assert len(set(result.macs.tolist())) > 1, "the model must treat images differently for this test to mean much"
+    dense = ungated_macs(checkpoint.graph)
+    for i, row in enumerate(rows):
+        assert row["share_of_dense"] == pytest.approx(row["macs"] / dense, abs=1e-4)
+        assert row["kept"].keys() == {"stage_1", "stage_2", "stage_3"}
+        first = np.concatenate([result.kept[g][i] for g in ("stage_1.0.mb1", "stage_1.0.mb2")])
+        assert row["kept"]["stage_1"] == pytest.approx(first.mean(), abs=1e-4)
+        shifted = np.exp(result.logits[i] - result.logits[i].max())
+        assert row["probability"] == pytest.approx(shifted.max() / shifted.sum(), abs=2e-4)
+
+
+def test_classify_prints_the_same_as_a_table(
+    model: Path, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = json.loads(run(capsys, "classify", pictures, "-m", model, "--json")[1])["images"]
+    code, out, _ = run(capsys, "classify", pictures, "-m", model)
+    assert code == 0
+    for row in rows:
+        line = next(line for line in out.splitlines() if row["image"] in line)
+        assert f" {row['class']} " in line
+        assert f"{row['probability']:.1%}" in line
+        assert f"{row['macs'] / 1e6:.2f}" in line
+
+
+def test_a_broken_picture_is_reported_and_the_others_are_classified(
+    model: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "1.png").write_bytes(b"no picture")
+    code, out, err = run(capsys, "classify", pictures, "-m", model)
+    assert code == 1
+    assert len(re.findall(r"\d\.png", out)) == 2
+    assert err.count("\n") == 1
+    assert "1.png" in err
+    code, out, err = run(capsys, "classify", pictures / "1.png", "-m", model)
+    assert (code, out) == (1, "")
+
+
+def test_without_paths_the_bundled_images_are_classified_with_their_truth(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads(run(capsys, "classify", "-m", model, "--sample", 7, "--json")[1])["images"]
+    sample = load_sample()
+    assert sample.indices is not None
+    labels = dict(zip(sample.indices.tolist(), sample.labels.tolist(), strict=True))
+    assert len(rows) == 7
+    for row in rows:
+        assert row["truth"] == sample.classes[labels[int(row["image"].removeprefix("test image "))]]
+    every = json.loads(run(capsys, "classify", "-m", model, "--sample", 999, "--json")[1])["images"]
+    assert len(every) == 200
+
+
+def test_evaluate_counts_every_image(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "evaluate", "-m", model, "--json")
+    (row,) = json.loads(out)["models"]
+    result = reference_run(model, load_sample().images)
+    assert code == 0
+    assert row["total"] == 200
+    assert row["correct"] == (result.logits.argmax(1) == load_sample().labels).sum()
+    assert row["mean_macs"] == pytest.approx(result.macs.mean())
+
+
+def test_evaluate_a_folder_of_classes_beside_another_model(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(model.read_bytes())
+    class_folders(tmp_path / "set", ("cat", "ship"), 4)
+    code, out, _ = run(capsys, "evaluate", "--data", tmp_path / "set", "-m", model, "--beside", other)
+    assert code == 0
+    assert out.count("of 8") == 2
+    assert "other.safetensors" in out
+
+
+def class_folders(folder: Path, classes: tuple[str, ...], count: int) -> None:
+    sample = load_sample()
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        of_class = sample.images[sample.labels == sample.classes.index(name)]
+        for i, pixels in enumerate(of_class[:count]):
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+def test_info_shows_graph_provenance_and_digest(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import hashlib
+
+    code, out, _ = run(capsys, "info", model, "--json")
+    shown = json.loads(out)
+    assert code == 0
+    assert shown["sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
+    assert shown["gates"] == 6
+    assert shown["provenance"] == {"note": "random"}
+    assert sum(layer["macs"] for layer in shown["layers"]) == shown["macs_with_everything_kept"]
+    assert list(shown["thresholds"].values()) == pytest.approx([0.9] * 6)
+    assert "stage_3.0.mb2" in run(capsys, "info", model)[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", "no-such-model"],
+        ["classify", "-m", "no-such-model"],
+        ["evaluate", "--data", "no-such-folder"],
+        ["data", "cifar10", "--source", "no-such-file"],
+        ["train", "--data", "no-such-folder", "--out", "out"],
+    ],
+)
+def test_errors_are_one_line_on_stderr_and_exit_code_2(
+    arguments: list[str],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    extra = ["-m", model] if arguments[0] == "evaluate" else []
+    code, out, err = run(capsys, *arguments, *extra)
+    assert (code, out) == (2, "")
+    assert err.startswith("manidp: ")
+    assert err.count("\n") == 1
+    assert "no-such" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "classify", "--no-such-option")[0] == 2
+    assert run(capsys, "data", "imagenet")[0] == 2
+
+
+def test_a_reader_that_goes_away_is_no_error(model: Path) -> None:
+    command = f"{sys.executable} -m manidp classify -m {model} --json | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert done.stdout == "{"
+    assert done.stderr == ""
+
+
+def test_fine_tuning_on_a_folder_of_ones_own(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
+    class_folders(tmp_path / "set", ("frog", "ship", "truck"), 20)
+    (tmp_path / "set" / "ship" / "broken.png").write_bytes(b"oops")
+    out = tmp_path / "run"
+    arguments = [
+        "train", "--from", model, "--data", tmp_path / "set", "--out", out, "--holdout", 12, "--threads", 1,
+        "--set", "epochs=5", "--set", "batch_size=16", "--set", "learning_rate=0.02", "--set", "keep_rate=0.6",
+    ]  # fmt: skip
+    code, printed, err = run(capsys, *arguments, "--json")
+    assert code == 0, err
+    *records, finished = [json.loads(line) for line in printed.splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1, 2, 3, 4]
+    assert records[-1]["cross_entropy"] < records[0]["cross_entropy"]
+    assert finished["measured"]["total"] == 12
+    assert "broken.png" in err
+    tuned, parent = load_checkpoint(out / "model.safetensors"), load_checkpoint(model)
+    assert tuned.classes == ("frog", "ship", "truck")
+    assert [gate.name for gate in tuned.graph.gates] == [gate.name for gate in parent.graph.gates]
+    assert tuned.provenance["from"]["name"] == "small"
+    assert tuned.provenance["data"]["images"] == 48
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert "--resume" in err
+    assert run(capsys, *arguments, "--resume")[0] == 0
+    rows = json.loads(run(capsys, "classify", tmp_path / "set" / "frog", "-m", out / "model.safetensors", "--json")[1])
+    assert {row["class"] for row in rows["images"]} <= {"frog", "ship", "truck"}
