@@ -199,6 +199,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 102400\r\n\r\n"
         (_drip(b"", b"HTTP/1.1 200 OK" + bytes(99)), "unreachable", "stalled"),
         (_drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 99, 6), "unreachable", "stalled"),
         (_drip(HEAD, CONTENT), "passing", "stalled"),
+        (_drip(HEAD + CONTENT[:9000], CONTENT[9000:]), "passing", "stalled"),
         (_drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0" * 99), "unreachable", "stalled"),
         (lambda r: r.send(b"not http at all\r\n\r\n"), "unreachable", "connection failed"),
         (lambda r: r.send(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n"), "unreachable", "100 headers"),
@@ -222,6 +223,10 @@ def test_what_is_final_is_tried_once_and_what_may_pass_is_tried_again(server: Lo
         with pytest.raises(TransferError):
             bring(server, route, tmp_path / "p", attempts=3, patience=0.3)
         assert len(server.asked) == tries
+    server.asked.clear()
+    with pytest.raises(TransferError):
+        bring(server, redirect("/f"), tmp_path / "p")
+    assert len(server.asked) == 6
     bring(server, in_turn(status(503), _silent, whole(CONTENT)), tmp_path / "p", patience=1)
 
 
@@ -331,6 +336,9 @@ def test_a_proxy_of_the_environment_is_used_and_tls_reaches_through_it(
         proxy.join(3)
     assert asked and asked[0].startswith(f"CONNECT 127.0.0.1:{server.server_port} ".encode())
     assert b"Proxy-Authorization: Basic bWU6c2VjcmV0" in asked[0]
+    with serving("localhost.pem") as server:  # the proxy is gone
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        bring(server, whole(CONTENT), tmp_path / "q", attempts=1)
 
 
 BRING_UNDER_A_FILE_SIZE_LIMIT = """
@@ -408,7 +416,9 @@ def test_addresses_are_taken_apart(url: str, origin: str, path: str) -> None:
     assert (target.origin, target.path) == (origin, path)
 
 
-@given(st.text(max_size=30), st.sampled_from(["", "https://", "https://example.com", "https://example.com@", "http://"]))
+@given(
+    st.text(max_size=30), st.sampled_from(["", "https://", "https://example.com", "https://example.com@", "http://"])
+)
 def test_only_the_listed_host_itself_is_allowed(text: str, start: str) -> None:
     downloader = Downloader(origins(["example.com"]))
     url = start + text

@@ -201,12 +201,12 @@ class Downloader:
         try:
             offset = part.stat().st_size if part.exists() else 0
             with self._response(url, offset) as response:
-                if offset and not response.continues(offset):
-                    if response.status in (HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE):
-                        part.unlink()
-                        raise TransferError("passing", f"{url}: cannot be resumed at byte {offset}")
-                    offset = 0  # the server sends all of it
+                if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and offset:
+                    part.unlink()
+                    raise TransferError("passing", f"{url}: cannot be resumed at byte {offset}")
                 _expect_ok(response, url)
+                if response.status == HTTPStatus.OK:
+                    offset = 0  # the server sends all of it
                 total = None if response.length is None else offset + response.length
                 if (total or 0) > limit:
                     raise TransferError("refused", f"{url}: {total:,} bytes; the limit is {limit:,}")
@@ -292,11 +292,6 @@ class _Response:
         self.status, self.reason, self.headers = response.status, response.reason[:100], response.headers
         self.length = response.length  # http.client's: None while unknown, as in chunked bodies
 
-    def continues(self, offset: int) -> bool:
-        """Whether the body goes on at this byte of the file."""
-        sent = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", self.headers.get("Content-Range", ""))
-        return self.status == HTTPStatus.PARTIAL_CONTENT and sent is not None and int(sent[1]) == offset
-
     def body(self) -> Iterator[bytes]:
         with self._connection.failures():
             while chunk := self._response.read1(_CHUNK):
@@ -340,7 +335,7 @@ class _Connection:
     def __enter__(self) -> _Connection:
         with self.failures():
             self._http.connect()
-            self._http.sock.settimeout(self.patience)
+            self._http.sock.settimeout(None)  # from here on the watch ends every wait
         self._watch = threading.Thread(target=self._watch_over, args=(self._http.sock,), daemon=True)
         self._watch.start()
         return self
@@ -386,7 +381,7 @@ class _Connection:
             raise TransferError(kind, f"{where}: the connection failed: {reason}") from error
 
     def get(self, path: str, offset: int) -> _Response:
-        headers = {"User-Agent": "manidp", "Accept": "*/*", "Accept-Encoding": "identity"}
+        headers = {"User-Agent": "manidp", "Accept": "*/*"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
         with self.failures():
