@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 MANIDP := $(VENV)/bin/manidp
 
-.PHONY: help run test check data model figure test-mindspore clean
+.PHONY: help run test check data model table figure test-mindspore clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -33,6 +33,10 @@ model: $(VENV)/.dev data  ## Train both bundled models again (hours; goes on whe
 		--from dense-res20 --gates --teacher dense-res20
 	cp runs/manidp-res20/model.safetensors src/manidp/data/manidp-res20.safetensors
 	cp runs/manidp-res20/log.jsonl models/manidp-res20/log.jsonl
+
+table: $(VENV)/.base data  ## Measure both models on all test images and write the README's table
+	$(MANIDP) evaluate --data cifar10 --model dense-res20 --beside manidp-res20 --json > benchmarks/evaluation.json
+	$(VENV)/bin/python benchmarks/render_readme.py
 
 figure: $(VENV)/.dev data  ## Draw the README's picture from the bundled model and all test images
 	$(MANIDP) report build/report.html --data cifar10 --overview docs/overview.png

@@ -1,0 +1,64 @@
+"""The README keeps its promises: the table is the recorded run's, commands exist, linked files are there."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from manidp import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_is_the_recorded_run() -> None:
+    path = ROOT / "benchmarks" / "render_readme.py"
+    spec = importlib.util.spec_from_file_location("render_readme", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    record = json.loads((ROOT / "benchmarks" / "evaluation.json").read_text())
+    assert module.rendered(README, record) == README
+    record["models"][0]["correct"] += 1
+    assert module.rendered(README, record) != README
+
+
+def test_every_command_in_the_readme_exists_and_every_command_is_in_the_readme() -> None:
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    used = set(re.findall(r"^manidp (\w+)", README, re.MULTILINE))
+    assert used == commands.keys()
+    for line in re.findall(r"^(manidp .*?)(?:\s+#.*)?$", README.replace("\\\n", " "), re.MULTILINE):
+        name, *words = line.split()[1:]
+        known = {option for parameter in all_parameters(commands[name]) for option in parameter.opts}
+        options = {word.partition("=")[0] for word in words if word.startswith("-")}
+        assert options <= known, line
+
+
+def all_parameters(command: typer.core.TyperCommand) -> list[typer.core.TyperOption]:
+    nested = getattr(command, "commands", {}).values()
+    return [*command.params, *(parameter for inner in nested for parameter in inner.params)]  # type: ignore[list-item]
+
+
+def test_make_targets_named_in_the_documents_exist() -> None:
+    texts = README + (ROOT / "CONTRIBUTING.md").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`?make ([a-z-]+)`", texts)) <= targets
+
+
+def test_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", README):
+        target = link[0] or link[1]
+        if not target.startswith("https://"):
+            assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_python_in_the_readme_runs(block: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
