@@ -1,0 +1,182 @@
+"""The bundle for MindSpore users: what the MindSpore hub's own client loads, for people who do not have manidp.
+
+``pack`` writes into one folder, for a model called NAME (``-`` becomes ``_`` in names of files)::
+
+    NAME.md                         the card
+    NAME.ckpt                       the weights, under the names of the original's network
+    NAME/mindspore_hub_conf.py      the client's entry point: create_network("NAME")
+    NAME/manidp_network_DIGEST.py   the network, which needs MindSpore and NumPy only
+    NAME/network.json               the graph it walks
+    NAME/thresholds.npy             of the gates, which a .ckpt does not hold
+
+The client finds all of them beside the card (``source="local"``, or below its cache in ``PUBLISHER/VERSION/``).
+Packing needs no MindSpore.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import re
+import secrets
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from manidp.card import Asset, ModelCard, write_card
+from manidp.checkpoint import Checkpoint
+from manidp.ckpt import write_ckpt
+from manidp.conversion import to_ckpt, write_thresholds
+from manidp.errors import HubError
+from manidp.graph import Graph
+
+NETWORK = Path(__file__).parent / "mindspore" / "network.py"
+HOME = "https://example.com/manidp/manidp/tree/main"
+"""Where a bundle is said to be until its publisher says better; no file is there."""
+_NAME = re.compile(r"[a-z0-9]+([_-][a-z0-9]+)*")
+
+
+def description(graph: Graph) -> dict[str, Any]:
+    """A graph with everything spelled out, as JSON data, for a reader without manidp; see ``mindspore/network.py``."""
+    nodes = [
+        {"op": type(node).__name__, **asdict(node), "shape": graph.shapes[node.name],
+         "parameters": node.parameters(*graph.input_shapes(node))}
+        for node in graph.nodes
+    ]  # fmt: skip
+    return {"nodes": nodes, "output": graph.output}
+
+
+def pack(checkpoint: Checkpoint, folder: str | Path, name: str, *, home: str = HOME) -> Path:
+    """Write the bundle of a model as ``folder``, which must be new or empty, whole or not at all; returns the card.
+
+    name: of letters, digits, '-' and '_', all small, such as manidp-res20. home: the page below which the bundle will
+    be published, https://HOST.com/OWNER/REPOSITORY/tree/REF; the hub's client asks for its links when it is online.
+    The same checkpoint makes the same files, the day on the card apart. Raises HubError, CardError.
+    """
+    stem = name.replace("-", "_")
+    if not _NAME.fullmatch(name) or stem.endswith("cn"):
+        raise HubError("a model's name is of small letters and digits, joined by '-' or '_', and does not end in 'cn'; "
+                       f"got {name!r}")  # fmt: skip
+    folder = Path(folder)
+    temporary = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        if folder.is_dir():
+            folder.rmdir()  # if it is empty
+        (temporary / stem).mkdir(parents=True)
+        try:
+            _write(checkpoint, temporary, name, stem, home)
+            temporary.rename(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as error:
+        reason = f"{error.strerror or error}; a new folder or an empty one is needed"
+        raise HubError(f"cannot write the bundle to '{folder}': {reason}") from error
+    return folder / f"{stem}.md"
+
+
+def _write(checkpoint: Checkpoint, folder: Path, name: str, stem: str, home: str) -> None:
+    source = NETWORK.read_bytes()
+    module = f"manidp_network_{hashlib.sha256(source).hexdigest()[:12]}"  # the client lets one module serve all bundles
+    (folder / stem / f"{module}.py").write_bytes(source)
+    (folder / stem / "mindspore_hub_conf.py").write_text(_CONF.format(name=name, module=module), "utf-8")
+    text = json.dumps(description(checkpoint.graph), separators=(",", ":"))
+    (folder / stem / "network.json").write_text(text, "utf-8")
+    values, thresholds = to_ckpt(checkpoint)
+    write_thresholds(thresholds, folder / stem / "thresholds.npy")
+    weights = folder / f"{stem}.ckpt"
+    write_ckpt(values, weights)
+    asset = Asset("ckpt", f"{home}/{weights.name}", hashlib.sha256(weights.read_bytes()).hexdigest())
+    write_card(_card(checkpoint, name, f"{home}/{stem}", asset), folder / f"{stem}.md")
+
+
+_CONF = '''\
+"""Entry point of the MindSpore hub's client for {name}. Needs MindSpore and NumPy."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from {module} import Network
+
+FOLDER = Path(__file__).parent
+
+
+def create_network(name):
+    """{name}, without its weights: they are in the .ckpt."""
+    if name != "{name}":
+        raise NotImplementedError(f"this folder holds {name}; {{name}} was asked for")
+    return Network(json.loads((FOLDER / "network.json").read_text()), np.load(FOLDER / "thresholds.npy"))
+'''
+
+_BODY = """\
+## What it is
+
+{intro}
+
+{measured}
+
+## Usage
+
+```python
+import mindspore_hub
+import numpy as np
+from mindspore import Tensor
+
+network = mindspore_hub.load("{stem}.md", source="local")
+network.set_train(False)
+
+# images: uint8 (B, {height}, {width}, 3), RGB
+mean, std = np.array({mean}), np.array({std})
+logits = network(Tensor(((images / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)))
+```
+
+`network.records(x)` gives the logits and, for each of {gates} gates, its saliencies, its factors and the pooled
+feature, of which the losses of the method are made. It runs in PYNATIVE and in GRAPH mode, and it trains. MindSpore
+2.10 needs NumPy below 2.
+
+Classes, in the order of the logits: {classes}.
+
+## Limits
+
+It knows {count} classes and images of {height} x {width} pixels; whatever else it is shown, it names one of them.
+"""
+_GATED = """\
+A convolutional network that decides, image by image, which of its channels to compute: a gate before a convolution
+gives every output channel a factor, exactly 0 for those that this image does not need (ManiDP, Tang et al. 2021).
+Here all channels are computed and multiplied by their factors: the results are exact, nothing is skipped."""
+_DENSE = "A convolutional network without gates: every image takes all of it."
+
+
+def _card(checkpoint: Checkpoint, name: str, repository: str, asset: Asset) -> ModelCard:
+    gates, (height, width) = checkpoint.graph.gates, checkpoint.preprocessing.size
+    fields = {
+        "model-name": name, "backbone-name": name, "module-type": "cv-classification", "fine-tunable": "True",
+        "input-shape": f"[{height}, {width}, 3]", "model-version": "1.0", "author": "manidp", "user-id": "manidp",
+        "update-time": datetime.date.today().isoformat(), "repo-link": repository, "used-for": "inference",
+        "train-backend": "cpu", "infer-backend": "cpu/gpu/ascend", "mindspore-version": "2.10",
+        "license": "Apache2.0", "summary": "image classification" + (
+            " that computes, image by image, only the channels that are needed (ManiDP)" if gates else ""
+        ),
+    }  # fmt: skip
+    measured = "Its accuracy and multiply-adds are not on record."
+    match checkpoint.provenance.get("measured"):
+        case {"data": str(data), "correct": int(correct), "total": int(total), "mean_macs": float(mean),
+              "dense_macs": int(dense)} if 0 <= correct <= total > 0 < dense:  # fmt: skip
+            fields["accuracy"] = f"{correct / total:.4f}"
+            measured = (
+                f"Accuracy: {correct:,} of {total:,} {data}, {correct / total:.2%}. Multiply-adds an image, where what "
+                f"is closed is skipped: {mean / 1e6:.2f} M on average, gates included, of {dense / 1e6:.2f} M "
+                f"without gates ({1 - mean / dense:.1%} fewer)."
+            )
+    match checkpoint.provenance.get("data"):
+        case {"name": str(trained_on)} if trained_on.startswith("CIFAR-10 "):
+            fields["train-dataset"] = "cifar10"
+    body = _BODY.format(
+        intro=_GATED if gates else _DENSE, measured=measured, stem=name.replace("-", "_"), height=height, width=width,
+        mean=list(checkpoint.preprocessing.mean), std=list(checkpoint.preprocessing.std), gates=len(gates),
+        count=checkpoint.graph.num_classes, classes=", ".join(checkpoint.classes),
+    )  # fmt: skip
+    return ModelCard(name, fields, (asset,), body.rstrip("\n"))

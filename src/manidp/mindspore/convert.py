@@ -1,0 +1,28 @@
+"""Checkpoint <-> MindSpore network."""
+
+from __future__ import annotations
+
+import numpy as np
+from mindspore import Tensor
+from numpy.typing import NDArray
+
+from manidp.bundle import description
+from manidp.checkpoint import Checkpoint
+from manidp.conversion import to_ckpt
+from manidp.mindspore.network import Network
+
+
+def from_checkpoint(checkpoint: Checkpoint) -> Network:
+    """The checkpoint's network with its weights and thresholds, in evaluation mode."""
+    values, thresholds = to_ckpt(checkpoint)
+    network = Network(description(checkpoint.graph), thresholds)
+    for parameter in network.get_parameters():
+        parameter.set_data(Tensor(values[parameter.name]))
+    return network
+
+
+def weights(network: Network) -> dict[str, NDArray[np.float32]]:
+    """A copy of all that a checkpoint holds of a network: its parameters and thresholds, under the graph's names."""
+    values = {parameter.name: parameter.asnumpy().copy() for parameter in network.get_parameters()}
+    thresholds = zip(network.gate_names, network.thresholds, strict=True)
+    return values | {f"{name}.threshold": np.array(value) for name, value in thresholds}

@@ -1,0 +1,173 @@
+"""MindSpore's network against the reference, on every kind of node, and against the authors' own network."""
+
+from pathlib import Path
+from typing import get_args
+
+import mindspore
+import numpy as np
+import pytest
+
+from manidp.bundle import description
+from manidp.ckpt import read_ckpt, write_ckpt
+from manidp.conversion import from_ckpt, to_ckpt
+from manidp.graph import (
+    Activation,
+    ActivationKind,
+    Add,
+    BatchNorm,
+    Concat,
+    Conv,
+    Flatten,
+    Gate,
+    GlobalPool,
+    Graph,
+    Input,
+    Linear,
+    Multiply,
+    Node,
+    Pool,
+    resnet,
+    with_gates,
+)
+from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
+from manidp.mindspore.convert import from_checkpoint, weights
+from manidp.mindspore.network import Network
+from manidp.runtime.reference import node_values, run
+
+from .cases import assert_close, checkpoint_of, gated_resnet, images_for
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "mindspore"
+
+
+class Recorded(mindspore.nn.Cell):  # type: ignore[misc]
+    """Makes GRAPH mode compile all that a network can tell."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(self, images: object) -> object:
+        return self.network.records(images)
+
+
+def test_parameters_have_the_names_of_the_original() -> None:
+    checkpoint = checkpoint_of(gated_resnet())
+    network = from_checkpoint(checkpoint)
+    values, thresholds = to_ckpt(checkpoint)
+    assert {p.name: p.shape for p in network.get_parameters()} == {name: v.shape for name, v in values.items()}
+    assert {p.name for p in network.trainable_params()} == {name for name in values if ".moving_" not in name}
+    np.testing.assert_array_equal(network.thresholds, thresholds)
+
+
+def test_a_checkpoint_comes_back_from_a_network() -> None:
+    checkpoint = checkpoint_of(gated_resnet())
+    back = weights(from_checkpoint(checkpoint))
+    assert back.keys() == checkpoint.weights.keys()
+    for name, value in checkpoint.weights.items():
+        np.testing.assert_array_equal(back[name], value)
+        assert back[name].dtype == np.float32
+
+
+def test_mindspore_loads_what_is_written_for_it(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(gated_resnet())
+    values, thresholds = to_ckpt(checkpoint)
+    write_ckpt(values, tmp_path / "x.ckpt")
+    network = Network(description(checkpoint.graph), thresholds)
+    loaded = mindspore.load_checkpoint(str(tmp_path / "x.ckpt"))
+    assert mindspore.load_param_into_net(network, loaded, strict_load=True) == ([], [])
+    np.testing.assert_array_equal(weights(network)["classifier.weight"], checkpoint.weights["classifier.weight"])
+
+
+def test_the_network_is_the_reference(mode: str) -> None:
+    checkpoint = checkpoint_of(gated_resnet())
+    graph, images = checkpoint.graph, images_for(checkpoint.graph)
+    values = node_values(graph, checkpoint.weights, images)
+    logits, records = Recorded(from_checkpoint(checkpoint))(mindspore.Tensor(images))
+    assert_close(logits.asnumpy(), values[graph.output])
+    assert len(records) == len(graph.gates)
+    open_and_closed = set()
+    for gate, (saliency, factor, feature) in zip(graph.gates, records, strict=True):
+        kept = values[gate.name] > 0
+        np.testing.assert_array_equal(factor.asnumpy() > 0, kept)
+        assert_close(factor.asnumpy(), values[gate.name])
+        assert_close(saliency.asnumpy()[kept], values[gate.name][kept])
+        assert_close(feature.asnumpy(), values[graph.gated_value(gate)].mean((2, 3)))
+        open_and_closed |= set(kept.ravel().tolist())
+    assert open_and_closed == {True, False}
+
+
+def test_a_saliency_on_the_threshold_is_closed() -> None:
+    graph = Graph((
+        Input(name="image", dims=(3, 4, 4)),
+        Gate(name="gate", inputs=("image",), channels=3, hidden=3, saliency_max=2.0),
+        Multiply(name="gated", inputs=("image", "gate")),
+        GlobalPool(name="mean", inputs=("gated",)),
+    ), "mean")  # fmt: skip
+    limit = np.float32(0.7)
+    bias = np.array([limit, np.nextafter(limit, np.float32(1)), 5], np.float32)
+    zero = np.zeros((3, 3), np.float32)
+    network = Network(description(graph), [float(limit)])
+    given = {"gate.fc1.weight": zero, "gate.fc2.weight": zero, "gate.fc2.bias": bias}
+    for parameter in network.get_parameters():
+        parameter.set_data(mindspore.Tensor(given[parameter.name]))
+    _, ((saliency, factor, _),) = network.records(mindspore.ops.ones((1, 3, 4, 4)))
+    np.testing.assert_array_equal(saliency.asnumpy(), [[limit, bias[1], 2]])
+    np.testing.assert_array_equal(factor.asnumpy(), [[0, bias[1], 2]])
+
+
+def everything() -> Graph:
+    """One of every kind of node, and of every variant that a backend may treat apart."""
+    nodes: list[Node] = [Input(name="image", dims=(3, 13, 10))]
+
+    def then(node: Node) -> str:
+        nodes.append(node)
+        return node.name
+
+    x = then(Conv(name="stem", inputs=("image",), channels=8, kernel=5, stride=2, padding=2, bias=True))
+    x = then(BatchNorm(name="stem.bn", inputs=(x,), eps=1e-3))
+    kinds: tuple[ActivationKind, ...] = get_args(ActivationKind)
+    wide = then(Concat(name="kinds", inputs=tuple(then(Activation(name=k, inputs=(x,), kind=k)) for k in kinds)))
+    grouped = then(Conv(name="grouped", inputs=(wide,), channels=12, groups=4))
+    depthwise = then(Conv(name="depthwise", inputs=(grouped,), channels=12, kernel=7, padding=3, groups=12))
+    pools = [
+        then(Pool(name="max", inputs=(depthwise,), kind="max", kernel=3, stride=2, padding=1)),
+        then(Pool(name="average", inputs=(depthwise,), kind="average", kernel=3, stride=2, padding=1)),
+        then(Conv(name="even", inputs=(depthwise,), channels=12, kernel=2, stride=2, padding=1)),
+    ]
+    x = then(Add(name="sum", inputs=tuple(pools)))
+    squeezed = then(Activation(name="squeezed", inputs=(then(GlobalPool(name="mean", inputs=(x,))),), kind="sigmoid"))
+    x = then(Multiply(name="excited", inputs=(x, squeezed)))
+    x = then(Multiply(name="square", inputs=(x, x)))
+    top = then(GlobalPool(name="top", inputs=(x,), kind="max"))
+    flat = then(Flatten(name="flat", inputs=(x,)))
+    both = then(Concat(name="both", inputs=(top, flat)))
+    hidden = then(Linear(name="hidden", inputs=(both,), features=9))
+    then(Linear(name="plain", inputs=(hidden,), features=4, bias=False))
+    return Graph(tuple(nodes), "plain")
+
+
+def test_every_kind_of_node_is_the_reference(mode: str) -> None:
+    checkpoint = checkpoint_of(everything())
+    images = images_for(checkpoint.graph)
+    expected = run(checkpoint.graph, checkpoint.weights, images).logits
+    assert_close(from_checkpoint(checkpoint)(mindspore.Tensor(images)).asnumpy(), expected)
+
+
+def test_thresholds_must_be_those_of_the_gates() -> None:
+    with pytest.raises(ValueError, match="one threshold for each of 6 gates expected"):
+        Network(description(gated_resnet()), [0.5])
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden set at {GOLDEN}")
+def test_the_authors_network_comes_out(mode: str) -> None:
+    graph = with_gates(resnet(20))
+    values, thresholds = read_ckpt(GOLDEN / "resnet20.ckpt"), np.load(GOLDEN / "thres.npy")
+    checkpoint, ignored = from_ckpt(values, thresholds, graph, CIFAR10_PREPROCESSING, CIFAR10_CLASSES)
+    assert not ignored
+    logits, records = Recorded(from_checkpoint(checkpoint))(mindspore.Tensor(np.load(GOLDEN / "input.npy")))
+    assert_close(logits.asnumpy(), np.load(GOLDEN / "logits.npy"))
+    gates = np.load(GOLDEN / "gates.npz")
+    for index, (saliency, factor, _) in enumerate(records):
+        np.testing.assert_array_equal(factor.asnumpy() > 0, gates[f"mask_{index:02d}"] > 0)
+        assert_close(factor.asnumpy(), gates[f"mask_{index:02d}"])
+        assert_close(saliency.asnumpy(), np.maximum(gates[f"fc2_{index:02d}"], 0))
