@@ -135,7 +135,8 @@ logits = network(Tensor(((images / 255 - mean) / std).transpose(0, 3, 1, 2).asty
 
 `network.records(x)` gives the logits and, for each of {gates} gates, its saliencies, its factors and the pooled
 feature, of which the losses of the method are made. It runs in PYNATIVE and in GRAPH mode, and it trains. MindSpore
-2.10 needs NumPy below 2.
+2.10 needs NumPy below 2; on CPUs with AVX-512 its convolutions are much faster with `ONEDNN_MAX_CPU_ISA=AVX2` in the
+environment.
 
 Classes, in the order of the logits: {classes}.
 

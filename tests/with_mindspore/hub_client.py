@@ -1,8 +1,9 @@
-"""Load a bundle as the MindSpore hub's client does, and run it: hub_client.py CARD IMAGES LOGITS [CLIENT].
+"""Load bundles as the MindSpore hub's client does, and run them: hub_client.py CLIENT IMAGES CARD LOGITS [CARD LOGITS].
 
-IMAGES and LOGITS are .npy files. CLIENT is the folder that holds the real package mindspore_hub; without it, a stand-in
-of our own does what the client does once it has the files: all are looked up by name beside the card, the folder goes
-on sys.path, mindspore_hub_conf.py is executed, create_network(name) called, the .ckpt loaded into what it returns.
+IMAGES and LOGITS are .npy files. CLIENT is the folder that holds the real package mindspore_hub. With "" for it, a
+stand-in of our own does what the client does once it has the files: all are looked up by name beside the card, the
+folder goes on sys.path, mindspore_hub_conf.py is executed, create_network(name) called, the .ckpt loaded into what it
+returns.
 """
 
 import importlib
@@ -42,8 +43,9 @@ def load_with_the_client(card: str, client: str) -> mindspore.nn.Cell:
 
 
 if __name__ == "__main__":
-    card, images, logits, *client = sys.argv[1:]
-    network = load_with_the_client(card, *client) if client else load_as_the_client(card)
-    network.set_train(False)
+    client, images, *rest = sys.argv[1:]
+    for card, logits in zip(rest[::2], rest[1::2], strict=True):
+        network = load_with_the_client(card, client) if client else load_as_the_client(card)
+        network.set_train(False)
+        np.save(logits, network(mindspore.Tensor(np.load(images))).asnumpy())
     assert "manidp" not in sys.modules
-    np.save(logits, network(mindspore.Tensor(np.load(images))).asnumpy())

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from manidp.bundle import pack
+from manidp.graph import resnet
 from manidp.runtime.reference import run
 
 from .cases import assert_close, checkpoint_of, gated_resnet, images_for
@@ -23,15 +24,19 @@ REAL = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("client", [[], pytest.param([str(CLIENT)], marks=REAL)], ids=["stand-in", "real"])
-def test_the_client_loads_the_bundle(client: list[str], tmp_path: Path) -> None:
-    checkpoint = checkpoint_of(gated_resnet())
-    images = images_for(checkpoint.graph)
+@pytest.mark.parametrize("client", ["", pytest.param(str(CLIENT), marks=REAL)], ids=["stand-in", "real"])
+def test_the_client_loads_bundles_one_after_the_other(client: str, tmp_path: Path) -> None:
+    gated = checkpoint_of(gated_resnet())
+    dense = checkpoint_of(resnet(8, num_classes=3, width=4, image=gated.graph.input.dims))
+    images = images_for(gated.graph)
     np.save(tmp_path / "images.npy", images)
-    card = pack(checkpoint, tmp_path / "bundle", "manidp-res8")
+    arguments: list[str | Path] = [client, tmp_path / "images.npy"]
+    for name, checkpoint in (("gated", gated), ("dense", dense)):
+        arguments += [pack(checkpoint, tmp_path / name, name), tmp_path / f"{name}.npy"]
     script = Path(__file__).with_name("hub_client.py")
     isolated = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(card), str(tmp_path / "images.npy"), str(tmp_path / "logits.npy")]
-    done = subprocess.run(command + client, env=isolated, cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, env=isolated, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert_close(np.load(tmp_path / "logits.npy"), run(checkpoint.graph, checkpoint.weights, images).logits)
+    for name, checkpoint in (("gated", gated), ("dense", dense)):
+        assert_close(np.load(tmp_path / f"{name}.npy"), run(checkpoint.graph, checkpoint.weights, images).logits)

@@ -13,6 +13,7 @@ from manidp.errors import TrainingError
 from manidp.graph import resnet, with_gates
 from manidp.images import CIFAR10_PREPROCESSING, ImageSet, load_sample
 from manidp.mindspore.convert import weights
+from manidp.mindspore.losses import similarity_loss
 from manidp.mindspore.network import Network
 from manidp.mindspore.train import Loss, Recipe, fine_tune, training_step
 
@@ -57,6 +58,12 @@ def test_losses_and_gradients_are_those_of_torch(mode: str, recorded: Arrays) ->
     assert {f"gradient/{p.name}" for p in parameters} == {name for name in recorded if name.startswith("gradient/")}
     for parameter, gradient in zip(parameters, gradients, strict=True):
         assert_close(gradient.asnumpy(), recorded[f"gradient/{parameter.name}"], parameter.name)
+
+
+def test_a_row_of_zeros_is_like_no_other_and_not_unlike_itself() -> None:
+    saliency, feature = mindspore.Tensor([[0.0, 0], [1, 0]]), mindspore.Tensor([[1.0, 0], [0, 1]])
+    assert float(similarity_loss([saliency], [feature])) == 0
+    assert float(similarity_loss([feature], [mindspore.ops.ones((2, 2))])) == pytest.approx(0.5)
 
 
 def test_gates_are_those_of_torch(recorded: Arrays) -> None:
