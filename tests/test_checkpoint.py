@@ -26,7 +26,7 @@ CLASSES = ("cat", "dog", "Łódź")
 def made(seed: int = 0) -> Checkpoint:
     graph = with_gates(resnet(8, num_classes=3, width=2, image=(3, 8, 8)))
     weights = {
-        name: (np.arange(math.prod(shape), dtype=np.float32) % 7 / 4 + seed).reshape(shape)
+        name: (np.arange(math.prod(shape)) % 7 / 4 + seed).astype(np.float32).reshape(shape)
         for name, shape in graph.parameters.items()
     }
     preprocessing = Preprocessing((0.5, 0.25, 0.125), (0.25, 0.5, 1.0), (8, 8))

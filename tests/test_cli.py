@@ -1,6 +1,7 @@
 """The command line: what it prints, as tables and as JSON, its exit codes, and errors of one line."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = np.random.default_rng(0)
     weights = {}
     for name, shape in graph.parameters.items():
-        value = generator.normal(size=shape) / max(1, np.prod(shape[1:])) ** 0.5
+        value = generator.normal(size=shape) / math.sqrt(math.prod(shape[1:]))
         if name.endswith(("moving_variance", "gamma", "fc2.bias")):
             value = 0.5 + generator.random(shape)
         weights[name] = np.asarray(0.9 if name.endswith("threshold") else value, np.float32)

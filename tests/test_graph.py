@@ -137,9 +137,11 @@ def test_zeros_do_not_survive_what_shifts_them() -> None:
             Linear(name="out", inputs=("pool",), features=2),
         )
 
-    keeps = [Activation(name="x", inputs=("scaled",), kind=kind) for kind in ("relu", "relu6", "hardswish", "silu")]
+    keeps: list[Node] = [
+        Activation(name="x", inputs=("scaled",), kind=kind) for kind in ("relu", "relu6", "hardswish", "silu")
+    ]
     keeps += [Conv(name="x", inputs=("scaled",), channels=4, groups=4), Pool(name="x", inputs=("scaled",), kind="max", kernel=2, stride=2)]  # fmt: skip  # noqa: E501
-    shifts = [Activation(name="x", inputs=("scaled",), kind=kind) for kind in ("sigmoid", "hardsigmoid")]
+    shifts: list[Node] = [Activation(name="x", inputs=("scaled",), kind=kind) for kind in ("sigmoid", "hardsigmoid")]
     shifts += [BatchNorm(name="x", inputs=("scaled",)), Conv(name="x", inputs=("scaled",), channels=4, groups=4, bias=True), Conv(name="x", inputs=("scaled",), channels=4)]  # fmt: skip  # noqa: E501
     for node in keeps:
         assert chain(node).zeroed_by.get("x") == "gate", node

@@ -30,7 +30,9 @@ def test_the_table_is_the_recorded_run() -> None:
 
 
 def test_every_command_in_the_readme_exists_and_every_command_is_in_the_readme() -> None:
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, typer.core.TyperGroup)
+    commands = group.commands
     used = set(re.findall(r"^manidp (\w+)", README, re.MULTILINE))
     assert used == commands.keys()
     for line in re.findall(r"^(manidp .*?)(?:\s+#.*)?$", README.replace("\\\n", " "), re.MULTILINE):
@@ -42,7 +44,7 @@ def test_every_command_in_the_readme_exists_and_every_command_is_in_the_readme()
 
 def all_parameters(command: typer.core.TyperCommand) -> list[typer.core.TyperOption]:
     nested = getattr(command, "commands", {}).values()
-    return [*command.params, *(parameter for inner in nested for parameter in inner.params)]  # type: ignore[list-item]
+    return [*command.params, *(parameter for inner in nested for parameter in inner.params)]
 
 
 def test_make_targets_named_in_the_documents_exist() -> None:

@@ -254,14 +254,15 @@ def train(
         teacher=teacher, test=test, holdout=holdout, device=device, threads=threads, resume=resume,
         tensorboard=tensorboard,
     )  # fmt: skip
-    for event in run_job(job):
-        if isinstance(event, EpochRecord):
-            print(json.dumps(asdict(event)) if as_json else _epoch_line(event), flush=True)
-        elif isinstance(event, Finished):
-            shown = {"file": str(event.file), "measured": event.measured}
-            print(json.dumps(shown) if as_json else _finished_line(event))
-        else:
-            print(f"manidp: {event}", file=sys.stderr)
+    with _progress() as bar:
+        for event in run_job(job, _steps(bar, "Training")):
+            if isinstance(event, EpochRecord):
+                print(json.dumps(asdict(event)) if as_json else _epoch_line(event), flush=True)
+            elif isinstance(event, Finished):
+                shown = {"file": str(event.file), "measured": event.measured}
+                print(json.dumps(shown) if as_json else _finished_line(event))
+            else:
+                print(f"manidp: {event}", file=sys.stderr)
 
 
 @app.command()

@@ -16,7 +16,7 @@ import torch
 from manidp.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
 from manidp.errors import TrainingError
 from manidp.graph import Graph, resnet, with_classes, with_gates
-from manidp.images import CIFAR10_PREPROCESSING, ImageSet, Preprocessing, load_cifar10, load_folder
+from manidp.images import CIFAR10_PREPROCESSING, ImageSet, Preprocessing, Progress, load_cifar10, load_folder
 from manidp.macs import ungated_macs
 from manidp.torch.convert import network_from, network_inheriting
 from manidp.torch.network import Network
@@ -52,7 +52,7 @@ class Finished:
     measured: dict[str, Any] | None
 
 
-def run_job(job: Job) -> Iterator[str | EpochRecord | Finished]:
+def run_job(job: Job, progress: Progress | None = None) -> Iterator[str | EpochRecord | Finished]:
     """Do the job; yields messages worth reading, one record an epoch, and at last what was made.
 
     Raises ManiDPError of a fitting kind before anything is written if the job cannot be done.
@@ -73,7 +73,7 @@ def run_job(job: Job) -> Iterator[str | EpochRecord | Finished]:
         raise TrainingError(f"the teacher knows {teacher.graph.num_classes} classes; the data has {graph.num_classes}")
     training = Training(
         network, sets.train, preprocessing, recipe, job.out, teacher=network_from(teacher) if teacher else None,
-        device=job.device, resume=job.resume,
+        device=job.device, resume=job.resume, progress=progress,
     )  # fmt: skip
     writer = _tensorboard(job)
     for record in training.epochs():

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from manidp.errors import TrainingError
 from manidp.files import replacing
-from manidp.images import ImageSet, Preprocessing
+from manidp.images import ImageSet, Preprocessing, Progress
 from manidp.macs import macs_per_image
 from manidp.torch.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
 from manidp.torch.network import Network, Output
@@ -67,7 +67,7 @@ class Training:
     """One training run in a folder; iterate over ``epochs()``, then ``finish()`` gives the network's weights.
 
     network: as made from the graph and perhaps loaded with weights. teacher: run without gradient on the same crops.
-    folder: holds ``state.safetensors`` (to resume from) and ``log.jsonl`` (a record a line).
+    progress: called with steps done and steps in all. folder: holds ``state.safetensors`` (to resume from) and ``log.jsonl`` (a record a line).
     Raises TrainingError if the folder holds another run's state and ``resume`` is set, or any and it is not.
     """
 
@@ -82,13 +82,14 @@ class Training:
         teacher: Network | None = None,
         device: str = "cpu",
         resume: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         recipe.check(network.graph)
         if len(data) < 2:
             raise TrainingError(f"training needs at least two images; got {len(data)}")
         if (recipe.distillation > 0) != (teacher is not None):
             raise TrainingError("distillation needs a teacher checkpoint and a weight above 0; only one was given")
-        self.recipe, self.folder, self.device = recipe, folder, device
+        self.recipe, self.folder, self.device, self.progress = recipe, folder, device, progress
         self.network = _placed(network, device)
         self.teacher = _placed(teacher, device).eval() if teacher else None
         self.images = _Batches(data, preprocessing, recipe, device)
@@ -159,6 +160,8 @@ class Training:
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             self._update_average(done)
+            if self.progress is not None:
+                self.progress(done + 1, recipe.epochs * steps)
             if (steps - step) * recipe.batch_size <= SAMPLE + recipe.batch_size:
                 sample.append({name: record.saliency.detach() for name, record in output.records.items()})
         table = torch.stack(seen)
