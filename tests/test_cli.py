@@ -237,3 +237,15 @@ def test_fine_tuning_on_a_folder_of_ones_own(model: Path, tmp_path: Path, capsys
     assert run(capsys, *arguments, "--resume")[0] == 0
     rows = json.loads(run(capsys, "classify", tmp_path / "set" / "frog", "-m", out / "model.safetensors", "--json")[1])
     assert {row["class"] for row in rows["images"]} <= {"frog", "ship", "truck"}
+
+
+def test_training_can_write_tensorboard_events(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install 'manidp[torch]'")
+    class_folders(tmp_path / "set", ("frog", "ship"), 8)
+    arguments = ["--from", model, "--data", tmp_path / "set", "--out", tmp_path / "run", "--threads", 1]
+    settings = ["--set", "epochs=1", "--set", "batch_size=8", "--set", "keep_rate=0.8"]
+    code, _, err = run(capsys, "train", *arguments, *settings, "--tensorboard")
+    assert code == 0, err
+    (events,) = (tmp_path / "run").glob("events.out.tfevents.*")
+    assert b"cross_entropy" in events.read_bytes()

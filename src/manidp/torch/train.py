@@ -66,8 +66,9 @@ class Evaluation:
 class Training:
     """One training run in a folder; iterate over ``epochs()``, then ``finish()`` gives the network's weights.
 
-    network: as made from the graph and perhaps loaded with weights. teacher: run without gradient on the same crops.
-    progress: called with steps done and steps in all. folder: holds ``state.safetensors`` (to resume from) and ``log.jsonl`` (a record a line).
+    network: as made from the graph and perhaps loaded with weights. folder: holds ``state.safetensors`` (to resume
+    from) and ``log.jsonl`` (a record a line). teacher: run without gradient on the same crops. progress: called with
+    steps done and steps in all.
     Raises TrainingError if the folder holds another run's state and ``resume`` is set, or any and it is not.
     """
 
