@@ -62,8 +62,9 @@ def test_the_card_is_one_the_hub_takes(checkpoint: Checkpoint, tmp_path: Path) -
     assert path.name == "manidp_res8.md"
     assert card.fields["repo-link"] == "https://host.com/me/models/tree/main/manidp_res8"
     assert (card.fields["accuracy"], card.fields["train-dataset"]) == ("0.9205", "cifar10")
-    assert "9,205 of 10,000 CIFAR-10 test images, 92.05%" in card.body
-    assert "18.50 M on average, gates included, of 40.81 M without gates (54.7% fewer)" in card.body
+    text = " ".join(card.body.split())
+    assert "9,205 of 10,000 CIFAR-10 test images, 92.05%" in text
+    assert "18.50 M on average, gates included, of 40.81 M without gates (54.7% fewer)" in text
     (asset,) = card.assets
     assert asset.link.endswith("/manidp_res8.ckpt")
     assert asset.sha256 == hashlib.sha256((path.parent / "manidp_res8.ckpt").read_bytes()).hexdigest()

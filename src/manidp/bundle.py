@@ -21,6 +21,7 @@ import json
 import re
 import secrets
 import shutil
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ def _card(checkpoint: Checkpoint, name: str, repository: str, asset: Asset) -> M
         "model-name": name, "backbone-name": name, "module-type": "cv-classification", "fine-tunable": "True",
         "input-shape": f"[{height}, {width}, 3]", "model-version": "1.0", "author": "manidp", "user-id": "manidp",
         "update-time": datetime.date.today().isoformat(), "repo-link": repository, "used-for": "inference",
-        "train-backend": "cpu", "infer-backend": "cpu/gpu/ascend", "mindspore-version": "2.10",
+        "train-backend": "cpu", "infer-backend": "cpu/gpu/ascend", "mindspore-version": "2.10.0",
         "license": "Apache2.0", "summary": "image classification" + (
             " that computes, image by image, only the channels that are needed (ManiDP)" if gates else ""
         ),
@@ -167,10 +168,11 @@ def _card(checkpoint: Checkpoint, name: str, repository: str, asset: Asset) -> M
         case {"data": str(data), "correct": int(correct), "total": int(total), "mean_macs": float(mean),
               "dense_macs": int(dense)} if 0 <= correct <= total > 0 < dense:  # fmt: skip
             fields["accuracy"] = f"{correct / total:.4f}"
-            measured = (
+            measured = textwrap.fill(
                 f"Accuracy: {correct:,} of {total:,} {data}, {correct / total:.2%}. Multiply-adds an image, where what "
                 f"is closed is skipped: {mean / 1e6:.2f} M on average, gates included, of {dense / 1e6:.2f} M "
-                f"without gates ({1 - mean / dense:.1%} fewer)."
+                f"without gates ({1 - mean / dense:.1%} fewer).",
+                width=110,
             )
     match checkpoint.provenance.get("data"):
         case {"name": str(trained_on)} if trained_on.startswith("CIFAR-10 "):
