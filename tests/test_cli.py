@@ -249,3 +249,48 @@ def test_training_can_write_tensorboard_events(model: Path, tmp_path: Path, caps
     assert code == 0, err
     (events,) = (tmp_path / "run").glob("events.out.tfevents.*")
     assert b"cross_entropy" in events.read_bytes()
+
+
+def test_convert_there_and_back(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ckpt, thresholds, back = tmp_path / "x.ckpt", tmp_path / "x.npy", tmp_path / "back.safetensors"
+    assert run(capsys, "convert", model, "-o", ckpt, "--thresholds", thresholds)[0] == 0
+    assert run(capsys, "convert", ckpt, "-o", back, "--thresholds", thresholds)[0] == 0
+    one, two = load_checkpoint(model), load_checkpoint(back)
+    assert one.graph == two.graph
+    assert all((two.weights[name] == value).all() for name, value in one.weights.items())
+    assert two.provenance["converted_from"]["name"] == "x.ckpt"
+    code, _, err = run(capsys, "convert", ckpt, "-o", back)
+    assert code == 2
+    assert "--thresholds" in err
+    (tmp_path / "html.ckpt").write_bytes(b"<html></html>")
+    assert run(capsys, "convert", tmp_path / "html.ckpt", "-o", tmp_path / "y.safetensors")[0] == 2
+    assert not (tmp_path / "y.safetensors").exists()
+
+
+def test_the_hub_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANIDP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MANIDP_OFFLINE", "1")
+    uid = "noah-cvlab/gpu/1.1/manidp_v1.0_cifar10"
+    uids = [row["uid"] for row in json.loads(run(capsys, "hub", "list", "manidp", "--json")[1])]
+    assert uid in uids
+    assert len(uids) >= 8
+    assert json.loads(run(capsys, "hub", "show", uid, "--json")[1])["fields"]["accuracy"] == "0.9205"
+    assert "manidp-res20" in run(capsys, "hub", "show", uid)[1]
+    for command in (["hub", "pull", uid], ["info", uid], ["classify", "-m", uid]):
+        code, out, err = run(capsys, *command)
+        assert (code, out) == (2, "")
+        assert "manidp-res20" in err, "the model that is at hand is named"
+        assert "manidp hub add" in err
+    stranger = tmp_path / "resnet20.ckpt"
+    stranger.write_bytes(b"not the file")
+    code, _, err = run(capsys, "hub", "add", stranger)
+    assert code == 2
+    assert "no card names its sha256" in err
+    assert run(capsys, "hub", "verify")[:2] == (0, "0 of 0 files intact\n")
+
+
+def test_hub_pack_writes_the_bundle(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "hub", "pack", "--mindspore", tmp_path / "bundle", "-m", model, "--name", "small")
+    assert code == 0, err
+    assert "source=" in out
+    assert (tmp_path / "bundle" / "small" / "mindspore_hub_conf.py").exists()

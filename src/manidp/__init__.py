@@ -12,18 +12,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from manidp.checkpoint import Checkpoint
     from manidp.runtime.engine import Engine
 
 __version__ = "0.1.0"
 
 
 def load(name: str | Path, *, precision: str = "float32", threads: int = 1, isa: str | None = None) -> Engine:
-    """A network ready to run, by bundled name or path of a checkpoint; options are those of ``Engine``.
+    """A network ready to run; options are those of ``Engine``.
 
-    Raises CheckpointError if there is no such model or its file is broken.
+    ``name``: a bundled model ("manidp-res20"), a checkpoint file, or the name of a card on the hub
+    ("noah-cvlab/gpu/1.1/manidp_v1.0_cifar10"), whose file is brought and verified. Raises CheckpointError if there is
+    no such model or its file is broken, HubError if the file of a card cannot be had.
     """
-    from manidp.checkpoint import checkpoint_path, load_checkpoint
     from manidp.runtime.engine import Engine
 
-    checkpoint = load_checkpoint(checkpoint_path(name))
-    return Engine(checkpoint, precision=precision, threads=threads, isa=isa)
+    return Engine(load_model(name), precision=precision, threads=threads, isa=isa)
+
+
+def load_model(name: str | Path) -> Checkpoint:
+    """The checkpoint that ``load`` runs."""
+    from manidp.checkpoint import checkpoint_path, load_checkpoint
+
+    if isinstance(name, str) and "/" in name and not Path(name).exists() and not name.endswith(".safetensors"):
+        from manidp.hub import open_hub
+
+        return open_hub().checkpoint(name)[0]
+    return load_checkpoint(checkpoint_path(name))

@@ -182,18 +182,17 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint holds: graph, multiply-adds, provenance, digest; the whole file is checked."""
-    import hashlib
-
-    from manidp.checkpoint import checkpoint_path, load_checkpoint
+    import manidp
+    from manidp.checkpoint import bundled, checkpoint_path
     from manidp.macs import node_macs
 
-    path = checkpoint_path(checkpoint)
-    model = load_checkpoint(path)
+    model = manidp.load_model(checkpoint)
     macs = node_macs(model.graph)
-    shown = {
-        "file": str(path),
-        "bytes": path.stat().st_size,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    file: dict[str, Any] = {"file": checkpoint}
+    if checkpoint in bundled() or Path(checkpoint).is_file():
+        path = checkpoint_path(checkpoint)
+        file = {"file": str(path), "bytes": path.stat().st_size, "sha256": _sha256(path)}
+    shown = file | {
         "nodes": len(model.graph.nodes),
         "gates": len(model.graph.gates),
         "parameters": sum(value.size for value in model.weights.values()),
@@ -263,6 +262,194 @@ def train(
                 print(json.dumps(shown) if as_json else _finished_line(event))
             else:
                 print(f"manidp: {event}", file=sys.stderr)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A .ckpt file, or a bundled model's name or checkpoint file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="What to write: x.safetensors from a .ckpt, else x.ckpt.")],
+    thresholds: Annotated[
+        Path | None, typer.Option(help="The gates' thresholds, a .npy file: read with a .ckpt, written beside one.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """MindSpore's .ckpt to a checkpoint, or a checkpoint to .ckpt; MindSpore is not needed."""
+    from manidp.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
+    from manidp.ckpt import read_ckpt, write_ckpt
+    from manidp.conversion import from_ckpt, read_thresholds, resnet_of_ckpt, to_ckpt, write_thresholds
+    from manidp.errors import CkptError
+    from manidp.images import CIFAR10_CLASSES, MINDSPORE_PREPROCESSING
+
+    ignored: tuple[str, ...] = ()
+    written = [out]
+    if source.endswith(".ckpt"):
+        values = read_ckpt(source)
+        graph = resnet_of_ckpt(values)
+        if graph.gates and thresholds is None:
+            raise CkptError(
+                f"{source}: a .ckpt does not hold its {len(graph.gates)} thresholds; give --thresholds FILE"
+            )
+        given = read_thresholds(thresholds) if thresholds else ()
+        numbered = tuple(f"class {i}" for i in range(graph.num_classes))
+        classes = CIFAR10_CLASSES if graph.num_classes == len(CIFAR10_CLASSES) else numbered
+        provenance = {"converted_from": {"name": Path(source).name, "sha256": _sha256(Path(source))}}
+        checkpoint, ignored = from_ckpt(values, given, graph, MINDSPORE_PREPROCESSING, classes, provenance)
+        save_checkpoint(checkpoint, out)
+    else:
+        checkpoint = load_checkpoint(checkpoint_path(source))
+        if checkpoint.graph.gates and thresholds is None:
+            raise CkptError("a .ckpt does not hold thresholds; say with --thresholds FILE where to write them")
+        values, found = to_ckpt(checkpoint)
+        write_ckpt(values, out)
+        if thresholds:
+            write_thresholds(found, thresholds)
+            written.append(thresholds)
+    if as_json:
+        print(json.dumps({"written": [str(path) for path in written], "ignored": list(ignored)}))
+    else:
+        print(f"{', '.join(map(str, written))}: written")
+        for name in ignored:
+            print(f"manidp: not of the network, ignored: {name}", file=sys.stderr)
+
+
+def _sha256(path: Path) -> str:
+    import hashlib
+
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+hub_app = typer.Typer(
+    help="Models by name: search the catalogue, bring, verify and publish files.", no_args_is_help=True
+)
+app.add_typer(hub_app, name="hub")
+
+Sources = Annotated[
+    list[str] | None,
+    typer.Option("--source", help="A folder, an archive or an https address of cards, before the bundled catalogue."),
+]
+
+
+@hub_app.command("list")
+def hub_list(
+    words: Annotated[list[str] | None, typer.Argument(help="Only cards that hold all these words.")] = None,
+    source: Sources = None,
+    as_json: Json = False,
+) -> None:
+    """The cards of the catalogue."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from manidp.hub import open_hub
+
+    found = list(open_hub(source or ()).cards(words or ()))
+    if as_json:
+        print(json.dumps([{"uid": str(one.uid), "source": one.source, **one.card.fields} for one in found], indent=2))
+        return
+    table = Table(box=SIMPLE)
+    for heading in ("uid", "model", "data set", "MindSpore"):
+        table.add_column(heading, overflow="fold")
+    for one in found:
+        fields = one.card.fields
+        keys = ("model-name", "train-dataset", "mindspore-version")
+        table.add_row(str(one.uid), *(fields.get(key, "") for key in keys))
+    _console().print(table)
+
+
+@hub_app.command("show")
+def hub_show(
+    uid: Annotated[str, typer.Argument(help="A card's name, e.g. noah-cvlab/gpu/1.1/manidp_v1.0_cifar10.")],
+    source: Sources = None,
+    as_json: Json = False,
+) -> None:
+    """One card: its facts, its files, its text, and what is wrong with it."""
+    from rich.markdown import Markdown
+
+    from manidp.hub import open_hub, parse_uid
+
+    listed = open_hub(source or ()).card(parse_uid(uid))
+    card = listed.card
+    if as_json:
+        shown = {"uid": str(listed.uid), "source": listed.source, "title": card.title, "fields": dict(card.fields),
+                 "assets": [asdict(asset) for asset in card.assets], "body": card.body,
+                 "remarks": [str(remark) for remark in card.remarks]}  # fmt: skip
+        print(json.dumps(shown, indent=2))
+        return
+    console = _console()
+    facts = [f"- **{key}**: {value}" for key, value in card.fields.items()]
+    for asset in card.assets:
+        weak = "" if asset.verifiable else " (weak: what comes cannot be verified)"
+        facts.append(f"- **{asset.file_format}**: {asset.link} sha256 {asset.sha256}{weak}")
+    console.print(Markdown(f"# {card.title}\n\n" + "\n".join(facts) + f"\n\n{card.body}"))
+    for remark in card.remarks:
+        print(f"manidp: {listed.uid}, {remark}", file=sys.stderr)
+
+
+@hub_app.command("pull")
+def hub_pull(
+    uid: Annotated[str, typer.Argument(help="A card's name.")], source: Sources = None, as_json: Json = False
+) -> None:
+    """Bring a card's file into the cache, verified; quiet work if it is there."""
+    from manidp.hub import open_hub
+
+    hub = open_hub(source or ())
+    decision = hub.resolve(uid)
+    with _progress() as progress:
+        path = hub.fetch(decision, _steps(progress, decision.filename))
+    shown = {"uid": str(decision.uid), "file": str(path), "sha256": decision.asset.sha256}
+    print(json.dumps(shown) if as_json else f"{path}: {decision.filename}, sha256 verified")
+
+
+@hub_app.command("add")
+def hub_add(
+    file: Annotated[Path, typer.Argument(help="A file that some card of the catalogue names by its sha256.")],
+    source: Sources = None,
+    as_json: Json = False,
+) -> None:
+    """Bring in a file carried by hand."""
+    from manidp.hub import open_hub
+
+    added = open_hub(source or ()).add(file)
+    uids = [str(uid) for uid in added.uids]
+    shown = {"file": str(added.path), "uids": uids}
+    print(json.dumps(shown) if as_json else f"{added.path}: {file.name}, the file of {', '.join(uids)}")
+
+
+@hub_app.command("verify")
+def hub_verify(
+    remove: Annotated[bool, typer.Option("--remove", help="Delete what is damaged.")] = False,
+    source: Sources = None,
+    as_json: Json = False,
+) -> None:
+    """Hash every file in the cache again; exit code 1 if one is damaged."""
+    from manidp.hub import open_hub
+
+    found = list(open_hub(source or ()).verify(remove=remove))
+    if as_json:
+        print(json.dumps([{"file": str(one.path), "bytes": one.size, "intact": one.intact,
+                           "uids": [str(uid) for uid in one.uids]} for one in found], indent=2))  # fmt: skip
+    else:
+        for one in found:
+            state = "intact" if one.intact else "damaged, deleted" if remove else "DAMAGED"
+            print(f"{one.path.name[:16]}…  {one.size:>12,} bytes  {state}  {', '.join(map(str, one.uids))}")
+        print(f"{sum(one.intact for one in found)} of {len(found)} files intact")
+    if not all(one.intact for one in found):
+        raise typer.Exit(1)
+
+
+@hub_app.command("pack")
+def hub_pack(
+    out: Annotated[Path, typer.Option("--mindspore", help="New folder for the bundle.")],
+    model: Model = "manidp-res20",
+    name: Annotated[str | None, typer.Option(help="The model's name on its card; default: the file's.")] = None,
+) -> None:
+    """Write the bundle that MindSpore's own hub client loads: card, network, thresholds, .ckpt."""
+    from manidp.bundle import pack
+    from manidp.checkpoint import checkpoint_path, load_checkpoint
+
+    path = checkpoint_path(model)
+    card = pack(load_checkpoint(path), out, name or path.stem)
+    print(f'{card}: load it with mindspore_hub.load("{card}", source="local")')
 
 
 @app.command()

@@ -15,7 +15,7 @@ from manidp.checkpoint import Checkpoint
 from manidp.ckpt import BFLOAT16, bfloat16_to_float32
 from manidp.errors import CkptError
 from manidp.files import replacing
-from manidp.graph import Gate, Graph
+from manidp.graph import Gate, Graph, resnet, with_gates
 from manidp.images import Preprocessing
 
 MAX_THRESHOLDS_BYTES = 2**20
@@ -57,6 +57,19 @@ def from_ckpt(
     ignored = tuple(name for name in values if name not in wanted)
     ordered = {name: weights[name] for name in graph.parameters}
     return Checkpoint(graph, ordered, preprocessing, classes, provenance or {}), ignored
+
+
+def resnet_of_ckpt(values: Mapping[str, NDArray[Any]]) -> Graph:
+    """The ResNet whose values a .ckpt holds, read off its names and shapes; ``from_ckpt`` then checks every one.
+
+    Raises CkptError if they are not of a CIFAR ResNet with the original's names.
+    """
+    stem, head = values.get("conv_1_3x3.weight"), values.get("classifier.weight")
+    blocks = sum(f"stage_1.{index}.conv_a.weight" in values for index in range(len(values)))
+    if stem is None or head is None or stem.ndim != 4 or head.ndim != 2 or not blocks or not head.shape[0]:
+        raise CkptError(f"the .ckpt is of no CIFAR ResNet with the original's names; it holds {_some(list(values))}")
+    graph = resnet(6 * blocks + 2, num_classes=head.shape[0], width=stem.shape[0])
+    return with_gates(graph) if any(".mb1." in name for name in values) else graph
 
 
 def to_ckpt(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float64]]:

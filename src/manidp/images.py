@@ -103,6 +103,8 @@ class ImageSet:
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_PREPROCESSING = Preprocessing(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), size=(32, 32))
+MINDSPORE_PREPROCESSING = Preprocessing(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616), size=(32, 32))
+"""The original's MindSpore code rounds the red deviation up, its PyTorch code down."""
 
 # Published SHA-1 of the official binary batches: 10,000 records of a label byte and 3,072 bytes (channel, row, column).
 CIFAR10_SHA1 = {
