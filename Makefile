@@ -51,5 +51,13 @@ $(VENV)/.dev: $(VENV)/.base
 	$(VENV)/bin/python -m pip install --quiet --editable '.[torch,plots,dev]'
 	touch $@
 
+test-mindspore: .venv-mindspore/.ready  ## The tests that need MindSpore, in its own environment (numpy < 2)
+	.venv-mindspore/bin/python -m pytest tests/with_mindspore
+
+.venv-mindspore/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-mindspore
+	.venv-mindspore/bin/python -m pip install --quiet --editable '.[mindspore]' 'pytest>=9'
+	touch $@
+
 clean:  ## Remove the environments and caches
 	rm -rf $(VENV) .venv-mindspore .mypy_cache .ruff_cache .pytest_cache .hypothesis
