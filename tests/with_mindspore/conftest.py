@@ -1,5 +1,6 @@
 """Tests that need MindSpore; the folder is not called mindspore, or Python would take it for that."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ if find_spec("mindspore") is None:
         terminalreporter.write_line(_HINT)
 
 else:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those that MindSpore itself gives rise to, while it is imported
         import mindspore

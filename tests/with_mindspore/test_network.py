@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from manidp.bundle import description
+from manidp.checkpoint import bundled, checkpoint_path, load_checkpoint
 from manidp.ckpt import read_ckpt, write_ckpt
 from manidp.conversion import from_ckpt, to_ckpt
 from manidp.graph import (
@@ -29,7 +30,7 @@ from manidp.graph import (
     resnet,
     with_gates,
 )
-from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
+from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
 from manidp.mindspore.convert import from_checkpoint, weights
 from manidp.mindspore.network import Network
 from manidp.runtime.reference import node_values, run
@@ -156,6 +157,17 @@ def test_every_kind_of_node_is_the_reference(mode: str) -> None:
 def test_thresholds_must_be_those_of_the_gates() -> None:
     with pytest.raises(ValueError, match="one threshold for each of 6 gates expected"):
         Network(description(gated_resnet()), [0.5])
+
+
+@pytest.mark.parametrize("name", bundled())
+@pytest.mark.parametrize("mode", ["GRAPH"], indirect=True)
+def test_the_bundled_models_are_the_reference(name: str, mode: str) -> None:
+    checkpoint = load_checkpoint(checkpoint_path(name))
+    images = checkpoint.preprocessing.apply(load_sample().images[::4])
+    expected = run(checkpoint.graph, checkpoint.weights, images, np.float32).logits
+    logits = from_checkpoint(checkpoint)(mindspore.Tensor(images)).asnumpy()
+    assert_close(logits, expected)
+    np.testing.assert_array_equal(logits.argmax(1), expected.argmax(1))
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden set at {GOLDEN}")
