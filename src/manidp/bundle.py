@@ -31,7 +31,7 @@ from manidp.checkpoint import Checkpoint
 from manidp.ckpt import write_ckpt
 from manidp.conversion import to_ckpt, write_thresholds
 from manidp.errors import HubError
-from manidp.graph import Graph
+from manidp.graph import Gate, Graph
 
 NETWORK = Path(__file__).parent / "mindspore" / "network.py"
 HOME = "https://example.com/manidp/manidp/tree/main"
@@ -40,10 +40,14 @@ _NAME = re.compile(r"[a-z0-9]+([_-][a-z0-9]+)*")
 
 
 def description(graph: Graph) -> dict[str, Any]:
-    """A graph with everything spelled out, as JSON data, for a reader without manidp; see ``mindspore/network.py``."""
+    """A graph with everything spelled out, as JSON data, for a reader without manidp; see ``mindspore/network.py``.
+
+    Raises GraphError for a gate that scales nothing.
+    """
     nodes = [
         {"op": type(node).__name__, **asdict(node), "shape": graph.shapes[node.name],
          "parameters": node.parameters(*graph.input_shapes(node))}
+        | ({"scales": graph.gated_value(node)} if isinstance(node, Gate) else {})
         for node in graph.nodes
     ]  # fmt: skip
     return {"nodes": nodes, "output": graph.output}

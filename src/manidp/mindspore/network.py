@@ -5,7 +5,8 @@ the bundles that it makes for the MindSpore hub.
 
 A description is JSON data: ``nodes``, in an order in which they can be computed, the image first, each with ``op``,
 ``name``, ``inputs`` (names), all fields of its kind, ``shape`` (of its value, without the batch axis) and
-``parameters`` (local name -> shape); and ``output``, the name of the node that makes the logits.
+``parameters`` (local name -> shape), a gate also ``scales``, the name of the value that is multiplied by it; and
+``output``, the name of the node that makes the logits.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Network(nn.Cell):
         super().__init__(auto_prefix=False)
         nodes = description["nodes"]
         index = {node["name"]: position for position, node in enumerate(nodes)}
-        gates = [node["name"] for node in nodes if node["op"] == "Gate"]
+        gates = {node["name"]: node["scales"] for node in nodes if node["op"] == "Gate"}
         thresholds = np.asarray(thresholds, np.float32)
         if thresholds.shape != (len(gates),):
             raise ValueError(f"one threshold for each of {len(gates)} gates expected; got shape {thresholds.shape}")
@@ -48,7 +49,7 @@ class Network(nn.Cell):
         self.is_gate = tuple(node["op"] == "Gate" for node in nodes[1:])
         self.output = index[description["output"]]
         self.gates = tuple(index[name] for name in gates)
-        self.gated = tuple(_gated(nodes, index, name) for name in gates)
+        self.gated = tuple(index[name] for name in gates.values())
 
     def construct(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of normalised images (B, C, H, W)."""
@@ -168,8 +169,3 @@ def _cell(node: Mapping[str, Any], threshold: float | None) -> nn.Cell:
         case "Add" | "Multiply" | "Concat":
             return _Function(_FUNCTIONS[node["op"]])
     raise NotImplementedError(f"node '{node['name']}': this file does not know the op {node['op']!r}")
-
-
-def _gated(nodes: Sequence[Mapping[str, Any]], index: Mapping[str, int], gate: str) -> int:
-    """Position of the value that a gate scales."""
-    return next(index[node["inputs"][0]] for node in nodes if node["op"] == "Multiply" and node["inputs"][1] == gate)
