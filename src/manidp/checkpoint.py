@@ -82,9 +82,14 @@ def bundled() -> tuple[str, ...]:
 
 
 def checkpoint_path(name: str | Path) -> Path:
-    """The file of a model: a bundled name ("manidp-res20") or a path. Raises CheckpointError if there is none."""
+    """The file of a model: a bundled name ("manidp-res20"), a file, or a folder that holds model.safetensors.
+
+    Raises CheckpointError if there is none.
+    """
     if str(name) in bundled():
         return _DATA / f"{name}.safetensors"
+    if (Path(name) / "model.safetensors").is_file():
+        return Path(name) / "model.safetensors"
     if Path(name).is_file():
         return Path(name)
     raise CheckpointError(f"{name}: no such file, and no model of this name; bundled are {', '.join(bundled())}")

@@ -439,17 +439,33 @@ def hub_verify(
 
 @hub_app.command("pack")
 def hub_pack(
-    out: Annotated[Path, typer.Option("--mindspore", help="New folder for the bundle.")],
     model: Model = "manidp-res20",
+    mindspore: Annotated[
+        Path | None, typer.Option(help="New folder for the bundle that MindSpore's own hub client loads.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="New folder for model.safetensors and its card, to upload as it is.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The model's name on its card; default: the file's.")] = None,
+    home: Annotated[
+        str | None, typer.Option(help="With --mindspore: the page it will be published at, https://.../tree/REF.")
+    ] = None,
 ) -> None:
-    """Write the bundle that MindSpore's own hub client loads: card, network, thresholds, .ckpt."""
-    from manidp.bundle import pack
+    """Write what is needed to publish a model, for one kind of hub or the other."""
+    from manidp.bundle import HOME, pack
     from manidp.checkpoint import checkpoint_path, load_checkpoint
+    from manidp.publish import write_folder
 
+    if mindspore is None and folder is None:
+        raise typer.BadParameter("give --mindspore FOLDER, --folder FOLDER or both")
     path = checkpoint_path(model)
-    card = pack(load_checkpoint(path), out, name or path.stem)
-    print(f'{card}: load it with mindspore_hub.load("{card}", source="local")')
+    checkpoint = load_checkpoint(path)
+    if mindspore is not None:
+        card = pack(checkpoint, mindspore, name or path.stem, home=home or HOME)
+        print(f'{card}: load it with mindspore_hub.load("{card}", source="local")')
+    if folder is not None:
+        write_folder(checkpoint, folder, name or path.stem)
+        print(f'{folder}: load it with manidp.load("{folder}")')
 
 
 @app.command()

@@ -23,6 +23,8 @@ from manidp.torch.network import Network
 from manidp.torch.recipe import Recipe, checked_settings, parse_setting, read_recipe
 from manidp.torch.train import EpochRecord, Training, evaluate
 
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -92,6 +94,10 @@ def run_job(job: Job, progress: Progress | None = None) -> Iterator[str | EpochR
             "correct": evaluation.correct,
             "total": evaluation.total,
             "mean_macs": float(evaluation.macs.mean()),
+            "macs_percentiles": {
+                str(q): float(value)
+                for q, value in zip(PERCENTILES, np.percentile(evaluation.macs, PERCENTILES), strict=True)
+            },
             "dense_macs": ungated_macs(graph),
         }
     provenance = {
