@@ -81,7 +81,7 @@ def _measured(measured: object, dense: int) -> Iterator[str]:
         yield "Accuracy and multiply-adds are not on record."
         return
     correct, total, macs = measured["correct"], measured["total"], measured["mean_macs"]
-    yield f"- {correct:,} of {total:,} right ({correct / total:.2%}) on {measured['data']}: every image, the last epoch,"
+    yield f"- {correct:,} of {total:,} right ({correct / total:.2%}) on {measured['data']}: every image, last epoch,"
     yield "  the thresholds in the file"
     yield f"- {macs / 1e6:.3f} M multiply-adds an image on average ({1 - macs / dense:.1%} fewer than without gates)"
     percentiles = measured.get("macs_percentiles")
