@@ -113,6 +113,15 @@ def _cut(at: int) -> Route:
     return route
 
 
+def test_a_slow_server_is_waited_for(server: Loopback, tmp_path: Path) -> None:
+    def route(request: Request) -> None:
+        request.pause(0.3)
+        request.answer(200, Content_Length=len(CONTENT))
+        request.send(CONTENT, pause=0.3)
+
+    bring(server, route, tmp_path / "p", attempts=1)
+
+
 def test_a_body_that_is_cut_short_is_resumed(server: Loopback, tmp_path: Path) -> None:
     bring(server, _cut(3000), tmp_path / "p")
     assert server.asked == [("/f", ""), ("/f", "bytes=3000-")]

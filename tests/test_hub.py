@@ -8,9 +8,10 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -201,24 +202,47 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = _archive(tmp_path / name, {f"me/1.0/a{n}.md": bytes(300_000) for n in range(9)})
+    other = _archive(tmp_path / f"other-{name}", {"one.bin": bytes(3_000_000), "me/1.0/a.md": b""})
     assert path.stat().st_size < 30_000
     monkeypatch.setattr("manidp.hub.MAX_ARCHIVE_BYTES", 1_000_000)
-    with pytest.raises(HubError, match=r"1,000,000 bytes"):
-        open_hub([path]).uids()
+    for archive in (path, other) if name != "c.zip" else (path,):  # members of a .zip that are no cards are not read
+        with pytest.raises(HubError, match=r"1,000,000 bytes"):
+            open_hub([archive]).uids()
     monkeypatch.setattr("manidp.hub.MAX_ARCHIVE_BYTES", 2**28)
     monkeypatch.setattr("manidp.hub.MAX_CARDS", 8)
     with pytest.raises(HubError, match="more than 8 cards"):
         open_hub([path]).uids()
 
 
-@pytest.mark.parametrize("damage", [slice(0, 0), slice(0, 100), slice(0, 20_000), slice(30, None)])
-@pytest.mark.parametrize("name", ["c.zip", "c.tar", "c.tar.gz", "c.tar.bz2", "c.tar.xz"])
-def test_a_broken_archive_is_an_error(tmp_path: Path, name: str, damage: slice) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, 40_000, np.uint8).tobytes()
+@pytest.mark.parametrize("keep", [slice(0, 0), slice(0, 100), slice(0, 20_000), slice(30, None), None])
+@pytest.mark.parametrize("name", ["c.tar", "c.zip", "c.tar.gz", "c.tar.bz2", "c.tar.xz"])
+def test_a_broken_archive_is_an_error(tmp_path: Path, name: str, keep: slice | None) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, 25_000, np.uint8).tobytes().hex().encode()
     path = _archive(tmp_path / name, {"me/1.0/a.md": noise})
-    path.write_bytes(path.read_bytes()[damage])
+    content = path.read_bytes()
+    if keep is None and name == "c.tar":
+        return  # which has no checksum
+    path.write_bytes(content[:9000] + b"\xff" * 99 + content[9099:] if keep is None else content[keep])
     with pytest.raises(HubError, match=r"c\..*is no whole .zip or .tar archive"):
         open_hub([path]).uids()
+
+
+@pytest.mark.parametrize(
+    ("at", "new", "said"), [(45, b"#", "CRC"), (6, b"\1", "encrypted"), (8, b"\x63", "not supported"), (0, b"", "")]
+)
+def test_a_zip_that_cannot_be_read_is_an_error(tmp_path: Path, at: int, new: bytes, said: str) -> None:
+    """``at``: a byte of the local header, or of the content after it; fields stand two bytes later in the directory."""
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.writestr("me/1.0/a.md", card_text())
+    content = bytearray((tmp_path / "c.zip").read_bytes())
+    for place in (at, content.index(b"PK\1\2") + 2 + at)[: 1 if at > 30 else 2]:
+        content[place : place + len(new)] = new
+    (tmp_path / "c.zip").write_bytes(content)
+    if not said:
+        assert Uid("me", "", "1.0", "a") in open_hub([tmp_path / "c.zip"]).uids()
+        return
+    with pytest.raises(HubError, match=f"no whole .zip or .tar archive.*{said}"):
+        open_hub([tmp_path / "c.zip"]).uids()
 
 
 def test_a_checkout_of_the_hub_is_a_catalogue_and_comes_before_the_bundled_one(tmp_path: Path) -> None:
@@ -280,8 +304,9 @@ def test_a_web_address_is_a_catalogue_and_its_cards_are_kept(server: Loopback, m
     hub = open_hub([base])
     assert Uid("me", "", "1.0", "a") not in hub.uids()
     assert hub.resolve("me/1.0/a").source == base and Uid("me", "", "1.0", "a") in hub.uids()
-    with pytest.raises(HubError, match=r"no card 'me/1.0/b'"):
+    with pytest.raises(HubError, match=r"no card 'me/1.0/b'") as caught:
         hub.resolve("me/1.0/b")
+    assert "not all could be asked" not in str(caught.value)
     path = hub.fetch(hub.resolve("me/1.0/a"))
     asked = len(server.asked)
     monkeypatch.setenv("MANIDP_OFFLINE", "1")
@@ -307,6 +332,9 @@ def test_a_page_that_is_no_card_is_not_kept_as_one(server: Loopback) -> None:
         hub.resolve("me/1.0/a")
     assert Uid("me", "", "1.0", "a") not in hub.uids()
     assert hub.resolve("me/1.0/a").asset.sha256 == DIGEST
+    with pytest.raises(HubError, match="there is no card"):
+        hub.resolve("me/1.0/a")
+    assert Uid("me", "", "1.0", "a") not in hub.uids()
 
 
 # Deciding -----------------------------------------------------------------------------------------------------------
@@ -456,6 +484,49 @@ def test_a_file_beside_its_card_is_taken_if_it_is_right(tmp_path: Path, server: 
     path.unlink()
     beside.write_bytes(b"another")
     assert hub.fetch(hub.resolve("me/1.0/a")).read_bytes() == CONTENT and len(server.asked) == 1
+
+
+def test_a_file_that_changes_while_it_is_copied_is_not_taken(
+    tmp_path: Path, server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/f", DIGEST)))
+    (tmp_path / "cards" / "me" / "1.0" / "f").write_bytes(b"another by now")
+    monkeypatch.setattr("manidp.hub.sha256_of", lambda path: DIGEST)
+    with pytest.raises(HubError, match="changed while it was copied"):
+        hub.fetch(hub.resolve("me/1.0/a"))
+    assert files_in(hub) == {}
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/f", DIGEST)))
+    decision = hub.resolve("me/1.0/a")
+    done: list[str] = []
+
+    def watched(name: str, real: Callable[..., None]) -> Callable[..., None]:
+        def call(*given: object) -> None:
+            done.append(name)
+            real(*given)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, watched(name, getattr(os, name)))
+    hub.fetch(decision)
+    assert done == ["fsync", "replace", "fsync"]  # of the file; its name; of the folder that holds the name
+
+
+def test_on_a_full_disk_no_other_address_is_tried(
+    tmp_path: Path, server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.routes["/g"] = whole(CONTENT)
+    cards = {name: card_text((f"{server.origin}/{name}", DIGEST)) for name in ("f", "g")}
+    hub = hub_with(tmp_path, server, **cards)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=9))
+    with pytest.raises(HubError, match="cannot be written to: 51,200 bytes are to come, 9 are free"):
+        hub.fetch(hub.resolve("me/1.0/f"))
+    assert len(server.asked) == 1 and files_in(hub) == {}
 
 
 def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path, server: Loopback) -> None:

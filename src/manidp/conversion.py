@@ -81,7 +81,7 @@ def to_ckpt(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[np.float32]], NDA
     blocks = {gate.name.rpartition(".")[0]: len(graph.nodes) for gate in graph.gates}
     order = []
     for index, node in enumerate(graph.nodes):
-        block = max((b for b in blocks if b and node.name.startswith(f"{b}.")), key=len, default=node.name)
+        block = next((block for block in blocks if block and node.name.startswith(f"{block}.")), node.name)
         first = blocks[block] = min(blocks.get(block, index), index)
         order.append((first, isinstance(node, Gate), index))
     names = [

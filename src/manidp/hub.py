@@ -161,7 +161,7 @@ class Archive:
                 if len(cards) > MAX_CARDS or total > MAX_ARCHIVE_BYTES:
                     raise HubError(f"'{self._path}': more than {MAX_CARDS:,} cards or {MAX_ARCHIVE_BYTES:,} bytes")
         except (OSError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError,
-                NotImplementedError, RuntimeError, ValueError) as error:  # fmt: skip
+                RuntimeError, ValueError) as error:  # fmt: skip
             reason = (isinstance(error, OSError) and error.strerror) or error
             raise HubError(f"'{self._path}' is no whole .zip or .tar archive of cards: {reason}") from error
         return dict(sorted(cards.items()))
@@ -205,11 +205,14 @@ def _unpacked(path: Path) -> io.BufferedIOBase:
 
 
 def _tarred(path: Path) -> Iterator[tuple[str, bytes]]:
-    with _unpacked(path) as stream, tarfile.open(fileobj=io.BufferedReader(_Limited(stream)), mode="r|") as archive:
-        for member in archive:
-            content = archive.extractfile(member) if member.isreg() and member.name.endswith(".md") else None
-            if content is not None:
-                yield member.name, content.read(MAX_CARD_BYTES + 1)
+    with _unpacked(path) as stream, io.BufferedReader(_Limited(stream)) as limited:
+        with tarfile.open(fileobj=limited, mode="r|") as archive:
+            for member in archive:
+                content = archive.extractfile(member) if member.isreg() and member.name.endswith(".md") else None
+                if content is not None:
+                    yield member.name, content.read(MAX_CARD_BYTES + 1)
+        while limited.read(2**20):  # to the end, where the checksum is
+            pass
 
 
 def _zipped(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -241,6 +244,8 @@ class Website:
             content = self._downloader.text(f"{self._base}{uid}.md", MAX_CARD_BYTES)
         except TransferError as error:
             if error.kind == "missing":
+                with contextlib.suppress(OSError):
+                    kept.unlink()
                 return None
             if kept.is_file():
                 _log.info("%s: the card kept from last time is used (%s)", uid, error)
@@ -423,12 +428,11 @@ class Hub:
 
     @cached_property
     def _named(self) -> Mapping[str, list[tuple[Uid, str]]]:
-        """Who names each verifiable file of the catalogue, by its sha256: cards and the addresses they give."""
+        """Who names each file of the catalogue, by its sha256: the cards, and the addresses they give."""
         named: dict[str, list[tuple[Uid, str]]] = {}
         for listed in self.cards():
             for asset in listed.card.assets:
-                if asset.verifiable:
-                    named.setdefault(asset.sha256, []).append((listed.uid, asset.link))
+                named.setdefault(asset.sha256, []).append((listed.uid, asset.link))
         return named
 
     def _uids(self, sha256: str) -> tuple[Uid, ...]:
