@@ -208,7 +208,12 @@ def test_a_good_card_has_no_faults_and_is_written_as_it_was() -> None:
         ("evaluation: acc92.05", "evaluation: -", 19, "something else by YAML"),
         ("summary: classifies", "summary: '", 37, "something else by YAML"),
         ("update-time: 2026-11-20", "update-time: 2026-02-30", 25, "a date"),
-        ("https://example.com/manidp/manidp/tree/main", "http://example.com/manidp/manidp/tree/main", 27, "https://HOST"),
+        (
+            "https://example.com/manidp/manidp/tree/main",
+            "http://example.com/manidp/manidp/tree/main",
+            27,
+            "https://HOST",
+        ),
         ("https://example.com/manidp/manidp/tree", "https://example.com/manidp/manidp/blob", 27, "https://HOST"),
         ("https://example.com/manidp", "https://example.org/manidp", 27, "https://HOST"),
         ("used-for: inference", "used-for: training", 31, "'used-for' must be of"),
