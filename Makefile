@@ -48,7 +48,7 @@ $(VENV)/.base: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.base
 	$(VENV)/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)/bin/python -m pip install --quiet --editable '.[torch,plots,dev]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[torch,plots,onnx,dev]'
 	touch $@
 
 test-mindspore: .venv-mindspore/.ready  ## The tests that need MindSpore, in its own environment (numpy < 2)

@@ -267,13 +267,15 @@ def train(
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="A .ckpt file, or a bundled model's name or checkpoint file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="What to write: x.safetensors from a .ckpt, else x.ckpt.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="What to write: x.safetensors from a .ckpt, else x.ckpt or x.onnx.")
+    ],
     thresholds: Annotated[
         Path | None, typer.Option(help="The gates' thresholds, a .npy file: read with a .ckpt, written beside one.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """MindSpore's .ckpt to a checkpoint, or a checkpoint to .ckpt; MindSpore is not needed."""
+    """MindSpore's .ckpt to a checkpoint, or a checkpoint to .ckpt or ONNX; MindSpore is not needed."""
     from manidp.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
     from manidp.ckpt import read_ckpt, write_ckpt
     from manidp.conversion import from_ckpt, read_thresholds, resnet_of_ckpt, to_ckpt, write_thresholds
@@ -295,6 +297,10 @@ def convert(
         provenance = {"converted_from": {"name": Path(source).name, "sha256": _sha256(Path(source))}}
         checkpoint, ignored = from_ckpt(values, given, graph, MINDSPORE_PREPROCESSING, classes, provenance)
         save_checkpoint(checkpoint, out)
+    elif out.suffix == ".onnx":
+        from manidp.onnx import write_onnx
+
+        write_onnx(load_checkpoint(checkpoint_path(source)), out)
     else:
         checkpoint = load_checkpoint(checkpoint_path(source))
         if checkpoint.graph.gates and thresholds is None:
