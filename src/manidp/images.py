@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
+import shutil
 import stat
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -336,6 +338,28 @@ def load_folder(
             first = f"; {pictures.errors[0]}" if pictures.errors else ""
             raise ImageError(f"{shown(root / name)}: expected pictures of class '{name}', got none to read{first}")
     return ImageSet(pictures.images, labels, names), pictures.errors
+
+
+def save_folder(image_set: ImageSet, folder: str | Path) -> None:
+    """Write an image set as PNG files, one subfolder for each class, into a new folder: what ``load_folder`` reads.
+
+    The folder appears whole or not at all; raises ImageError if it exists or cannot be written.
+    """
+    folder = Path(folder)
+    temporary = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        if folder.exists():
+            raise ImageError(f"{shown(folder)}: exists already; a new folder is needed")
+        try:
+            for number, (pixels, label) in enumerate(zip(image_set.images, image_set.labels, strict=True)):
+                of_class = temporary / image_set.classes[label]
+                of_class.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(of_class / f"{number:05d}.png")
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise ImageError(f"{shown(folder)}: cannot be written: {_reason(error)}") from error
 
 
 def _files(folder: Path) -> list[Path]:
