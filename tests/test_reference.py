@@ -127,7 +127,9 @@ def test_the_other_nodes_are_what_they_are_defined_as() -> None:
     gamma, beta, mean, variance = rng.normal(size=(4, 4))
     made = value_of(BatchNorm(name="node", inputs=("in0",), eps=0.25), x,
                     gamma=gamma, beta=beta, moving_mean=mean, moving_variance=variance**2)  # fmt: skip
-    assert made[1, 2, 0, 3] == pytest.approx(gamma[2] * (x[1, 2, 0, 3] - mean[2]) / (variance[2] ** 2 + 0.25) ** 0.5 + beta[2])
+    assert made[1, 2, 0, 3] == pytest.approx(
+        gamma[2] * (x[1, 2, 0, 3] - mean[2]) / (variance[2] ** 2 + 0.25) ** 0.5 + beta[2]
+    )
 
 
 def small_gated() -> Graph:

@@ -18,8 +18,8 @@ outputs from it: rest of the inverse transform, bias, activation, gate, residual
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -55,17 +55,19 @@ class Isa:
     lanes: int
     registers: int
     features: tuple[str, ...]
+    permutes: bool = False  # any lanes of two vectors at the cost of one instruction
 
 
 ISAS = {
     isa.name: isa
     for isa in (
-        Isa("avx512", 16, 32, ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2")),
+        Isa("avx512", 16, 32, ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2"), True),
         Isa("avx2", 8, 16, ("avx2", "fma", "bmi2")),
         Isa("sse", 4, 16, ("sse4.1",)),
         Isa("neon", 4, 32, ("neon",)),
     )
 }
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -74,6 +76,11 @@ class Tile:
     outputs: int
     vectors: int
     blocks: int
+
+    @property
+    def least(self) -> int:
+        """Outputs of the smallest tile there is code for; more than one tile's are split evenly, so few need less."""
+        return (self.outputs + 1) // 2
 
 
 def tile_shape(positions: int, most_outputs: int, winograd: bool, isa: Isa) -> Tile:
@@ -107,6 +114,11 @@ class _Group:
     lanes: int
 
     @property
+    def geometry(self) -> _Group:
+        """The same without the numbers of channels, which most functions are told when called."""
+        return replace(self, inputs=0, outputs=0)
+
+    @property
     def block(self) -> int:
         """Positions in a block."""
         return self.tile.vectors * self.lanes
@@ -123,7 +135,17 @@ class _Group:
     @property
     def transformed(self) -> int:
         """Floats of scratch for one column of the transformed inputs."""
-        return self.inputs * len(BT) * self.block if self.winograd else 0
+        return 2 * self.pair if self.winograd else 0
+
+    @property
+    def pair(self) -> int:
+        """Floats of scratch for two of a column's four points."""
+        return 2 * self.inputs * self.block
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether a vector of transformed inputs holds two points of each of half the positions."""
+        return self.winograd and self.tile.vectors == 1
 
     @property
     def values(self) -> int:
@@ -131,7 +153,25 @@ class _Group:
         return self.columns * len(AT) if self.winograd else 1
 
 
-Mask = Callable[[Function, str], str | None]  # gives the lanes of a block that hold, None for all
+@dataclass(frozen=True)
+class Mask:
+    """Lanes of a block's vector: ``lanes`` if they are the same in all blocks (None: all lanes), else a table."""
+
+    lanes: tuple[bool, ...] | None = None
+    table: str = ""
+
+    def __call__(self, f: Function, block: str) -> str | None:
+        """The mask as a value, None for all lanes."""
+        if self.table:
+            integer = f"i{max(8, f.lanes)}"
+            word = f(f"load {integer}, ptr {f(f'getelementptr {integer}, ptr {self.table}, i64 {block}')}")
+            if f.lanes < 8:
+                word = f(f"trunc {integer} {word} to i{f.lanes}")
+            return f(f"bitcast i{f.lanes} {word} to <{f.lanes} x i1>")
+        return None if self.lanes is None else f"<{', '.join(f'i1 {int(lane)}' for lane in self.lanes)}>"
+
+
+_TILE = "ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, i64 %no, ptr %products, i64 %block, i64 %row, i64 %stride"
 
 
 class Generator:
@@ -151,6 +191,7 @@ class Generator:
                 f"declare void @llvm.masked.store.v{n}f32.p0({v}, ptr, i32, <{n} x i1>)",
                 f"declare float @llvm.vector.reduce.fadd.v{n}f32(float, {v})",
                 f"declare float @llvm.vector.reduce.fmax.v{n}f32({v})",
+                "declare i64 @llvm.umin.i64(i64, i64)",
                 "declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)",
                 *(f"{name} = internal constant {values}" for values, name in self.tables.items()),
                 *self.functions,
@@ -174,7 +215,7 @@ class Generator:
     def _main(self) -> str:
         f = Function(
             "run",
-            "ptr %images, i64 %bytes, ptr %logits, ptr %gates, ptr %next, i64 %count, ptr %w, ptr %k",
+            "ptr %images, i64 %bytes, ptr %results, ptr %next, i64 %count, ptr %w, ptr %k",
             lanes=self.lanes,
             tables=self.tables,
             linkage="dso_local",
@@ -185,7 +226,8 @@ class Generator:
         image = f("atomicrmw add ptr %next, i64 1 monotonic")
         f.do(f"br i1 {f(f'icmp slt i64 {image}, %count')}, label %work, label %done")
         f.begin("work")
-        gates = f.at("%gates", f.scaled(image, sum(gate.channels for gate in graph.gates)))
+        logits = f.at("%results", f.scaled(image, graph.num_classes + sum(gate.channels for gate in graph.gates)))
+        gates = f.at(logits, graph.num_classes)
         for step in self.plan.steps:
             match step:
                 case LoadImage():
@@ -209,7 +251,6 @@ class Generator:
                 case Decide():
                     self._decide(f, step, gates)
                     gates = f.at(gates, step.gate.channels)
-        logits = f.at("%logits", f.scaled(image, graph.num_classes))
         f.copy(self._vector(f, graph.output), logits, graph.num_classes)
         f.do("br label %take")
         f.begin("done")
@@ -239,16 +280,18 @@ class Generator:
         node, finish = step.node, step.finish
         source, frame = self.plan.maps[step.source].layout, self.plan.maps[finish.frame].layout
         outputs = node.channels // node.groups
+        most = min(outputs, 10 if step.winograd else 6)
         group = _Group(
             inputs=step.inputs.count // node.groups,
             outputs=outputs,
             kernel=node.kernel,
             padding=node.padding,
             winograd=step.winograd,
-            tile=tile_shape(frame.rows * frame.pitch, min(outputs, 10 if step.winograd else 6), step.winograd, self.isa),
+            tile=tile_shape(frame.rows * frame.pitch, most, step.winograd, self.isa),
             lanes=self.lanes,
         )
-        self.scratch = max(self.scratch, group.transformed + outputs * group.values * group.block)
+        products = (outputs + group.tile.outputs) * group.values * group.block
+        self.scratch = max(self.scratch, group.transformed + products)
         operands = self._operands(f, finish)
         extra = "".join(f", ptr %p{i}" for i in range(len(operands)))
         arguments = f"ptr %x, ptr %weights, ptr %bias, ptr %li, i64 %ni, ptr %lo, i64 %no, ptr %scratch{extra}"
@@ -284,26 +327,32 @@ class Generator:
         tiles = g(f"udiv i64 {g(f'add i64 %no, {group.tile.outputs - 1}')}, {group.tile.outputs}")
         products = g.at("%scratch", group.transformed)
 
+        multiply = self._tiles(group, source, frame)
+        finishing = self._finish(group, frame, finish, extra)
+
+        def one_column(block: str, column: int) -> None:
+            x, stride = "%x", source.channel
+            if group.winograd:
+                x, stride = "%scratch", group.pair
+                transform = self._transform(group, source, frame, column)
+                g.do(f"call void @{transform}(ptr %x, ptr {x}, ptr %li, i64 %ni, i64 {block}, i64 {stride})")
+            weights = g.at("%weights", column * group.outputs * group.row)
+            of_column = g.at(products, column * len(AT) * group.block)
+
+            def one_tile(index: str) -> list[str]:
+                first = g(f"udiv i64 {g.scaled(index, '%no')}, {tiles}")
+                end = g(f"udiv i64 {g.scaled(g(f'add i64 {index}, 1'), '%no')}, {tiles}")
+                outputs = f"ptr {g.at('%lo', first)}, i64 {g(f'sub i64 {end}, {first}')}"
+                into = g.at(of_column, g.scaled(first, group.values * group.block))
+                g.do(f"call void @{multiply}(ptr {x}, ptr {weights}, ptr %li, i64 %ni, {outputs}, ptr {into}, "
+                     f"i64 {block}, i64 {group.row}, i64 {stride})")  # fmt: skip
+                return []
+
+            g.loop(tiles, one_tile)
+
         def one_block(block: str) -> list[str]:
             for column in range(group.columns):
-                x = "%x"
-                if group.winograd:
-                    x = "%scratch"
-                    transform = self._transform(group, source, frame, column)
-                    g.do(f"call void @{transform}(ptr %x, ptr {x}, ptr %li, i64 %ni, i64 {block})")
-                weights = g.at("%weights", column * group.outputs * group.row)
-                multiply = self._tiles(group, source, frame)
-
-                def one_tile(index: str) -> list[str]:
-                    first = g(f"udiv i64 {g.scaled(index, '%no')}, {tiles}")
-                    end = g(f"udiv i64 {g.scaled(g(f'add i64 {index}, 1'), '%no')}, {tiles}")
-                    into = g.at(products, column * len(AT) * group.block, g.scaled(first, group.values * group.block))
-                    g.do(f"call void @{multiply}(ptr {x}, ptr {weights}, ptr %li, i64 %ni, ptr {g.at('%lo', first)}, "
-                         f"i64 {g(f'sub i64 {end}, {first}')}, ptr {into}, i64 {block})")  # fmt: skip
-                    return []
-
-                g.loop(tiles, one_tile)
-            finishing = self._finish(group, frame, finish, extra)
+                one_column(block, column)
             g.do(f"call void @{finishing}(ptr {products}, ptr %bias, ptr %lo, i64 %no, i64 {block}{extra})")
             return []
 
@@ -314,20 +363,18 @@ class Generator:
         tile = self._winograd_tile if group.winograd else self._direct_tile
 
         def write(g: Function) -> None:
-            arms = {n: g.new_label("tile") for n in range(1, group.tile.outputs + 1)}
-            g.do(f"switch i64 %no, label %after [{' '.join(f'i64 {n}, label %{arm}' for n, arm in arms.items())}]")
+            arms = {n: g.new_label("tile") for n in range(group.tile.least, group.tile.outputs + 1)}
+            cases = " ".join(f"i64 {n}, label %{arm}" for n, arm in arms.items())
+            g.do(f"switch i64 %no, label %{arms[group.tile.least]} [{cases}]")
             for n, arm in arms.items():
                 g.begin(arm)
                 name = tile(group, source, frame, n)
-                g.do(f"call void @{name}(ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, ptr %products, i64 %block, "
-                     f"i64 {group.row}, i64 {group.inputs * 2 * group.block})")  # fmt: skip
+                g.do(f"call void @{name}(ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, i64 %no, ptr %products, "
+                     "i64 %block, i64 %row, i64 %stride)")  # fmt: skip
                 g.do("br label %after")
             g.begin("after")
 
-        arguments = "ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, i64 %no, ptr %products, i64 %block"
-        return self._shared(("tiles", group, source, frame), arguments, write)
-
-    _TILE = "ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, ptr %products, i64 %block, i64 %row, i64 %pair"
+        return self._shared(("tiles", group.geometry, source, frame), _TILE, write)
 
     def _direct_tile(self, group: _Group, source: Layout, frame: Layout, outputs: int) -> str:
         """The function that multiplies and adds: ``outputs`` of a block, from all kept inputs."""
@@ -336,13 +383,13 @@ class Generator:
         lines = [self._tap(source, frame, tile, u - group.padding, 0)[0] for u in range(kernel)]
 
         def write(g: Function) -> None:
-            rows = [g.at("%weights", g.scaled(g.index("%lo", k), "%row")) for k in range(outputs)]
+            rows = self._rows_of_weights(g, tile, outputs)
             start = g.at("%x", g.scaled("%block", group.block))
             masks = [[mask(g, "%block") for mask in these] for _, these in taps]
 
             def one_input(j: str, *sums: str) -> list[str]:
                 i = g.index("%li", j)
-                x = g.at(start, g.scaled(i, source.channel))
+                x = g.at(start, g.scaled(i, "%stride"))
 
                 def one_line(u: str, *sums: str) -> list[str]:
                     line = g.at(x, g.number(lines, u))
@@ -365,84 +412,129 @@ class Generator:
             for at, total in enumerate(g.loop("%ni", one_input, *zeros)):
                 g.store(total, "%products", at * lanes)
 
-        return self._shared(("tile", group, source, frame, outputs), self._TILE, write)
+        key = ("tile", "direct", outputs, tile.vectors, tile.least, tuple(lines), str(taps))
+        return self._shared(key, _TILE, write)
+
+    def _rows_of_weights(self, g: Function, tile: Tile, outputs: int) -> list[str]:
+        """Pointers to the weights of the outputs of a tile; one that is not full does its last output again."""
+        positions: list[str | int] = list(range(outputs))
+        if outputs == tile.least:
+            last = g("sub i64 %no, 1")
+            positions = [g(f"call i64 @llvm.umin.i64(i64 {last}, i64 {k})") for k in positions]
+        return [g.at("%weights", g.scaled(g.index("%lo", position), "%row")) for position in positions]
 
     def _winograd_tile(self, group: _Group, source: Layout, frame: Layout, outputs: int) -> str:
         """The same for one column of a Winograd convolution: products 1 and 2 first, then 0 and 3.
 
-        With sum and difference of the first two in its registers, the tile goes on to AT times all four.
+        With sum and difference of the first two in its registers, the tile goes on to AT times all four. With only
+        one vector of positions, the two products are interleaved, so that one load broadcasts weights for both.
         """
-        vectors, block, lanes = group.tile.vectors, group.block, self.lanes
+        tile, vectors, block, lanes = group.tile, group.tile.vectors, group.block, self.lanes
+        halves = range(2)
 
         def write(g: Function) -> None:
-            rows = [g.at("%weights", g.scaled(g.index("%lo", k), "%row")) for k in range(outputs)]
-            sums = ["zeroinitializer"] * (2 * outputs * vectors)  # point, output, vector
-            for pair in range(2):
-                inputs = g.at("%x", g.scaled("%pair", pair)) if pair else "%x"
+            rows = self._rows_of_weights(g, tile, outputs)
+            of_a_point = outputs * vectors
+
+            def one_pair(pair: str, *before: str) -> list[str]:
+                """The second time, what came before are products 1 and 2; the first time, zeros."""
+                inputs, sums = g.at("%x", g.scaled(pair, "%stride")), list(before)
+                if group.interleaved:
+                    sums = [g.fma(total, g.constant(1, -1), g.swap(total)) for total in before]
+                else:
+                    two = list(zip(before[:of_a_point], before[of_a_point:], strict=True))
+                    sums = [g.arithmetic(operation, a, b) for operation in ("fadd", "fsub") for a, b in two]
 
                 def one_input(j: str, *sums: str) -> list[str]:
-                    first = g.scaled(g.index("%li", j), len(BT))
+                    first = g(f"add i64 {g.scaled(g.index('%li', j), len(BT))}, {second}")
                     x = g.at(inputs, g.scaled(j, 2 * block))
+                    values = [[g.load(x, point * block + v * lanes) for v in range(vectors)] for point in halves]
                     totals = list(sums)
-                    for point in range(2):
-                        values = [g.load(x, point * block + v * lanes) for v in range(vectors)]
-                        for k in range(outputs):
-                            weight = g.splat(g.scalar(g.at(rows[k], first), 2 * pair + point))
-                            for v, value in enumerate(values):
+                    for k in range(outputs):
+                        weights = g.at(rows[k], first)
+                        both = g.splat_pair(weights) if group.interleaved else ""
+                        for point in halves:
+                            weight = both or g.splat(g.scalar(weights, point))
+                            for v, value in enumerate(values[point]):
                                 at = (point * outputs + k) * vectors + v
                                 totals[at] = g.fma(value, weight, totals[at])
                     return totals
 
-                sums = g.loop("%ni", one_input, *((g.vector, total) for total in sums))
-                if pair == 0:
-                    halves = list(zip(sums[: outputs * vectors], sums[outputs * vectors :], strict=True))
-                    sums = [g.arithmetic(operation, a, b) for operation in ("fadd", "fsub") for a, b in halves]
+                second = g.scaled(pair, 2)
+                return g.loop("%ni", one_input, *((g.vector, total) for total in sums))
+
+            sums = g.loop(2, one_pair, *[(g.vector, "zeroinitializer")] * (2 * of_a_point))
+            if group.interleaved:
+                two = list(zip(sums[:outputs], sums[outputs:], strict=True))
+                sums = [g.separate(a, b)[half] for half in halves for a, b in two]
             for at, total in enumerate(sums):
-                half, k, v = at // (outputs * vectors), at // vectors % outputs, at % vectors
+                half, k, v = at // of_a_point, at // vectors % outputs, at % vectors
                 g.store(total, "%products", (k * group.values + half) * block + v * lanes)
 
-        return self._shared(("tile", "winograd", outputs, vectors), self._TILE, write)
+        return self._shared(("tile", "winograd", outputs, vectors, tile.least), _TILE, write)
 
     def _transform(self, group: _Group, source: Layout, frame: Layout, column: int) -> str:
         """The function that makes one column of BT d B of every kept input, d the 4x4 inputs around 2x2 outputs."""
         size = range(len(BT))
-        used = [j for j in size if BT[column, j]]
+        used = [j for j in size if BT[column][j]]
 
         def write(g: Function) -> None:
-            taps = {(i, j): self._tap(source, frame, group.tile, i - 1, j - 1) for i in size for j in used}
-            masks = {at: [mask(g, "%block") for mask in these] for at, (_, these) in taps.items()}
             start = g.scaled("%block", group.block)
 
             def one_input(k: str) -> list[str]:
                 x = g.at("%x", g.scaled(g.index("%li", k), source.channel), start)
                 into = g.at("%into", g.scaled(k, 2 * group.block))
                 for v in range(group.tile.vectors):
-                    d = {
-                        at: g.zero_unless(masks[at][v], g.load(x, offset + v * self.lanes))
-                        for at, (offset, _) in taps.items()
-                    }
-                    rows = [g.combine(BT[column, used], [d[i, j] for j in used]) for i in size]
-                    for place, point in enumerate(POINTS):
+                    d = {(i, j): self._neighbour(g, x, source, frame, group.tile, v, i - 1, j - 1)
+                         for i in size for j in used}  # fmt: skip
+                    rows = [g.combine([BT[column][j] for j in used], [d[i, j] for j in used]) for i in size]
+                    points = [g.combine(BT[point], rows) for point in POINTS]
+                    if group.interleaved:
+                        points = [*g.interleave(*points[:2]), *g.interleave(*points[2:])]
+                    for place, point in enumerate(points):
                         pair, second = divmod(place, 2)
-                        at = pair * group.inputs * 2 * group.block + second * group.block + v * self.lanes
-                        g.store(g.combine(BT[point], rows), into, at)
+                        g.store(point, g.at(into, g.scaled("%pair", pair)), second * group.block + v * self.lanes)
                 return []
 
             g.loop("%ni", one_input)
 
-        arguments = "ptr %x, ptr %into, ptr %li, i64 %ni, i64 %block"
-        return self._shared(("transform", group, source, frame, column), arguments, write)
+        arguments = "ptr %x, ptr %into, ptr %li, i64 %ni, i64 %block, i64 %pair"
+        return self._shared(("transform", group.geometry, source, frame, column), arguments, write)
 
     def _tap(self, source: Layout, frame: Layout, tile: Tile, down: int, right: int) -> tuple[int, list[Mask]]:
         """Where the elements ``down`` and ``right`` of the block's own lie, and the lanes that do not wrap around."""
         (row_phase, rows), (column_phase, columns) = source.reach(down), source.reach(right)
-        phase = row_phase * source.phases + column_phase
 
         def same_row(row: int, column: int) -> bool:
             return 0 <= column + columns < source.pitch
 
         masks = [self._mask(frame, 0, tile, v, same_row) for v in range(tile.vectors)]
+        phase = row_phase * source.phases + column_phase
         return phase * source.plane + rows * source.pitch + columns, masks
+
+    def _neighbour(
+        self, g: Function, x: str, source: Layout, frame: Layout, tile: Tile, vector: int, down: int, right: int
+    ) -> str:
+        """The elements ``down`` and ``right`` of a vector's own, zeros outside the map."""
+        offset, masks = self._tap(source, frame, tile, down, right)
+        (_, rows), (_, columns) = source.reach(down), source.reach(right)
+
+        def inside(row: int, column: int) -> bool:
+            return 0 <= row + rows < source.rows and 0 <= column + columns < source.pitch
+
+        mask = self._mask(frame, 0, tile, vector, inside)
+        if mask.table:
+            mask = masks[vector]  # what lies above and below the map is zero anyway
+        offset += vector * self.lanes
+        before, shift = divmod(offset, self.lanes)
+        if not shift or not self.isa.permutes or mask.table:
+            return g.zero_unless(mask(g, "%block"), g.load(x, offset))
+        # loads that cross cache lines are slow: put the lanes together from aligned vectors
+        kept = mask.lanes or (True,) * self.lanes
+        lanes = [shift + lane if kept[lane] else None for lane in range(self.lanes)]
+        sides = [any(lane is not None and (lane >= self.lanes) == side for lane in lanes) for side in (False, True)]
+        low, high = (g.load(x, (before + side) * self.lanes) if sides[side] else "poison" for side in range(2))
+        return g.zero_unless(mask(g, "%block"), g.shuffle(g.vector, low, lanes, high))
 
     def _finish(self, group: _Group, frame: Layout, finish: Finish, extra: str) -> str:
         """The function that makes outputs of a block from what tiles made, and does what follows."""
@@ -468,7 +560,7 @@ class Generator:
             g.loop("%no", one_output)
 
         arguments = f"ptr %products, ptr %bias, ptr %lo, i64 %no, i64 %block{extra}"
-        return self._shared(("finish", group, frame, _signature(finish)), arguments, write)
+        return self._shared(("finish", group.geometry, frame, _signature(finish)), arguments, write)
 
     # What follows a computed value
 
@@ -526,9 +618,7 @@ class Generator:
         x = self._map(f, step.source) if step.source else "null"
         f.do(f"call void @{name}(ptr {x}, ptr {list_}, i64 {count}{''.join(f', ptr {o}' for o in operands)})")
 
-    def _window(
-        self, g: Function, source: Layout, frame: Layout, tile: Tile, pool: Pool, x: str, block: str
-    ) -> str:
+    def _window(self, g: Function, source: Layout, frame: Layout, tile: Tile, pool: Pool, x: str, block: str) -> str:
         """Maximum or average of the windows at a vector of positions."""
         total = ""
         for u in range(pool.kernel):
@@ -569,21 +659,12 @@ class Generator:
             holds = good[np.minimum(row, rows - 1), np.minimum(column, columns - 1)] if good.size else inside
             set_, cleared = inside & holds, inside & ~holds
         if not cleared.any():
-            return _all
-        if not (set_.any(axis=0) & cleared.any(axis=0)).any():  # the same for all blocks
-            literal = f"<{', '.join(f'i1 {int(not bit)}' for bit in cleared.any(axis=0))}>"
-            return lambda f, block: literal
+            return Mask()
+        if not (set_.any(axis=0) & cleared.any(axis=0)).any():
+            return Mask(tuple(not lane for lane in cleared.any(axis=0).tolist()))
         integer = f"i{max(8, self.lanes)}"
         words = ", ".join(f"{integer} {word}" for word in (~cleared @ (1 << lanes)).tolist())
-        table = self.tables.setdefault(f"[{tile.blocks} x {integer}] [{words}]", f"@mask{len(self.tables)}")
-
-        def lookup(f: Function, block: str) -> str:
-            word = f(f"load {integer}, ptr {f(f'getelementptr {integer}, ptr {table}, i64 {block}')}")
-            if self.lanes < 8:
-                word = f(f"trunc {integer} {word} to i{self.lanes}")
-            return f(f"bitcast i{self.lanes} {word} to <{self.lanes} x i1>")
-
-        return lookup
+        return Mask(table=self.tables.setdefault(f"[{tile.blocks} x {integer}] [{words}]", f"@table{len(self.tables)}"))
 
     # Images and copies from one layout into another
 
@@ -653,9 +734,8 @@ class Generator:
         def write(g: Function) -> None:
             def one_channel(j: str) -> list[str]:
                 channel = g.index("%list", j)
-                x, into = (
-                    g.at(pointer, g.scaled(channel, layout.channel)) for pointer, layout in (("%x", source), ("%into", target))
-                )
+                x = g.at("%x", g.scaled(channel, source.channel))
+                into = g.at("%into", g.scaled(channel, target.channel))
                 of_one, of_many = (x, into) if apart else (into, x)
 
                 def one_row(y: int, row: str) -> None:
@@ -806,7 +886,8 @@ class Generator:
             g.copy("%gate", "%values", "%n")
 
         arguments = (
-            "ptr %saliency, ptr %threshold, ptr %gate, ptr %list, ptr %below, ptr %values, i64 %n, i64 %last, float %most"
+            "ptr %saliency, ptr %threshold, ptr %gate, ptr %list, ptr %below, ptr %values, "
+            "i64 %n, i64 %last, float %most"
         )
         gate = step.gate
         list_ = self._vector(f, f"{gate.name} list")
@@ -822,7 +903,9 @@ _START = {"average": 0.0, "max": -np.inf}  # of pooled sums and maxima
 class _Element:
     """What becomes of the values of one channel and block: operations, store, pooled sums."""
 
-    def __init__(self, generator: Generator, g: Function, frame: Layout, finish: Finish, channel: str, start: str) -> None:
+    def __init__(
+        self, generator: Generator, g: Function, frame: Layout, finish: Finish, channel: str, start: str
+    ) -> None:
         self.generator, self.g, self.frame, self.finish = generator, g, frame, finish
         in_map = g(f"add i64 {g.scaled(channel, frame.channel)}, {start}")
         pointers = iter(f"%p{i}" for i in range(len(finish.ops) + 1 + len(finish.pooled)))
@@ -867,10 +950,6 @@ class _Element:
 
     def _pooled(self, kind: str, a: str, b: str) -> str:
         return self.g.maximum(a, b) if kind == "max" else self.g.arithmetic("fadd", a, b)
-
-
-def _all(f: Function, block: str) -> None:
-    """The mask that leaves nothing out."""
 
 
 def _signature(finish: Finish) -> object:

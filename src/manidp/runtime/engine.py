@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.checkpoint import Checkpoint
-from manidp.errors import ManiDPError, UnsupportedError
+from manidp.errors import ImageError, ManiDPError, UnsupportedError
 from manidp.images import load_picture
 from manidp.runtime.codegen import ISAS, Generator, Isa
-from manidp.runtime.plan import make_plan
+from manidp.runtime.plan import Plan, make_plan
 from manidp.runtime.reference import Result
 
 _LLVM = threading.Lock()  # parsing and compiling share one global context
@@ -26,13 +26,33 @@ _RUN = ctypes.CFUNCTYPE(
     None,
     ctypes.c_void_p,  # images
     ctypes.c_int64,  # 1 if they are bytes
-    ctypes.c_void_p,  # logits
-    ctypes.c_void_p,  # gates
+    ctypes.c_void_p,  # results: of each image logits and gates
     ctypes.c_void_p,  # number of the next image
     ctypes.c_int64,  # number of images
     ctypes.c_void_p,  # workspace
     ctypes.c_void_p,  # constants
 )
+
+
+class Program:
+    """A plan as machine code. ``run`` may be called from many threads at once, each with its own workspace."""
+
+    def __init__(self, plan: Plan, isa: Isa) -> None:
+        generator = Generator(plan, isa)
+        self.workspace = generator.workspace
+        self.result_size = plan.graph.num_classes + sum(gate.channels for gate in plan.graph.gates)
+        self.constants = _aligned(len(plan.constants))
+        self.constants[:] = plan.constants
+        self._code = _compile(generator.text, isa)
+        self._run = _RUN(self._code.get_function_address("run"))
+        self._weights = self.constants.ctypes.data
+
+    def run(self, images: int, are_bytes: bool, results: int, following: int, count: int, workspace: int) -> None:
+        """Take images from number ``following`` on until ``count`` are done; all but ``count`` are addresses.
+
+        Results are float32 (count, ``result_size``): logits, then the gates one after the other.
+        """
+        self._run(images, are_bytes, results, following, count, workspace, self._weights)
 
 
 class Engine:
@@ -54,61 +74,58 @@ class Engine:
         self.isa = _choose(isa)
         std = np.array(checkpoint.preprocessing.std, dtype=np.float64)
         mean = np.array(checkpoint.preprocessing.mean, dtype=np.float64)
-        plan = make_plan(
-            self.graph, checkpoint.weights, lanes=self.isa.lanes, scale=1 / (255 * std), shift=-mean / std
-        )
-        generator = Generator(plan, self.isa)
-        self._code = _compile(generator.text, self.isa)
-        self._run = _RUN(self._code.get_function_address("run"))
-        self._constants = _aligned(len(plan.constants))
-        self._constants[:] = plan.constants
-        self._all_workspaces = [_aligned(generator.workspace) for _ in range(threads)]
+        plan = make_plan(self.graph, checkpoint.weights, lanes=self.isa.lanes, scale=1 / (255 * std), shift=-mean / std)
+        self._program = Program(plan, self.isa)
+        self._all_workspaces = [_aligned(self._program.workspace) for _ in range(threads)]
         self._workspaces: queue.SimpleQueue[int] = queue.SimpleQueue()
         for workspace in self._all_workspaces:
             self._workspaces.put(workspace.ctypes.data)
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="manidp") if threads > 1 else None
-        self._gate_channels = sum(gate.channels for gate in self.graph.gates)
 
     @property
     def memory(self) -> int:
         """Bytes held for weights and for the workspaces of all threads; no run needs more but its own results."""
-        return sum(array.nbytes for array in (self._constants, *self._all_workspaces))
+        return sum(array.nbytes for array in (self._program.constants, *self._all_workspaces))
 
     def run(self, images: NDArray[Any] | Sequence[str | Path]) -> Result:
         """Logits, gates, kept channels and multiply-adds of each image.
 
         ``images``: uint8 (B, H, W, C), which are normalised as the checkpoint says, float (B, C, H, W), already
-        normalised, or paths of pictures. Raises ManiDPError for other shapes and for numbers that are not finite.
+        normalised, or paths of pictures. Raises ImageError for other shapes and for numbers that are not finite.
         """
         batch = self._batch(images)
         count = len(batch)
-        logits = np.empty((count, self.graph.num_classes), dtype=np.float32)
-        gates = np.empty((count, self._gate_channels), dtype=np.float32)
+        results = np.empty((count, self._program.result_size), dtype=np.float32)
         following = ctypes.c_int64(0)
         arguments = (
             batch.ctypes.data,
             batch.dtype == np.uint8,
-            logits.ctypes.data,
-            gates.ctypes.data,
+            results.ctypes.data,
             ctypes.addressof(following),
             count,
         )
-
-        def work() -> None:
-            workspace = self._workspaces.get()
-            try:
-                self._run(*arguments, workspace, self._constants.ctypes.data)
-            finally:
-                self._workspaces.put(workspace)
-
-        helpers = [self._pool.submit(work) for _ in range(min(self.threads, count) - 1)] if self._pool else []
-        work()
-        for helper in helpers:
-            helper.result()
+        if self._pool is None or count == 1:
+            self._work(arguments)
+        else:
+            helpers = [
+                self._pool.submit(self._work, arguments, batch, results) for _ in range(min(self.threads, count) - 1)
+            ]
+            self._work(arguments)
+            for helper in helpers:
+                helper.result()
+        logits = results[:, : self.graph.num_classes]
         if not np.isfinite(logits).all():
             bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
             raise ManiDPError(f"the logits of images {bad.tolist()} are not finite: their values overflow float32")
-        return Result(self.graph, logits, gates)
+        return Result(self.graph, logits, results[:, self.graph.num_classes :])
+
+    def _work(self, arguments: tuple[int, bool, int, int, int], *_alive: NDArray[Any]) -> None:
+        """``_alive`` is what the addresses among the arguments point to: a helper must not outlive it."""
+        workspace = self._workspaces.get()
+        try:
+            self._program.run(*arguments, workspace)
+        finally:
+            self._workspaces.put(workspace)
 
     def _batch(self, images: NDArray[Any] | Sequence[str | Path]) -> NDArray[Any]:
         channels, height, width = self.graph.input.dims
@@ -120,9 +137,9 @@ class Engine:
             batch = np.ascontiguousarray(images, dtype=np.float32)
             if not np.isfinite(batch).all():
                 bad = np.flatnonzero(~np.isfinite(batch).all(axis=(1, 2, 3)))
-                raise ManiDPError(f"images {bad.tolist()} hold numbers that are not finite (or exceed float32)")
+                raise ImageError(f"images {bad.tolist()} hold numbers that are not finite (or exceed float32)")
             return batch
-        raise ManiDPError(
+        raise ImageError(
             f"images are uint8 (B, {height}, {width}, {channels}) or float (B, {channels}, {height}, {width}); "
             f"got {images.dtype} {images.shape}"
         )
@@ -147,11 +164,8 @@ def _compile(text: str, isa: Isa) -> llvm.ExecutionEngine:
     with _LLVM:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-        features = llvm.get_host_cpu_features()
-        for other in ISAS.values():
-            if other.lanes > isa.lanes:
-                features.update({name: False for name in features if name.startswith(other.features[0][:4])})
-        target = llvm.Target.from_default_triple().create_target_machine(features=features.flatten(), opt=2)
+        features = ",".join(f"+{feature}" for feature in isa.features)
+        target = llvm.Target.from_default_triple().create_target_machine(features=features, opt=2)
         module = llvm.parse_assembly(text)
         module.verify()
         engine = llvm.create_mcjit_compiler(module, target)

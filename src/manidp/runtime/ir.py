@@ -88,7 +88,7 @@ class Function:
         return pointer
 
     def scaled(self, value: str, factor: str | int) -> str:
-        return "0" if value == "0" else self(f"mul nsw i64 {value}, {factor}")
+        return "0" if "0" in (value, str(factor)) else self(f"mul nsw i64 {value}, {factor}")
 
     def index(self, pointer: str, position: str | int = 0) -> str:
         """An int32 of a list, as i64."""
@@ -102,8 +102,9 @@ class Function:
         if mask is None:
             self.do(f"store {self.vector} {value}, ptr {address}, align 4")
         else:
-            suffix, mask_type = f"v{self.lanes}f32.p0", f"<{self.lanes} x i1>"
-            self.do(f"call void @llvm.masked.store.{suffix}({self.vector} {value}, ptr {address}, i32 4, {mask_type} {mask})")
+            lanes = f"<{self.lanes} x i1> {mask}"
+            name = f"llvm.masked.store.v{self.lanes}f32.p0"
+            self.do(f"call void @{name}({self.vector} {value}, ptr {address}, i32 4, {lanes})")
 
     def scalar(self, pointer: str, offset: str | int = 0) -> str:
         return self(f"load float, ptr {self.at(pointer, offset)}, align 4")
@@ -119,9 +120,33 @@ class Function:
         one = self(f"insertelement {self.vector} poison, float {value}, i64 0")
         return self(f"shufflevector {self.vector} {one}, {self.vector} poison, <{self.lanes} x i32> zeroinitializer")
 
-    def constant(self, value: float) -> str:
-        lane = f"float {literal(value)}"
-        return f"<{', '.join([lane] * self.lanes)}>"
+    def splat_pair(self, pointer: str) -> str:
+        """Two floats at a pointer, again and again."""
+        doubles = f"<{self.lanes // 2} x double>"
+        one = self(f"insertelement {doubles} poison, double {self(f'load double, ptr {pointer}, align 4')}, i64 0")
+        pairs = self(f"shufflevector {doubles} {one}, {doubles} poison, <{self.lanes // 2} x i32> zeroinitializer")
+        return self(f"bitcast {doubles} {pairs} to {self.vector}")
+
+    def interleave(self, a: str, b: str) -> tuple[str, str]:
+        """Two vectors of pairs: lanes 0, 1, 4, 5, ... of both, and lanes 2, 3, 6, 7, ... (one instruction each)."""
+        fours, other = range(0, self.lanes, 4), self.lanes
+        low = [lane for four in fours for lane in (four, four + other, four + 1, four + other + 1)]
+        return self.shuffle(self.vector, a, low, b), self.shuffle(self.vector, a, [lane + 2 for lane in low], b)
+
+    def separate(self, a: str, b: str) -> tuple[str, str]:
+        """What ``interleave`` was given."""
+        fours, other = range(0, self.lanes, 4), self.lanes
+        first = [lane for four in fours for lane in (four, four + 2, four + other, four + other + 2)]
+        return self.shuffle(self.vector, a, first, b), self.shuffle(self.vector, a, [lane + 1 for lane in first], b)
+
+    def swap(self, a: str) -> str:
+        """The two lanes of each pair exchanged."""
+        return self.shuffle(self.vector, a, [lane ^ 1 for lane in range(self.lanes)])
+
+    def constant(self, *values: float) -> str:
+        """The values again and again."""
+        lanes = [f"float {literal(value)}" for value in values]
+        return f"<{', '.join(lanes * (self.lanes // len(lanes)))}>"
 
     def fma(self, a: str, b: str, c: str) -> str:
         v = self.vector
@@ -143,11 +168,9 @@ class Function:
 
     def scale_and_shift(self, value: str, scale: str, shift: str, lanes: int) -> str:
         """value * scale + shift for a vector of any length."""
-        kind, first = f"<{lanes} x float>", f"<{lanes} x i32> zeroinitializer"
-        scales, shifts = (
-            self(f"shufflevector {kind} {self(f'insertelement {kind} poison, float {x}, i64 0')}, {kind} poison, {first}")
-            for x in (scale, shift)
-        )
+        kind = f"<{lanes} x float>"
+        ones = [self(f"insertelement {kind} poison, float {x}, i64 0") for x in (scale, shift)]
+        scales, shifts = (self.shuffle(kind, one, [0] * lanes) for one in ones)
         product = self(f"fmul contract {kind} {value}, {scales}")
         return self(f"fadd contract {kind} {product}, {shifts}")
 

@@ -41,9 +41,9 @@ Array = NDArray[Any]
 Key = tuple[str, int]  # a feature map: name of the value, number of phases
 
 # Winograd's F(2x2, 3x3): output = AT [(G weight G') * (BT input B)] A on tiles of 4x4 inputs and 2x2 outputs.
-BT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
-G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-AT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
+BT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
+G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
+AT = ((1, 1, 1, 0), (0, 1, -1, -1))
 POINTS = (1, 2, 0, 3)  # order in which the products of a column are made; the weights of the last change their sign
 
 
@@ -115,6 +115,8 @@ class Channels:
 
 @dataclass(frozen=True)
 class LoadImage:
+    """The image, normalised if it comes as bytes."""
+
     target: Key
 
 
@@ -129,6 +131,8 @@ class Relayout:
 
 @dataclass(frozen=True)
 class Convolve:
+    """A convolution and what follows it; ``weights`` and ``bias`` are offsets among the constants."""
+
     node: Conv
     source: Key
     winograd: bool
@@ -151,6 +155,8 @@ class Pointwise:
 
 @dataclass(frozen=True)
 class ResetPooled:
+    """Pooled sums of some channels back to where they start."""
+
     kind: str
     name: str
     channels: Channels
@@ -202,6 +208,8 @@ class Decide:
 
 @dataclass(frozen=True)
 class FlattenMap:
+    """A map as a vector, channel by channel and row by row."""
+
     source: Key
     target: str
 
@@ -380,7 +388,8 @@ class _Planner:
                 self._convolve(index, task, node)
             case Pool():
                 if max(node.kernel, node.stride) > _WINDOW_LIMIT:
-                    raise UnsupportedError(f"node '{node.name}': windows up to {_WINDOW_LIMIT}x{_WINDOW_LIMIT} can be pooled")
+                    limit = f"windows and strides up to {_WINDOW_LIMIT} can be pooled"
+                    raise UnsupportedError(f"node '{node.name}': {limit}; it has {node.kernel} and {node.stride}")
                 source = self._read(node.inputs[0], node.stride)
                 self._finish(index, task, 1, lambda channels, finish: Pointwise(source, node, channels, finish))
             case Concat() if len(shape) == 3:
@@ -448,11 +457,12 @@ class _Planner:
             self.in_place[key] = residual
         untouched = residual is not None and self._changes_nothing(task, residual, tail)
         for kind in self._pooled_kinds(name):
-            if untouched:
+            if residual and untouched:
                 self.pooled[name, kind] = self.pooled[residual[0], kind]
             else:
                 self._partial_sums(name, kind, channels)
-            self.steps.append(ResetPooled(kind, self.pooled[name, kind], Channels(channels, gate if untouched else None)))
+            reset = Channels(channels, gate if untouched else None)
+            self.steps.append(ResetPooled(kind, self.pooled[name, kind], reset))
         finish = Finish(key, tuple(op for _, op in ops), stored, pooled=self._pooled_names(name))
         self.steps.append(step(Channels(channels, gate), finish))
         if cut is not None and not untouched and (tail or self._needs_zeros(name)):
@@ -485,9 +495,7 @@ class _Planner:
 
     def _stored(self, name: str) -> bool:
         """Whether anything reads a map itself rather than its pooled sums."""
-        return any(
-            not isinstance(reader, (Gate, GlobalPool)) for reader in self.graph.readers[name]
-        )
+        return any(not isinstance(reader, (Gate, GlobalPool)) for reader in self.graph.readers[name])
 
     def _needs_zeros(self, name: str) -> bool:
         """Whether a reader of a gated map looks at closed channels, too."""
@@ -585,10 +593,12 @@ class _Planner:
 
     def _matvec(self, source: str, target: str, weight: Array, bias: Array) -> None:
         outputs, inputs = weight.shape
-        padding = -outputs % self.lanes
+        padding = (0, -outputs % self.lanes)
         self._vector(target, outputs)
-        packed = self.constants.add(np.pad(weight.T, ((0, 0), (0, padding)))), self.constants.add(np.pad(bias, (0, padding)))
-        self.steps.append(MatVec(source, target, inputs, outputs, *packed))
+        transposed = self.constants.add(np.pad(weight.T, ((0, 0), padding)))
+        self.steps.append(
+            MatVec(source, target, inputs, outputs, transposed, self.constants.add(np.pad(bias, padding)))
+        )
 
     def _vector_op(self, node: Node) -> None:
         (size,) = self.graph.shapes[node.name]
@@ -745,13 +755,14 @@ def _layouts(graph: Graph, steps: list[Step], lanes: int) -> dict[Key, Layout]:
         pitch[find(key)] = max(pitch.get(find(key), 1), -(-size[key][1] // key[1]))
 
     def kind(key: Key) -> tuple[int, int, int, int]:
-        return (*size[key], key[1], pitch[find(key)])
+        height, width = size[key]
+        return height, width, key[1], pitch[find(key)]
 
     gaps: dict[tuple[int, int, int, int], int] = {}
     for source, frame, kernel, padding in windows:
         step_pitch = pitch[find(source)]
         rows_in, rows_out = -(-size[source][0] // source[1]), -(-size[frame][0] // frame[1])
-        last = (kernel + (frame[1] - 1) - 1 - padding) // source[1] if frame[1] > 1 else (kernel - 1 - padding) // source[1]
+        last = (kernel + frame[1] - 2 - padding) // source[1]
         before = -(-padding // source[1])
         below = max(0, rows_out - 1 + last - (rows_in - 1))
         gap = max(before, below) * step_pitch + max(before, last, 0)

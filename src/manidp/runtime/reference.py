@@ -11,7 +11,6 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from manidp.checkpoint import Checkpoint
 from manidp.errors import ManiDPError
 from manidp.graph import (
     Activation,
@@ -48,8 +47,9 @@ class Result:
     @cached_property
     def gates(self) -> dict[str, Array]:
         """Gate name -> (B, C)."""
-        ends = np.cumsum([gate.channels for gate in self.graph.gates]).tolist()
-        return {g.name: self.gate_values[:, end - g.channels : end] for g, end in zip(self.graph.gates, ends, strict=True)}
+        ends = np.cumsum([gate.channels for gate in self.graph.gates])[:-1]
+        parts = np.split(self.gate_values, ends, axis=1)
+        return {gate.name: part for gate, part in zip(self.graph.gates, parts, strict=False)}
 
     @cached_property
     def kept(self) -> dict[str, NDArray[np.bool_]]:

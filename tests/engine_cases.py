@@ -1,0 +1,169 @@
+"""What the tests of the engine share: weights for any graph, a program run between sentinels, comparisons."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.checkpoint import Checkpoint
+from manidp.graph import Graph
+from manidp.images import Preprocessing
+from manidp.runtime.codegen import ISAS
+from manidp.runtime.engine import Program
+from manidp.runtime.plan import Plan, make_plan
+from manidp.runtime.reference import Result, node_values, run
+
+Array = NDArray[Any]
+SENTINEL = np.float32(-7.25e33)
+# Error of float32 against float64, relative to the largest number of the same map of the same image
+TOLERANCE = 2e-4
+
+
+def random_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
+    """Weights that keep values near 1, whatever the graph; gates scale by about 1."""
+    rng = np.random.default_rng(seed)
+    weights: dict[str, Array] = {}
+    for name, shape in graph.parameters.items():
+        if name.endswith(("moving_variance", "gamma", "fc2.bias")):
+            value = rng.uniform(0.5, 1.5, shape)
+        elif name.endswith("threshold"):
+            value = np.array(0.0)
+        elif len(shape) > 1:
+            value = rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[1:]))
+            value *= 0.3 if ".fc" in name else 1.0
+        else:
+            value = rng.normal(size=shape) * 0.2
+        weights[name] = np.asarray(value, dtype=np.float32)
+    return weights
+
+
+def with_thresholds(
+    graph: Graph, weights: Mapping[str, Array], images: Array, keep: Mapping[str, float]
+) -> dict[str, Array]:
+    """Thresholds at which each gate keeps about the given share of the channels of these images.
+
+    Each lies in a wide gap between two saliencies, so that rounding cannot carry one across. 0 closes all channels,
+    1 leaves those with a saliency open.
+    """
+    weights = dict(weights)
+    for gate in graph.gates:
+        weights[f"{gate.name}.threshold"] = np.array(-1, dtype=np.float32)
+        saliencies = np.unique(node_values(graph, weights, images)[gate.name])
+        share = keep[gate.name]
+        if share >= 1:
+            threshold = -1.0
+        elif share <= 0:
+            threshold = float(saliencies[-1]) * 2 + 1
+        else:
+            last = len(saliencies) - 1
+            wanted = int(np.clip((1 - share) * last, 0, last - 1)) if last else 0
+            near = range(max(0, wanted - 4), min(last, wanted + 5))
+            best = max(near, key=lambda i: saliencies[i + 1] - saliencies[i], default=0)
+            threshold = float(saliencies[best : best + 2].mean())
+        weights[f"{gate.name}.threshold"] = np.array(threshold, dtype=np.float32)
+    return weights
+
+
+def checkpoint_of(graph: Graph, weights: Mapping[str, Array]) -> Checkpoint:
+    preprocessing = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), graph.input.dims[1:])
+    own = {name: np.asarray(weights[name], dtype=np.float32) for name in graph.parameters}
+    return Checkpoint(graph, own, preprocessing, tuple(str(i) for i in range(graph.num_classes)))
+
+
+def plan_of(graph: Graph, weights: Mapping[str, Array], isa: str, *, reuse: bool = True) -> Plan:
+    channels = graph.input.dims[0]
+    return make_plan(
+        graph, weights, lanes=ISAS[isa].lanes, scale=np.full(channels, 1 / 255), shift=np.zeros(channels), reuse=reuse
+    )
+
+
+def run_program(program: Program, plan: Plan, images: Array) -> tuple[Result, Array]:
+    """Results and workspace of a program; everything around what it may write still holds sentinels afterwards."""
+    margin = 256
+    count = len(images)
+    arrays = {}
+    for name, size in (("workspace", program.workspace), ("results", count * program.result_size)):
+        whole = np.full(size + 2 * margin + 16, SENTINEL, dtype=np.float32)
+        start = margin + (-whole[margin:].ctypes.data % 64) // 4
+        arrays[name] = whole, start, size
+    whole, start, size = arrays["workspace"]
+    workspace = whole[start : start + size]
+    workspace[:] = 0
+    whole_results, start_results, size_results = arrays["results"]
+    results = whole_results[start_results : start_results + size_results]
+    images = np.ascontiguousarray(images)
+    constants = program.constants.copy()
+    following = ctypes.c_int64(0)
+    program.run(images.ctypes.data, images.dtype == np.uint8, results.ctypes.data, ctypes.addressof(following), count,
+                workspace.ctypes.data)  # fmt: skip
+    for name, (whole, start, size) in arrays.items():
+        assert (whole[:start] == SENTINEL).all(), f"written before the {name}"
+        assert (whole[start + size :] == SENTINEL).all(), f"written behind the {name}"
+    assert (program.constants.view(np.int32) == constants.view(np.int32)).all(), "constants were written"
+    results = results.reshape(count, -1).copy()
+    classes = plan.graph.num_classes
+    return Result(plan.graph, results[:, :classes], results[:, classes:]), workspace
+
+
+def assert_close(engine: Array, reference: Array, what: str, tolerance: float = TOLERANCE) -> None:
+    """|engine - reference| <= tolerance * the largest |reference| of the same image; both (B, ...)."""
+    assert engine.shape == reference.shape, what
+    for image, (got, wanted) in enumerate(zip(engine, reference, strict=True)):
+        if wanted.size:
+            error = np.abs(got - wanted).max()
+            assert error <= tolerance * max(np.abs(wanted).max(), 1e-3), f"{what}, image {image}: off by {error}"
+
+
+def assert_same_result(result: Result, wanted: Result, tolerance: float = TOLERANCE) -> None:
+    """Every gate's kept channels one by one, gates and logits within the tolerance."""
+    assert list(result.kept) == list(wanted.kept)
+    for name in wanted.kept:
+        np.testing.assert_array_equal(result.kept[name], wanted.kept[name], err_msg=f"kept channels of {name}")
+        assert_close(result.gates[name], wanted.gates[name], f"gate {name}", tolerance)
+    np.testing.assert_array_equal(result.macs, wanted.macs)
+    assert_close(result.logits, wanted.logits, "logits", tolerance)
+
+
+def assert_layers(plan: Plan, workspace: Array, graph: Graph, weights: Mapping[str, Array], image: Array) -> None:
+    """Every stored map of the last image against the reference, in the channels that were wanted.
+
+    What lies between the planes, the padding of all convolutions, must still be zero.
+    """
+    values = node_values(graph, weights, image[None])
+    for key, map_ in plan.maps.items():
+        if map_.at < 0:
+            continue
+        name, layout = key[0], map_.layout
+        wanted_by = graph.wanted_by.get(name)
+        zeroed_by = graph.zeroed_by.get(name)
+        computed = np.ones(map_.channels, dtype=bool)
+        for gate in (wanted_by, zeroed_by):
+            if gate is not None:
+                computed &= values[gate][0] > 0
+        channels = workspace[map_.at : map_.at + map_.channels * layout.channel].reshape(map_.channels, layout.channel)
+        made = np.empty((map_.channels, layout.height, layout.width), dtype=np.float32)
+        outside = np.ones(layout.channel, dtype=bool)
+        for phase in range(layout.phases**2):
+            row, column = divmod(phase, layout.phases)
+            rows, columns = layout.valid(phase)
+            at = phase * layout.plane + np.arange(rows)[:, None] * layout.pitch + np.arange(columns)
+            made[:, row :: layout.phases, column :: layout.phases] = channels[:, at]
+            outside[at] = False
+        assert (channels[:, outside] == 0).all(), f"padding of {key} was written"
+        assert_close(made[None, computed], values[name][:, computed], f"map {key}")
+
+
+def check(graph: Graph, weights: Mapping[str, Array], images: Array, isa: str) -> None:
+    """The engine's code against the float64 reference: as it runs, and with every layer kept and compared."""
+    wanted = run(graph, weights, images)
+    for reuse in (True, False):
+        plan = plan_of(graph, weights, isa, reuse=reuse)
+        program = Program(plan, ISAS[isa])
+        result, workspace = run_program(program, plan, images.astype(np.float32))
+        assert_same_result(result, wanted)
+        if not reuse:
+            assert_layers(plan, workspace, graph, weights, images[-1])

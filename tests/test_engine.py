@@ -1,0 +1,335 @@
+"""The engine: what it computes, what it leaves out, what it refuses, and that its tests would notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine_cases import (
+    Array,
+    assert_close,
+    assert_same_result,
+    check,
+    checkpoint_of,
+    plan_of,
+    random_weights,
+    run_program,
+    with_thresholds,
+)
+from manidp.errors import ManiDPError, UnsupportedError
+from manidp.graph import (
+    Activation,
+    Add,
+    BatchNorm,
+    Concat,
+    Conv,
+    Gate,
+    GlobalPool,
+    Graph,
+    Input,
+    Linear,
+    Multiply,
+    Pool,
+    resnet,
+    with_gates,
+)
+from manidp.macs import macs_per_image
+from manidp.runtime import codegen
+from manidp.runtime.codegen import ISAS
+from manidp.runtime.engine import Engine, Program, available_isas
+from manidp.runtime.plan import Convolve, Plan
+from manidp.runtime.reference import run
+from test_reference import GOLDEN, read_ckpt
+
+ISA = available_isas()
+GRAPH = with_gates(resnet(14, image=(3, 16, 16)))
+
+
+@pytest.fixture(scope="module")
+def images() -> Array:
+    return np.random.default_rng(7).normal(size=(4, 3, 16, 16)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def weights(images: Array) -> dict[str, Array]:
+    return with_thresholds(GRAPH, random_weights(GRAPH), images, {gate.name: 0.58 for gate in GRAPH.gates})
+
+
+@pytest.fixture(scope="module")
+def engine(weights: dict[str, Array]) -> Engine:
+    return Engine(checkpoint_of(GRAPH, weights))
+
+
+@pytest.mark.parametrize("isa", ISA)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.58, 1.0])
+def test_a_gated_resnet_with_all_one_most_or_no_channels_closed(isa: str, share: float, images: Array) -> None:
+    weights = with_thresholds(GRAPH, random_weights(GRAPH), images, {gate.name: share for gate in GRAPH.gates})
+    check(GRAPH, weights, images, isa)
+
+
+@pytest.mark.parametrize("isa", ISA)
+def test_networks_of_other_kinds(isa: str) -> None:
+    """Depthwise and grouped convolutions, bottlenecks, squeeze and excite, concatenation, pools, all activations."""
+    nodes = (
+        Input(name="image", dims=(3, 21, 30)),
+        Conv(name="stem", inputs=("image",), channels=12, kernel=7, stride=2, padding=3, bias=True),
+        BatchNorm(name="stem_bn", inputs=("stem",)),
+        Activation(name="stem_act", inputs=("stem_bn",), kind="hardswish"),
+        Pool(name="pool", inputs=("stem_act",), kind="max", kernel=3, stride=2, padding=1),
+        Conv(name="expand", inputs=("pool",), channels=24, kernel=1, padding=0),
+        Activation(name="expand_act", inputs=("expand",), kind="silu"),
+        Conv(name="depthwise", inputs=("expand_act",), channels=24, kernel=5, padding=2, groups=24),
+        BatchNorm(name="depthwise_bn", inputs=("depthwise",)),
+        GlobalPool(name="squeeze", inputs=("depthwise_bn",)),
+        Linear(name="fc1", inputs=("squeeze",), features=6),
+        Activation(name="fc1_act", inputs=("fc1",), kind="relu"),
+        Linear(name="fc2", inputs=("fc1_act",), features=24),
+        Activation(name="fc2_act", inputs=("fc2",), kind="sigmoid"),
+        Multiply(name="excite", inputs=("depthwise_bn", "fc2_act")),
+        Conv(name="project", inputs=("excite",), channels=12, kernel=1, padding=0),
+        Add(name="sum", inputs=("project", "pool")),
+        Conv(name="grouped", inputs=("sum",), channels=18, kernel=3, groups=3),
+        Activation(name="grouped_act", inputs=("grouped",), kind="relu6"),
+        Pool(name="average", inputs=("sum",), kind="average", kernel=2, stride=1, padding=1),
+        Conv(name="valid", inputs=("average",), channels=5, kernel=2, padding=0),
+        Activation(name="valid_act", inputs=("valid",), kind="hardsigmoid"),
+        Concat(name="both", inputs=("grouped_act", "valid_act", "sum")),
+        Conv(name="last", inputs=("both",), channels=33, kernel=3, stride=2),
+        GlobalPool(name="high", inputs=("last",), kind="max"),
+        Linear(name="logits", inputs=("high",), features=7),
+    )
+    graph = with_gates(Graph(nodes, "logits"), ["expand", "depthwise", "grouped", "last"])
+    images = np.random.default_rng(3).normal(size=(2, 3, 21, 30)).astype(np.float32)
+    weights = with_thresholds(graph, random_weights(graph), images, {gate.name: 0.6 for gate in graph.gates})
+    check(graph, weights, images, isa)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden set at {GOLDEN}")
+@pytest.mark.parametrize("isa", ISA)
+def test_the_original_network_says_the_same(isa: str) -> None:
+    graph = with_gates(resnet(20))
+    weights = read_ckpt((GOLDEN / "resnet20.ckpt").read_bytes())
+    thresholds = np.load(GOLDEN / "thres.npy").astype(np.float32)
+    weights |= {f"{gate.name}.threshold": t for gate, t in zip(graph.gates, thresholds, strict=True)}
+    result = Engine(checkpoint_of(graph, weights), isa=isa).run(np.load(GOLDEN / "input.npy"))
+    golden = np.load(GOLDEN / "gates.npz")
+    # float32 itself is off by 3e-5 here, whoever computes it: the network is random and amplifies rounding
+    assert_close(result.logits, np.load(GOLDEN / "logits.npy"), "logits", 3e-4)
+    for i, gate in enumerate(graph.gates):
+        mask = golden[f"mask_{i:02d}"].reshape(16, -1)
+        np.testing.assert_array_equal(result.kept[gate.name], mask > 0)
+        assert_close(result.gates[gate.name], mask, gate.name, 3e-4)
+
+
+@pytest.mark.parametrize("isa", ISA)
+def test_a_saliency_exactly_on_the_threshold_is_closed(isa: str) -> None:
+    graph = Graph(
+        (
+            Input(name="image", dims=(3, 4, 4)),
+            Gate(name="gate", inputs=("image",), channels=5, hidden=2, saliency_max=3.0),
+            Conv(name="conv", inputs=("image",), channels=5),
+            Multiply(name="gated", inputs=("conv", "gate")),
+            GlobalPool(name="pool", inputs=("gated",)),
+            Linear(name="out", inputs=("pool",), features=2),
+        ),
+        "out",
+    )
+    weights = random_weights(graph) | {
+        "gate.fc1.weight": np.eye(2, 3), "gate.fc2.bias": np.zeros(5), "gate.threshold": np.array(0.5),
+        "gate.fc2.weight": np.array([[1.0, 0], [0, 1.0], [1.0, 1.0], [-1.0, 0], [9.0, 0]]),
+    }  # fmt: skip
+    images = np.full((1, 3, 4, 4), 0.5, dtype=np.float32)
+    images[:, 1] += np.float32(2**-16)
+    result = Engine(checkpoint_of(graph, weights), isa=isa).run(images)
+    assert result.kept["gate"].tolist() == [[False, True, True, False, True]]
+    np.testing.assert_array_equal(result.gates["gate"][0], [0, images[0, 1, 0, 0], 0.5 + images[0, 1, 0, 0], 0, 3.0])
+
+
+@pytest.mark.parametrize("isa", ISA)
+def test_weights_of_closed_channels_are_never_read(isa: str, weights: dict[str, Array], images: Array) -> None:
+    """Put NaN into every weight that the first image's gates make superfluous: nothing changes."""
+    one = images[:1]
+    result = Engine(checkpoint_of(GRAPH, weights), isa=isa).run(one)
+    poisoned = dict(weights)
+    count = 0
+    for node in GRAPH.nodes:
+        if isinstance(node, Conv):
+            weight = weights[f"{node.name}.weight"].copy()
+            made, read = GRAPH.wanted_by.get(node.name), GRAPH.zeroed_by.get(node.inputs[0])
+            if made:
+                weight[~result.kept[made][0]] = np.nan
+            if read:
+                weight[:, ~result.kept[read][0]] = np.nan
+            poisoned[f"{node.name}.weight"] = weight
+            count += np.isnan(weight).sum()
+    assert count > 20_000
+    plan = plan_of(GRAPH, poisoned, isa)
+    again, _ = run_program(Program(plan, ISAS[isa]), plan, one)
+    np.testing.assert_array_equal(again.logits, result.logits)
+
+
+class SkipsOneTooMany(codegen.Generator):
+    def _list(self, f, channels):  # type: ignore[no-untyped-def]
+        kept, below, number = super()._list(f, channels)
+        if channels.gate == "stage_2.1.mb1" and not channels.closed:
+            number = f(f"sub i64 {number}, 1")
+        return kept, below, number
+
+
+class ClosesLate(codegen.Generator):
+    def __init__(self, plan, isa):  # type: ignore[no-untyped-def]
+        super().__init__(plan, isa)
+        changed = self.text.replace("fcmp ogt", "fcmp oge")
+        assert changed != self.text
+        self.text = changed
+
+
+def without_residual(plan: Plan) -> Plan:
+    steps = list(plan.steps)
+    index, step = next(
+        (i, step)
+        for i, step in enumerate(steps)
+        if isinstance(step, Convolve) and any(op.kind == "add" for op in step.finish.ops)
+    )
+    ops = tuple(op for op in step.finish.ops if op.kind != "add")
+    steps[index] = replace(step, finish=replace(step.finish, ops=ops))
+    return replace(plan, steps=tuple(steps))
+
+
+def with_a_weight_changed(plan: Plan) -> Plan:
+    constants = plan.constants.copy()
+    used = next(step for step in plan.steps if isinstance(step, Convolve) and step.outputs.gate is None)
+    constants[used.weights + 1] += 0.1
+    return replace(plan, constants=constants)
+
+
+@pytest.mark.parametrize(
+    ("change", "generator"),
+    [
+        (lambda plan: plan, SkipsOneTooMany),
+        (without_residual, codegen.Generator),
+        (with_a_weight_changed, codegen.Generator),
+    ],
+    ids=["one channel too many skipped", "a residual left out", "one weight changed"],
+)
+def test_the_comparison_notices(
+    change: Callable[[Plan], Plan],
+    generator: type[codegen.Generator],
+    weights: dict[str, Array],
+    images: Array,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = plan_of(GRAPH, weights, ISA[0])
+    wanted = run(GRAPH, weights, images)
+    assert_same_result(run_program(Program(plan, ISAS[ISA[0]]), plan, images)[0], wanted)
+    monkeypatch.setattr("manidp.runtime.engine.Generator", generator)
+    broken = change(plan)
+    with pytest.raises(AssertionError):
+        assert_same_result(run_program(Program(broken, ISAS[ISA[0]]), broken, images)[0], wanted)
+
+
+def test_the_threshold_test_notices_at_least_in_place_of_more_than(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manidp.runtime.engine.Generator", ClosesLate)
+    with pytest.raises(AssertionError):
+        test_a_saliency_exactly_on_the_threshold_is_closed(ISA[0])
+
+
+def test_bytes_are_normalised_as_the_checkpoint_says(engine: Engine) -> None:
+    pictures = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    pictures[0, 0, 0], pictures[0, 0, 1] = 0, 255
+    floats = engine.checkpoint.preprocessing.apply(pictures)
+    assert_close(engine.run(pictures).logits, engine.run(floats).logits, "logits", 1e-5)
+
+
+def test_pictures_are_read_from_their_paths(engine: Engine, tmp_path: Path) -> None:
+    pictures = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for path, picture in zip(paths, pictures, strict=True):
+        Image.fromarray(picture).save(path)
+    np.testing.assert_array_equal(engine.run(paths).logits, engine.run(pictures).logits)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_batch_on_any_number_of_threads_is_the_images_one_by_one(
+    threads: int, engine: Engine, weights: dict[str, Array]
+) -> None:
+    batch = np.random.default_rng(2).normal(size=(37, 3, 16, 16)).astype(np.float32)
+    several = Engine(checkpoint_of(GRAPH, weights), threads=threads)
+    memory = several.memory
+    result = several.run(batch)
+    for i in range(len(batch)):
+        one = engine.run(batch[i : i + 1])
+        np.testing.assert_array_equal(one.logits[0], result.logits[i])
+        np.testing.assert_array_equal(one.gate_values[0], result.gate_values[i])
+        assert one.macs[0] == result.macs[i]
+    assert several.run(batch[:0]).logits.shape == (0, 10)
+    assert several.run(batch.astype(np.float64)[::-1]).logits.tolist() == result.logits[::-1].tolist()
+    assert several.memory == memory
+
+
+def test_many_threads_may_call_one_engine(weights: dict[str, Array]) -> None:
+    engine = Engine(checkpoint_of(GRAPH, weights), threads=2)
+    batches = [np.random.default_rng(i).normal(size=(1 + i % 5, 3, 16, 16)).astype(np.float32) for i in range(40)]
+    alone = [engine.run(batch).logits for batch in batches]
+    with ThreadPoolExecutor(6) as pool:
+        together = [result.logits for result in pool.map(engine.run, batches)]
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_numbers_that_are_not_finite_stay_in_their_own_image(engine: Engine, images: Array) -> None:
+    wanted = engine.run(images).logits
+    for bad in (np.nan, np.inf, -np.inf):
+        batch = images.copy()
+        batch[1, 2, 3, 4] = bad
+        with pytest.raises(ManiDPError, match=r"images \[1\] hold numbers that are not finite"):
+            engine.run(batch)
+        plan = plan_of(GRAPH, engine.checkpoint.weights, ISA[0])
+        result, _ = run_program(Program(plan, ISAS[ISA[0]]), plan, batch)
+        others = [0, 2, 3]
+        np.testing.assert_array_equal(result.logits[others], wanted[others])
+    huge = images.copy()
+    huge[2] *= np.float32(1e37)
+    with pytest.raises(ManiDPError, match=r"logits of images \[2\] are not finite"):
+        engine.run(huge)
+    np.testing.assert_array_equal(engine.run(images).logits, wanted)
+
+
+def test_macs_are_those_of_the_channels_kept(engine: Engine, images: Array) -> None:
+    result = engine.run(images)
+    np.testing.assert_array_equal(result.macs, macs_per_image(GRAPH, result.kept))
+    assert len(set(result.macs.tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((2, 16, 16), dtype=np.uint8), r"uint8 \(B, 16, 16, 3\) or .*; got uint8 \(2, 16, 16\)"),
+        (np.zeros((2, 3, 16, 16), dtype=np.int64), r"got int64 \(2, 3, 16, 16\)"),
+        (np.zeros((2, 3, 16, 17), dtype=np.float32), r"got float32 \(2, 3, 16, 17\)"),
+    ],
+)
+def test_other_arrays_are_refused(given: Array, message: str, engine: Engine) -> None:
+    with pytest.raises(ManiDPError, match=message):
+        engine.run(given)
+
+
+def test_what_cannot_be_run_is_named(weights: dict[str, Array]) -> None:
+    nodes = (
+        Input(name="image", dims=(1, 20, 20)),
+        Conv(name="too_large", inputs=("image",), channels=2, kernel=9, padding=4),
+        GlobalPool(name="pool", inputs=("too_large",)),
+    )
+    graph = Graph(nodes, "pool")
+    with pytest.raises(UnsupportedError, match=r"'too_large'.*kernel 9"):
+        plan_of(graph, random_weights(graph), ISA[0])
+    with pytest.raises(UnsupportedError, match="'mmx'"):
+        Engine(checkpoint_of(GRAPH, weights), isa="mmx")
+    with pytest.raises(ManiDPError, match="at least one thread; got 0"):
+        Engine(checkpoint_of(GRAPH, weights), threads=0)

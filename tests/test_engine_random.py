@@ -1,0 +1,125 @@
+"""Random networks, odd in every way, through the engine and the float64 reference, layer by layer."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine_cases import check, random_weights, with_thresholds
+from manidp.graph import (
+    Activation,
+    Add,
+    BatchNorm,
+    Concat,
+    Conv,
+    Flatten,
+    GlobalPool,
+    Graph,
+    Input,
+    Linear,
+    Multiply,
+    Node,
+    Pool,
+    with_gates,
+)
+from manidp.runtime.engine import available_isas
+
+CHANNELS = (1, 2, 3, 7, 15, 16, 17, 33)
+SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 28, 32, 40)
+ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid")
+
+
+class Builder:
+    """A network grown node by node."""
+
+    def __init__(self, dims: tuple[int, int, int]) -> None:
+        self.nodes: list[Node] = [Input(name="image", dims=dims)]
+        self.shapes: dict[str, tuple[int, ...]] = {"image": dims}
+
+    @property
+    def last(self) -> str:
+        return self.nodes[-1].name
+
+    def add(self, node_type: type[Node], /, *inputs: str, **options: object) -> str:
+        name = f"n{len(self.nodes)}"
+        node = node_type(name=name, inputs=inputs or (self.last,), **options)
+        self.shapes[name] = node.shape(*(self.shapes[source] for source in node.inputs))
+        self.nodes.append(node)
+        return name
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> Graph:
+    size = draw(st.sampled_from([(h, w) for h in SIZES for w in SIZES if h * w <= 1100]))
+    b = Builder((draw(st.sampled_from((1, 3, 4))), *size))
+    for _ in range(draw(st.integers(1, 6))):
+        channels, height, width = b.shapes[b.last]
+        kinds = ["conv", "conv", "winograd", "batch norm", "activation", "pool", "add", "concat", "multiply", "excite"]
+        kind = draw(st.sampled_from(kinds))
+        others = [n for n, s in b.shapes.items() if len(s) == 3 and n != b.last]
+        same = [n for n in others if b.shapes[n] == b.shapes[b.last]]
+        if kind == "winograd":
+            b.add(Conv, channels=draw(st.sampled_from(CHANNELS)), bias=draw(st.booleans()))
+        elif kind == "conv":
+            kernel = draw(st.integers(1, min(7, height + 2, width + 2)))
+            padding = draw(st.integers(max(0, -((min(height, width) - kernel) // 2)), max(3, kernel // 2)))
+            out = draw(st.sampled_from(CHANNELS))
+            groups = draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0]))
+            b.add(Conv, channels=groups * -(-out // groups), kernel=kernel, stride=draw(st.integers(1, 3)),
+                  padding=padding, groups=groups, bias=draw(st.booleans()))  # fmt: skip
+        elif kind == "batch norm":
+            b.add(BatchNorm, eps=1e-3)
+        elif kind == "activation":
+            b.add(Activation, kind=draw(st.sampled_from(ACTIVATIONS)))
+        elif kind == "pool" and min(height, width) >= 2:
+            kernel = draw(st.integers(1, min(3, height, width)))
+            b.add(Pool, kind=draw(st.sampled_from(("average", "max"))), kernel=kernel, stride=draw(st.integers(1, 3)),
+                  padding=draw(st.integers(0, kernel // 2)))  # fmt: skip
+        elif kind == "add" and same:
+            b.add(Add, *draw(st.permutations([b.last, *draw(st.lists(st.sampled_from(same), min_size=1, max_size=2))])))
+        elif kind == "multiply" and same:
+            b.add(Multiply, *draw(st.permutations([b.last, draw(st.sampled_from(same))])))
+        elif kind == "concat":
+            fitting = [n for n in others if b.shapes[n][1:] == (height, width)]
+            if fitting and channels < 40:
+                b.add(Concat, *draw(st.permutations([b.last, draw(st.sampled_from(fitting))])))
+        elif kind == "excite":
+            value = b.last
+            b.add(GlobalPool, kind=draw(st.sampled_from(("average", "max"))))
+            b.add(Linear, features=channels, bias=draw(st.booleans()))
+            factor = b.add(Activation, kind="sigmoid")
+            b.add(Multiply, value, factor)
+    if math.prod(b.shapes[b.last]) < 600 and draw(st.booleans()):
+        b.add(Flatten)
+    else:
+        b.add(GlobalPool, kind=draw(st.sampled_from(("average", "max"))))
+    b.add(Linear, features=draw(st.sampled_from((1, 2, 10, 17))))
+    convs = [node.name for node in b.nodes if isinstance(node, Conv)]
+    gated = draw(st.sets(st.sampled_from(convs))) if convs else set()
+    return with_gates(Graph(tuple(b.nodes), b.last), sorted(gated, key=convs.index))
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_random_networks_do_what_the_reference_does(isa: str) -> None:
+    @settings(
+        max_examples=int(os.environ.get("MANIDP_EXAMPLES", "25")),
+        deadline=None,
+        derandomize="MANIDP_EXAMPLES" not in os.environ,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(networks(), st.integers(0, 2**16), st.data())
+    def law(graph: Graph, seed: int, data: st.DataObject) -> None:
+        images = np.random.default_rng(seed).normal(size=(2, *graph.input.dims)).astype(np.float32)
+        shares = data.draw(st.lists(st.sampled_from((0.0, 0.1, 0.5, 0.8, 1.0)), min_size=len(graph.gates),
+                                    max_size=len(graph.gates)))  # fmt: skip
+        keep = {gate.name: share for gate, share in zip(graph.gates, shares, strict=True)}
+        weights = with_thresholds(graph, random_weights(graph, seed), images, keep)
+        check(graph, weights, images, isa)
+
+    law()
