@@ -658,10 +658,11 @@ class Generator:
             good = np.array([[valid(r, c) for c in range(columns)] for r in range(rows)]).reshape(rows, columns)
             holds = good[np.minimum(row, rows - 1), np.minimum(column, columns - 1)] if good.size else inside
             set_, cleared = inside & holds, inside & ~holds
-        if not cleared.any():
+        ever_set, ever_cleared = np.any(set_, axis=0), np.any(cleared, axis=0)
+        if not ever_cleared.any():
             return Mask()
-        if not (set_.any(axis=0) & cleared.any(axis=0)).any():
-            return Mask(tuple(not lane for lane in cleared.any(axis=0).tolist()))
+        if not (ever_set & ever_cleared).any():
+            return Mask(tuple(not lane for lane in ever_cleared.tolist()))
         integer = f"i{max(8, self.lanes)}"
         words = ", ".join(f"{integer} {word}" for word in (~cleared @ (1 << lanes)).tolist())
         return Mask(table=self.tables.setdefault(f"[{tile.blocks} x {integer}] [{words}]", f"@table{len(self.tables)}"))
