@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from manidp.graph import (
     Input,
     Linear,
     Multiply,
+    imagenet_resnet,
     resnet,
     with_gates,
 )
@@ -25,6 +28,16 @@ from manidp.macs import dense_macs, macs_per_image, node_macs
 @pytest.mark.parametrize(("depth", "macs"), [(20, 40_813_184), (32, 69_124_736), (56, 125_747_840)])
 def test_dense_resnets_cost_what_was_published(depth: int, macs: int) -> None:
     assert dense_macs(resnet(depth)) == macs
+
+
+@pytest.mark.parametrize(("depth", "macs"), [(18, 1_814_073_344), (34, 3_663_761_408)])
+def test_imagenet_resnets_cost_what_torchvisions_do(depth: int, macs: int) -> None:
+    graph = imagenet_resnet(depth)
+    assert dense_macs(graph) == macs
+    statistics = ("moving_mean", "moving_variance")
+    counted = sum(math.prod(s) for name, s in graph.parameters.items() if not name.endswith(statistics))
+    assert counted == {18: 11_689_512, 34: 21_797_672}[depth]
+    assert len(with_gates(graph).gates) == {18: 16, 34: 32}[depth]
 
 
 def test_gates_of_resnet20_cost_their_linear_layers() -> None:
