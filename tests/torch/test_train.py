@@ -234,3 +234,19 @@ def test_crops_and_flips_only_move_pixels(tmp_path: Path) -> None:
     assert moved > 120
     assert torch.equal(batches[0][0], next(iter(training.images.epoch(0)))[0])
     assert not torch.equal(batches[0][0], next(iter(training.images.epoch(1)))[0])
+
+
+def test_statistics_are_those_of_augmented_training_images(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, epochs=1)
+    training = Training(Network(GRAPH), image_set(), PREPROCESSING, recipe, tmp_path)
+    list(training.epochs())
+    weights = training.finish()
+    stem = torch.from_numpy(weights["conv_1_3x3.weight"])
+    means, plain = [], []
+    for images, _ in training.images.epoch(recipe.epochs):
+        means.append(torch.nn.functional.conv2d(images, stem, padding=1).mean((0, 2, 3)))
+    for images, _ in training.images.plain(160):
+        plain.append(torch.nn.functional.conv2d(images, stem, padding=1).mean((0, 2, 3)))
+    found = weights["bn_1.moving_mean"]
+    assert found == pytest.approx(torch.stack(means).mean(0).numpy(), abs=1e-5)
+    assert np.abs(found - torch.stack(plain).mean(0).numpy()).max() > 0.01
