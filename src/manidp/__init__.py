@@ -21,9 +21,9 @@ __version__ = "0.1.0"
 def load(name: str | Path, *, precision: str = "float32", threads: int = 1, isa: str | None = None) -> Engine:
     """A network ready to run; options are those of ``Engine``.
 
-    ``name``: a bundled model ("manidp-res20"), a checkpoint file, a folder that holds model.safetensors, or the name of a card on the hub
-    ("noah-cvlab/gpu/1.1/manidp_v1.0_cifar10"), whose file is brought and verified. Raises CheckpointError if there is
-    no such model or its file is broken, HubError if the file of a card cannot be had.
+    ``name``: a bundled model ("manidp-res20"), a checkpoint file, a folder that holds model.safetensors, or the name
+    of a card on the hub ("noah-cvlab/gpu/1.1/manidp_v1.0_cifar10"), whose file is brought and verified. Raises
+    CheckpointError if there is no such model or its file is broken, HubError if the file of a card cannot be had.
     """
     from manidp.runtime.engine import Engine
 
