@@ -34,9 +34,10 @@ def test_every_command_in_the_readme_exists_and_every_command_is_in_the_readme()
     group = typer.main.get_command(cli.app)
     assert isinstance(group, typer.core.TyperGroup)
     commands = group.commands
-    used = set(re.findall(r"^manidp (\w+)", README, re.MULTILINE))
+    shown = "".join(re.findall(r"```console\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    used = set(re.findall(r"^manidp (\w+)", shown, re.MULTILINE))
     assert used == commands.keys()
-    for line in re.findall(r"^(manidp .*?)(?:\s+#.*)?$", README.replace("\\\n", " "), re.MULTILINE):
+    for line in re.findall(r"^(manidp .*?)(?:\s+#.*)?$", shown, re.MULTILINE):
         name, *words = line.split()[1:]
         known = {option for parameter in all_parameters(commands[name]) for option in parameter.opts}
         options = {word.partition("=")[0] for word in words if word.startswith("-")}
