@@ -83,30 +83,30 @@ def plan_of(graph: Graph, weights: Mapping[str, Array], isa: str, *, reuse: bool
 
 def run_program(program: Program, plan: Plan, images: Array) -> tuple[Result, Array]:
     """Results and workspace of a program; everything around what it may write still holds sentinels afterwards."""
-    margin = 256
-    count = len(images)
-    arrays = {}
-    for name, size in (("workspace", program.workspace), ("results", count * program.result_size)):
-        whole = np.full(size + 2 * margin + 16, SENTINEL, dtype=np.float32)
-        start = margin + (-whole[margin:].ctypes.data % 64) // 4
-        arrays[name] = whole, start, size
-    whole, start, size = arrays["workspace"]
-    workspace = whole[start : start + size]
-    workspace[:] = 0
-    whole_results, start_results, size_results = arrays["results"]
-    results = whole_results[start_results : start_results + size_results]
-    images = np.ascontiguousarray(images)
-    constants = program.constants.copy()
-    following = ctypes.c_int64(0)
-    program.run(images.ctypes.data, images.dtype == np.uint8, results.ctypes.data, ctypes.addressof(following), count,
-                workspace.ctypes.data)  # fmt: skip
-    for name, (whole, start, size) in arrays.items():
-        assert (whole[:start] == SENTINEL).all(), f"written before the {name}"
-        assert (whole[start + size :] == SENTINEL).all(), f"written behind the {name}"
-    assert (program.constants.view(np.int32) == constants.view(np.int32)).all(), "constants were written"
-    results = results.reshape(count, -1).copy()
+    margin, count = 256, len(images)
+    constants = _between_sentinels(margin, len(plan.constants))
+    workspace = _between_sentinels(margin, program.workspace)
+    results = _between_sentinels(margin, count * program.result_size)
+    constants[margin:-margin], workspace[margin:-margin] = plan.constants, 0
+    images, state = np.ascontiguousarray(images), (ctypes.c_int64 * 2)()
+    addresses = [array[margin:].ctypes.data for array in (results, workspace, constants)]
+    program.run(
+        images.ctypes.data, images.dtype == np.uint8, addresses[0], ctypes.addressof(state), count, *addresses[1:]
+    )
+    for array, name in ((workspace, "workspace"), (results, "results"), (constants, "constants")):
+        assert (array[:margin] == SENTINEL).all(), f"written before the {name}"
+        assert (array[-margin:] == SENTINEL).all(), f"written behind the {name}"
+    np.testing.assert_array_equal(constants[margin:-margin].view(np.int32), plan.constants.view(np.int32))
+    made = results[margin:-margin].reshape(count, -1)
     classes = plan.graph.num_classes
-    return Result(plan.graph, results[:, :classes], results[:, classes:]), workspace
+    return Result(plan.graph, made[:, :classes], made[:, classes:]), workspace[margin:-margin]
+
+
+def _between_sentinels(margin: int, size: int) -> Array:
+    """An array whose element ``margin`` lies at a multiple of 64 bytes, full of sentinels."""
+    whole = np.full(size + 2 * margin + 16, SENTINEL, dtype=np.float32)
+    start = -whole.ctypes.data % 64 // 4
+    return whole[start : start + size + 2 * margin]
 
 
 def assert_close(engine: Array, reference: Array, what: str, tolerance: float = TOLERANCE) -> None:

@@ -215,7 +215,7 @@ class Generator:
     def _main(self) -> str:
         f = Function(
             "run",
-            "ptr %images, i64 %bytes, ptr %results, ptr %next, i64 %count, ptr %w, ptr %k",
+            "ptr %images, i64 %bytes, ptr %results, ptr %state, i64 %count, ptr %w, ptr %k",
             lanes=self.lanes,
             tables=self.tables,
             linkage="dso_local",
@@ -223,7 +223,7 @@ class Generator:
         graph = self.plan.graph
         f.do("br label %take")
         f.begin("take")
-        image = f("atomicrmw add ptr %next, i64 1 monotonic")
+        image = f("atomicrmw add ptr %state, i64 1 monotonic")
         f.do(f"br i1 {f(f'icmp slt i64 {image}, %count')}, label %work, label %done")
         f.begin("work")
         logits = f.at("%results", f.scaled(image, graph.num_classes + sum(gate.channels for gate in graph.gates)))
@@ -252,9 +252,39 @@ class Generator:
                     self._decide(f, step, gates)
                     gates = f.at(gates, step.gate.channels)
         f.copy(self._vector(f, graph.output), logits, graph.num_classes)
+        f.do(f"call void @{self._check()}(ptr {logits}, i64 {graph.num_classes}, ptr %state)")
         f.do("br label %take")
         f.begin("done")
         return f.text()
+
+    def _check(self) -> str:
+        """The function that notes in the state if a number is not finite, i.e. if all bits of its exponent are set."""
+        integers, exponent = f"<{self.lanes} x i32>", 0x7F800000
+        every = f"<{', '.join([f'i32 {exponent}'] * self.lanes)}>"
+
+        def write(g: Function) -> None:
+            def one_vector(index: str, found: str) -> list[str]:
+                bits = g(f"load {integers}, ptr {g.at('%x', g.scaled(index, self.lanes))}, align 4")
+                set_ = g(f"icmp eq {integers} {g(f'and {integers} {bits}, {every}')}, {every}")
+                return [g(f"or <{self.lanes} x i1> {found}, {set_}")]
+
+            def one_more(index: str, found: str) -> list[str]:
+                bits = g(f"load i32, ptr {g.at('%x', whole, index)}, align 4")
+                set_ = g(f"icmp eq i32 {g(f'and i32 {bits}, {exponent}')}, {exponent}")
+                return [g(f"or i1 {found}, {set_}")]
+
+            vectors = g(f"udiv i64 %n, {self.lanes}")
+            whole = g.scaled(vectors, self.lanes)
+            (lanes,) = g.loop(vectors, one_vector, (f"<{self.lanes} x i1>", "zeroinitializer"))
+            any_ = g(f"icmp ne i{self.lanes} {g(f'bitcast <{self.lanes} x i1> {lanes} to i{self.lanes}')}, 0")
+            (bad,) = g.loop(g(f"sub i64 %n, {whole}"), one_more, ("i1", any_))
+            g.do(f"br i1 {bad}, label %note, label %fine")
+            g.begin("note")
+            g.do(f"store atomic i64 1, ptr {g('getelementptr i64, ptr %state, i64 1')} monotonic, align 8")
+            g.do("br label %fine")
+            g.begin("fine")
+
+        return self._shared("check", "ptr %x, i64 %n, ptr %state", write)
 
     def _map(self, f: Function, key: Key) -> str:
         return f.at("%w", self.plan.maps[key].at)
@@ -678,9 +708,10 @@ class Generator:
         floats, bytes_, after = (f.new_label("image") for _ in range(3))
         f.do(f"br i1 {f('icmp ne i64 %bytes, 0')}, label %{bytes_}, label %{floats}")
         f.begin(floats)
-        everything = f.at("%k", self.plan.everything)
-        f.do(f"call void @{self._copy(_dense(layout), layout)}(ptr {f.at('%images', f.scaled(image, size))}, "
-             f"ptr {into}, ptr {everything}, i64 {channels})")  # fmt: skip
+        first, everything = f.at("%images", f.scaled(image, size)), f.at("%k", self.plan.everything)
+        f.do(f"call void @{self._check()}(ptr {first}, i64 {size}, ptr %state)")
+        copy = self._copy(_dense(layout), layout)
+        f.do(f"call void @{copy}(ptr {first}, ptr {into}, ptr {everything}, i64 {channels})")
         f.do(f"br label %{after}")
         f.begin(bytes_)
         first = f(f"getelementptr inbounds i8, ptr %images, i64 {f.scaled(image, size)}")

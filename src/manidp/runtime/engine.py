@@ -27,7 +27,7 @@ _RUN = ctypes.CFUNCTYPE(
     ctypes.c_void_p,  # images
     ctypes.c_int64,  # 1 if they are bytes
     ctypes.c_void_p,  # results: of each image logits and gates
-    ctypes.c_void_p,  # number of the next image
+    ctypes.c_void_p,  # state
     ctypes.c_int64,  # number of images
     ctypes.c_void_p,  # workspace
     ctypes.c_void_p,  # constants
@@ -39,20 +39,21 @@ class Program:
 
     def __init__(self, plan: Plan, isa: Isa) -> None:
         generator = Generator(plan, isa)
+        self.constants = plan.constants
         self.workspace = generator.workspace
         self.result_size = plan.graph.num_classes + sum(gate.channels for gate in plan.graph.gates)
-        self.constants = _aligned(len(plan.constants))
-        self.constants[:] = plan.constants
         self._code = _compile(generator.text, isa)
         self._run = _RUN(self._code.get_function_address("run"))
-        self._weights = self.constants.ctypes.data
 
-    def run(self, images: int, are_bytes: bool, results: int, following: int, count: int, workspace: int) -> None:
-        """Take images from number ``following`` on until ``count`` are done; all but ``count`` are addresses.
+    def run(
+        self, images: int, are_bytes: bool, results: int, state: int, count: int, work: int, constants: int
+    ) -> None:
+        """Take images until all ``count`` are done; the other numbers are addresses.
 
-        Results are float32 (count, ``result_size``): logits, then the gates one after the other.
+        ``results`` are float32 (count, ``result_size``): logits, then the gates one after the other. ``state`` are two
+        int64: number of the next image, and 1 if a number was met that is not finite.
         """
-        self._run(images, are_bytes, results, following, count, workspace, self._weights)
+        self._run(images, are_bytes, results, state, count, work, constants)
 
 
 class Engine:
@@ -76,16 +77,21 @@ class Engine:
         mean = np.array(checkpoint.preprocessing.mean, dtype=np.float64)
         plan = make_plan(self.graph, checkpoint.weights, lanes=self.isa.lanes, scale=1 / (255 * std), shift=-mean / std)
         self._program = Program(plan, self.isa)
-        self._all_workspaces = [_aligned(self._program.workspace) for _ in range(threads)]
+        constants, *workspaces = (
+            _aligned(size) for size in (len(plan.constants), *[self._program.workspace] * threads)
+        )
+        constants[:] = plan.constants
+        self._arrays = (constants, *workspaces)
+        self._constants = constants.ctypes.data
         self._workspaces: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for workspace in self._all_workspaces:
+        for workspace in workspaces:
             self._workspaces.put(workspace.ctypes.data)
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="manidp") if threads > 1 else None
 
     @property
     def memory(self) -> int:
         """Bytes held for weights and for the workspaces of all threads; no run needs more but its own results."""
-        return sum(array.nbytes for array in (self._program.constants, *self._all_workspaces))
+        return sum(array.nbytes for array in self._arrays)
 
     def run(self, images: NDArray[Any] | Sequence[str | Path]) -> Result:
         """Logits, gates, kept channels and multiply-adds of each image.
@@ -96,36 +102,41 @@ class Engine:
         batch = self._batch(images)
         count = len(batch)
         results = np.empty((count, self._program.result_size), dtype=np.float32)
-        following = ctypes.c_int64(0)
+        state = (ctypes.c_int64 * 2)()
         arguments = (
             batch.ctypes.data,
             batch.dtype == np.uint8,
             results.ctypes.data,
-            ctypes.addressof(following),
+            ctypes.addressof(state),
             count,
         )
         if self._pool is None or count == 1:
             self._work(arguments)
         else:
-            helpers = [
-                self._pool.submit(self._work, arguments, batch, results) for _ in range(min(self.threads, count) - 1)
-            ]
+            alive = (batch, results, state)
+            helpers = [self._pool.submit(self._work, arguments, *alive) for _ in range(min(self.threads, count) - 1)]
             self._work(arguments)
             for helper in helpers:
                 helper.result()
         logits = results[:, : self.graph.num_classes]
-        if not np.isfinite(logits).all():
-            bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-            raise ManiDPError(f"the logits of images {bad.tolist()} are not finite: their values overflow float32")
+        if state[1]:
+            self._complain(batch, logits)
         return Result(self.graph, logits, results[:, self.graph.num_classes :])
 
-    def _work(self, arguments: tuple[int, bool, int, int, int], *_alive: NDArray[Any]) -> None:
+    def _work(self, arguments: tuple[int, bool, int, int, int], *_alive: object) -> None:
         """``_alive`` is what the addresses among the arguments point to: a helper must not outlive it."""
         workspace = self._workspaces.get()
         try:
-            self._program.run(*arguments, workspace)
+            self._program.run(*arguments, workspace, self._constants)
         finally:
             self._workspaces.put(workspace)
+
+    def _complain(self, batch: NDArray[Any], logits: NDArray[np.float32]) -> None:
+        bad = np.flatnonzero(~np.isfinite(batch).all(axis=(1, 2, 3)))
+        if len(bad):
+            raise ImageError(f"images {bad.tolist()} hold numbers that are not finite (or exceed float32)")
+        bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+        raise ManiDPError(f"the logits of images {bad.tolist()} are not finite: their values overflow float32")
 
     def _batch(self, images: NDArray[Any] | Sequence[str | Path]) -> NDArray[Any]:
         channels, height, width = self.graph.input.dims
@@ -134,11 +145,7 @@ class Engine:
         if images.dtype == np.uint8 and images.shape[1:] == (height, width, channels):
             return np.ascontiguousarray(images)
         if images.dtype.kind == "f" and images.shape[1:] == (channels, height, width):
-            batch = np.ascontiguousarray(images, dtype=np.float32)
-            if not np.isfinite(batch).all():
-                bad = np.flatnonzero(~np.isfinite(batch).all(axis=(1, 2, 3)))
-                raise ImageError(f"images {bad.tolist()} hold numbers that are not finite (or exceed float32)")
-            return batch
+            return np.ascontiguousarray(images, dtype=np.float32)
         raise ImageError(
             f"images are uint8 (B, {height}, {width}, {channels}) or float (B, {channels}, {height}, {width}); "
             f"got {images.dtype} {images.shape}"
