@@ -12,10 +12,11 @@ from manidp.graph import resnet, with_gates
 from manidp.macs import macs_per_image
 from manidp.torch.schedule import (
     continuous_threshold,
+    continuous_thresholds,
     keep_rate,
     learning_rate,
+    rate_for_budget,
     threshold,
-    thresholds_for_budget,
     thresholds_for_rate,
 )
 
@@ -72,7 +73,8 @@ def test_a_budget_is_met_on_the_images_it_was_set_on(budget: float, seed: int) -
         gate.name: (generator.random((200, gate.channels)) + generator.random(gate.channels)).astype(np.float32)
         for gate in graph.gates
     }
-    chosen = thresholds_for_budget(graph, saliencies, budget)
+    means = {name: value.mean(0) for name, value in saliencies.items()}
+    chosen = continuous_thresholds(means, rate_for_budget(graph, saliencies, budget))
     kept = {name: value > np.float32(chosen[name]) for name, value in saliencies.items()}
     assert macs_per_image(graph, kept).mean() == pytest.approx(budget, rel=2e-3)
 

@@ -250,3 +250,24 @@ def test_statistics_are_those_of_augmented_training_images(tmp_path: Path) -> No
     found = weights["bn_1.moving_mean"]
     assert found == pytest.approx(torch.stack(means).mean(0).numpy(), abs=1e-5)
     assert np.abs(found - torch.stack(plain).mean(0).numpy()).max() > 0.01
+
+
+@pytest.mark.parametrize("target", ["macs_budget", "keep_rate"])
+def test_for_a_budget_thresholds_follow_within_the_epoch_for_a_rate_they_wait_for_its_end(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manidp.torch.train.FOLLOW", 2)
+    network = Network(with_gates(GRAPH))
+    seen = []
+
+    def look(done: int, total: int | None) -> None:
+        seen.append(tuple(float(value) for name, value in network.state_dict().items() if name.endswith("threshold")))
+
+    recipe = replace(RECIPE, augment=False, macs_budget=3e5) if target == "macs_budget" else GATED
+    recipe = replace(recipe, augment=False)
+    steps = len(image_set()) // recipe.batch_size
+    training = Training(network, image_set(), PREPROCESSING, recipe, tmp_path, progress=look)
+    list(training.epochs())
+    of_epochs = [set(seen[start : start + steps]) for start in range(0, len(seen), steps)]
+    assert [len(values) for values in of_epochs[:2]] == [1, 1]
+    assert all((len(values) > 1) == (target == "macs_budget") for values in of_epochs[2:])

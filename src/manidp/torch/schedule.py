@@ -50,20 +50,25 @@ def thresholds_for_rate(saliencies: Mapping[str, NDArray[np.floating]], rate: fl
     return {name: threshold(value.mean(0), rate) for name, value in saliencies.items()}
 
 
-def thresholds_for_budget(
-    graph: Graph, saliencies: Mapping[str, NDArray[np.floating]], budget: float
-) -> dict[str, float]:
-    """Thresholds under which these images would take ``budget`` MACs on average: one keep rate, found by bisection.
+def rate_for_budget(graph: Graph, saliencies: Mapping[str, NDArray[np.floating]], budget: float) -> float:
+    """The one keep rate under whose continuous thresholds these images take ``budget`` MACs on average; by bisection.
 
-    Exact as far as saliencies do not change with the thresholds of earlier gates; repeat on fresh ones to converge.
+    saliencies (images, C_l) under the gates' names. Exact as far as saliencies do not change with the thresholds of
+    earlier gates; repeat on fresh ones to converge.
     """
     means = {name: value.mean(0) for name, value in saliencies.items()}
     low, high = 0.0, 2.0
     for _ in range(24):
         rate = (low + high) / 2
-        kept = {name: value > np.float32(continuous_threshold(means[name], rate)) for name, value in saliencies.items()}
+        chosen = continuous_thresholds(means, rate)
+        kept = {name: value > np.float32(chosen[name]) for name, value in saliencies.items()}
         if macs_per_image(graph, kept).mean() > budget:
             high = rate
         else:
             low = rate
-    return {name: continuous_threshold(mean, low) for name, mean in means.items()}
+    return low
+
+
+def continuous_thresholds(means: Mapping[str, NDArray[np.floating]], rate: float) -> dict[str, float]:
+    """Every gate's continuous threshold for one keep rate; means (C_l,) under the gates' names."""
+    return {name: continuous_threshold(mean, rate) for name, mean in means.items()}

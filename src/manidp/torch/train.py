@@ -28,9 +28,16 @@ from manidp.macs import macs_per_image
 from manidp.torch.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
 from manidp.torch.network import Network, Output
 from manidp.torch.recipe import Recipe
-from manidp.torch.schedule import keep_rate, learning_rate, thresholds_for_budget, thresholds_for_rate
+from manidp.torch.schedule import (
+    continuous_thresholds,
+    keep_rate,
+    learning_rate,
+    rate_for_budget,
+    thresholds_for_rate,
+)
 
 SAMPLE = 10_000  # images whose saliencies set the thresholds: the last ones of an epoch, so that they are not stale
+FOLLOW = 20  # steps after which the thresholds follow the saliencies, where a budget is to be met
 PADDING = 4  # pixels around an image for the random crop
 
 
@@ -99,6 +106,7 @@ class Training:
         )
         self.average = {name: value.clone() for name, value in network.state_dict().items()} if recipe.ema else {}
         self.records: list[EpochRecord] = []
+        self.rate: float | None = None  # the keep rate that the budget asks for, found after each epoch
         self.mean_cross_entropy = 0.0  # unknown before the first epoch: no image pays then
         self.run = {"graph": network.graph.to_json(), "recipe": asdict(recipe), "images": len(data)}
         self._start(resume)
@@ -129,7 +137,9 @@ class Training:
         for _ in range(4 if self.network.graph.gates else 1 if self.average else 0):
             if self.recipe.macs_budget is not None:
                 saliencies = self._saliencies()
-                self._set_thresholds(thresholds_for_budget(self.network.graph, saliencies, self.recipe.macs_budget))
+                rate = rate_for_budget(self.network.graph, saliencies, self.recipe.macs_budget)
+                means = {name: value.mean(0) for name, value in saliencies.items()}
+                self._set_thresholds(continuous_thresholds(means, rate))
             self._estimate_statistics()
         self.network.eval()
         return self.network.weights()
@@ -140,6 +150,7 @@ class Training:
         self.network.train()
         seen: list[Tensor] = []
         sample: list[dict[str, Tensor]] = []
+        recent: list[dict[str, Tensor]] = []
         rate = 0.0
         for step, (images, labels) in enumerate(self.images.epoch(epoch)):
             done = epoch * steps + step
@@ -163,8 +174,12 @@ class Training:
             self._update_average(done)
             if self.progress is not None:
                 self.progress(done + 1, recipe.epochs * steps)
+            recent.append({name: record.saliency.detach() for name, record in output.records.items()})
             if (steps - step) * recipe.batch_size <= SAMPLE + recipe.batch_size:
-                sample.append({name: record.saliency.detach() for name, record in output.records.items()})
+                sample.append(recent[-1])
+            if len(recent) == FOLLOW:
+                self._follow(recent)
+                recent = []
         table = torch.stack(seen)
         weight = table[:, -1:] / table[:, -1].sum()
         loss_mean, ce, correct, sparsity, similarity = (table[:, :-1] * weight).sum(0).tolist()
@@ -221,8 +236,19 @@ class Training:
                 everything = {name: np.ones_like(value[:1], dtype=bool) for name, value in saliencies.items()}
                 full = float(macs_per_image(graph, everything)[0])
                 budget = full * keep_rate(epoch, reach, min(1.0, recipe.macs_budget / full))
-                self._set_thresholds(thresholds_for_budget(graph, saliencies, budget))
+                self.rate = rate_for_budget(graph, saliencies, budget)
+                self._set_thresholds(continuous_thresholds({n: v.mean(0) for n, v in saliencies.items()}, self.rate))
         return macs
+
+    def _follow(self, recent: list[dict[str, Tensor]]) -> None:
+        """Set the thresholds for the rate in force anew, on the saliencies of the last steps.
+
+        Departs: the reference sets thresholds once an epoch. Saliencies drift meanwhile, and while gates are nearly
+        constant a small drift closes twice the channels that the budget asks for.
+        """
+        if self.rate is not None:
+            means = {name: value.mean(0) for name, value in _joined(recent).items()}
+            self._set_thresholds(continuous_thresholds(means, self.rate))
 
     def _set_thresholds(self, thresholds: Mapping[str, float]) -> None:
         state = self.network.state_dict()
@@ -267,6 +293,7 @@ class Training:
             differs = [key for key in self.run if meta["run"].get(key) != json.loads(json.dumps(self.run[key]))]
             raise TrainingError(f"{self.state_path} is of another run: its {', '.join(differs)} differ from yours")
         self.records = [EpochRecord(**record) for record in meta["records"]]
+        self.rate = meta["rate"]
         self.mean_cross_entropy = self.records[-1].cross_entropy if self.records else 0.0
         self.network.load_state_dict(_below(tensors, "network/"))
         for name, value in _below(tensors, "average/").items():
@@ -287,7 +314,7 @@ class Training:
                 tensors[f"momentum/{name}"] = buffer
         # A copy in plain layout: the file must not depend on strides.
         plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        meta = {"run": self.run, "records": [asdict(record) for record in self.records]}
+        meta = {"run": self.run, "rate": self.rate, "records": [asdict(record) for record in self.records]}
         _write(self.state_path, serialize(plain, {"manidp": json.dumps(meta)}))
         self._write_log()
 
