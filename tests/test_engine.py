@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from PIL import Image
@@ -333,3 +334,25 @@ def test_what_cannot_be_run_is_named(weights: dict[str, Array]) -> None:
         Engine(checkpoint_of(GRAPH, weights), isa="mmx")
     with pytest.raises(ManiDPError, match="at least one thread; got 0"):
         Engine(checkpoint_of(GRAPH, weights), threads=0)
+
+
+@pytest.mark.parametrize(
+    ("isa", "triple", "instruction"),
+    [
+        ("avx512", "x86_64-unknown-linux-gnu", "%zmm"),
+        ("avx2", "x86_64-unknown-linux-gnu", "vfmadd231ps"),
+        ("sse", "x86_64-unknown-linux-gnu", "mulps"),
+        ("neon", "aarch64-unknown-linux-gnu", "fmla"),
+    ],
+)
+def test_code_for_every_cpu_can_be_made_on_any(
+    isa: str, triple: str, instruction: str, weights: dict[str, Array]
+) -> None:
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    features = ",".join(f"+{feature}" for feature in ISAS[isa].features)
+    target = llvm.Target.from_triple(triple).create_target_machine(features=features)
+    text = codegen.Generator(plan_of(GRAPH, weights, isa), ISAS[isa]).text
+    assembly = target.emit_assembly(llvm.parse_assembly(text))
+    assert assembly.count(instruction) > 100
+    assert "%zmm" not in assembly or isa == "avx512"

@@ -428,7 +428,9 @@ class _Planner:
             weight, bias = weight * scale[:, None, None, None], bias * scale + shift
         winograd = self._winograd(node)
         if winograd:
-            weight = np.einsum("au,oiuv,bv->boia", G, weight, G)[..., POINTS] * (1, 1, 1, -1)
+            points = weight.reshape(*weight.shape[:2], 9) @ np.kron(G, G).T  # the same as G weight G'
+            points = points.reshape(*weight.shape[:2], 4, 4).transpose(3, 0, 1, 2)  # column first
+            weight = points[..., POINTS] * (1, 1, 1, -1)
         packed = self.constants.add(weight), self.constants.add(bias)
         inputs = Channels(self.graph.shapes[node.inputs[0]][0], self.graph.zeroed_by.get(node.inputs[0]))
         phases = 2 if winograd else 1
