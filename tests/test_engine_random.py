@@ -107,7 +107,7 @@ def networks(draw: st.DrawFn) -> Graph:
 @pytest.mark.parametrize("isa", available_isas())
 def test_random_networks_do_what_the_reference_does(isa: str) -> None:
     @settings(
-        max_examples=int(os.environ.get("MANIDP_EXAMPLES", "15")),
+        max_examples=int(os.environ.get("MANIDP_EXAMPLES", "50")),
         deadline=None,
         derandomize="MANIDP_EXAMPLES" not in os.environ,
         database=None,
