@@ -1,5 +1,6 @@
 """MindSpore's network against the reference, on every kind of node, and against the authors' own network."""
 
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -7,6 +8,7 @@ import mindspore
 import numpy as np
 import pytest
 
+import manidp
 from manidp.bundle import description
 from manidp.checkpoint import bundled, checkpoint_path, load_checkpoint
 from manidp.ckpt import read_ckpt, write_ckpt
@@ -30,13 +32,14 @@ from manidp.graph import (
     resnet,
     with_gates,
 )
-from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
+from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_cifar10, load_sample
 from manidp.mindspore.convert import from_checkpoint, weights
 from manidp.mindspore.network import Network
 from manidp.runtime.reference import node_values, run
 
-from .cases import assert_close, checkpoint_of, gated_resnet, images_for
+from .cases import TOLERANCE, assert_close, checkpoint_of, gated_resnet, images_for
 
+CIFAR10 = Path(__file__).parents[2] / "cifar10"
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "mindspore"
 
 
@@ -168,6 +171,41 @@ def test_the_bundled_models_are_the_reference(name: str, mode: str) -> None:
     logits = from_checkpoint(checkpoint)(mindspore.Tensor(images)).asnumpy()
     assert_close(logits, expected)
     np.testing.assert_array_equal(logits.argmax(1), expected.argmax(1))
+
+
+@pytest.mark.skipif(not CIFAR10.is_dir(), reason="CIFAR-10 is not in ./cifar10; `make data` brings it")
+@pytest.mark.parametrize("mode", ["GRAPH"], indirect=True)
+def test_on_cifar10_it_predicts_what_the_engine_predicts(mode: str) -> None:
+    """Every tenth test image, all with MANIDP_ALL_IMAGES=1: the same but for ties.
+
+    A tie is one of the two best classes, or of a saliency with its threshold: there float32 may fall on either side.
+    """
+    checkpoint = load_checkpoint(checkpoint_path("manidp-res20"))
+    images = load_cifar10(CIFAR10)[1].images[:: 1 if os.environ.get("MANIDP_ALL_IMAGES") else 10]
+    ours = manidp.load("manidp-res20").run(images)
+    network = Recorded(from_checkpoint(checkpoint))
+    agree = np.ones(len(images), bool)
+    logits = []
+    for start in range(0, len(images), 200):
+        batch = slice(start, start + 200)
+        theirs, records = network(mindspore.Tensor(checkpoint.preprocessing.apply(images[batch])))
+        logits.append(theirs.asnumpy())
+        for gate, (saliency, factor, _) in zip(checkpoint.graph.gates, records, strict=True):
+            differs = (factor.asnumpy() > 0) != ours.kept[gate.name][batch]
+            differs[~agree[batch]] = False  # after the first tie an image is another
+            threshold = checkpoint.weights[f"{gate.name}.threshold"]
+            np.testing.assert_allclose(
+                saliency.asnumpy()[differs], threshold, rtol=0, atol=TOLERANCE, err_msg=gate.name
+            )
+            agree[batch] &= ~differs.any(1)
+    assert agree.mean() > 0.995
+    came, expected = np.concatenate(logits), ours.logits
+    assert_close(came[agree], expected[agree])
+    second, best = np.sort(expected, 1)[:, -2:].T
+    tied = ~agree | (best - second < 2 * TOLERANCE * abs(expected).max())
+    np.testing.assert_array_equal(came.argmax(1)[~tied], expected.argmax(1)[~tied])
+    print(f"{len(images)} images: {(~agree).sum()} with a tied gate, {(came.argmax(1) != expected.argmax(1)).sum()} "
+          f"predicted otherwise, least margin {(best - second).min():.2g}")  # fmt: skip
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden set at {GOLDEN}")
