@@ -114,6 +114,7 @@ LYING = {
     "too many dims": (value(body=tensor((1,) * 33, content=bytes(4))), "more than 32 dims"),
     "too many packed dims": (value(body=field(1, b"\1" * 33) + tensor((), content=bytes(4))), "more than 32 dims"),
     "a quarter of a million packed dims": (value(body=field(1, b"\1" * 2**18) + tensor(())), "more than 32 dims"),
+    "packed dims of nothing": (value(body=field(1, b"") * 9 + tensor((), content=bytes(4))), "packed dims of 0 bytes"),
     "an unknown type": (value(body=tensor(kind=b"Float8")), "Float8"),
     "a Bool of 2": (value(body=tensor((1,), b"Bool", b"\2")), "Bool values"),
     "a length beyond the file": (field(1, field(1, b"x"), 2**62), "claims 4611686018427387904 bytes"),

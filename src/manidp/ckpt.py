@@ -218,8 +218,10 @@ class _Reader:
                 self._put(parts, _TENSOR_FIELDS[number], part)
             elif isinstance(part, int):
                 dims.append(part)
-            else:
+            elif part.length:
                 dims.extend(islice(self.numbers(part), MAX_DIMS + 1))
+            else:
+                raise self.fail(f"'{name}' has packed dims of 0 bytes", part.start)
             if len(dims) > MAX_DIMS:
                 raise self.fail(f"'{name}' has more than {MAX_DIMS} dims", tensor.start)
         kind = self.text(self._need(parts, "the type", tensor), f"the type of '{name}'")
