@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 MANIDP := $(VENV)/bin/manidp
 
-.PHONY: help run test check data model table figure test-mindspore clean
+.PHONY: help run test check data model cards table figure test-mindspore clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -33,6 +33,10 @@ model: $(VENV)/.dev data  ## Train both bundled models again (hours; goes on whe
 		--from dense-res20 --gates --teacher dense-res20
 	cp runs/manidp-res20/model.safetensors src/manidp/data/manidp-res20.safetensors
 	cp runs/manidp-res20/log.jsonl models/manidp-res20/log.jsonl
+	$(MAKE) cards
+
+cards: $(VENV)/.base  ## Write the bundled card of our own model, and its digests, from the bundled checkpoint
+	$(VENV)/bin/python models/make_cards.py
 
 table: $(VENV)/.base data  ## Measure both models on all test images and write the README's table
 	$(MANIDP) evaluate --data cifar10 --model dense-res20 --beside manidp-res20 --json > benchmarks/evaluation.json

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from manidp import cli
+from manidp import cli, load_model
 from manidp.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manidp.graph import resnet, with_gates
+from manidp.hub import find_model
 from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
 from manidp.macs import ungated_macs
 from manidp.runtime import reference
@@ -239,6 +241,29 @@ def test_fine_tuning_on_a_folder_of_ones_own(model: Path, tmp_path: Path, capsys
     assert {row["class"] for row in rows["images"]} <= {"frog", "ship", "truck"}
 
 
+def test_training_starts_from_a_name_on_the_hub(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
+    monkeypatch.setenv("MANIDP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MANIDP_OFFLINE", "1")
+    uid = "manidp/1.0/manidp-res20_cifar10"
+    class_folders(tmp_path / "set", CIFAR10_CLASSES, 1)
+    out = tmp_path / "run"
+    settings = ["--set", "epochs=1", "--set", "batch_size=10", "--set", "learning_rate=1e-6", "--set", "distillation=1"]
+    arguments = ["--data", tmp_path / "set", "--out", out, "--threads", 1, *settings]
+    code, _, err = run(capsys, "train", "--from", uid, "--teacher", uid, *arguments)
+    assert code == 0, err
+    tuned = load_checkpoint(out / "model.safetensors")
+    parent = find_model("manidp-res20")
+    assert tuned.provenance["from"] == tuned.provenance["teacher"] == {"name": uid, "sha256": parent.sha256}
+    weight = "stage_1.0.conv_a.weight"
+    assert np.abs(tuned.weights[weight] - parent.checkpoint.weights[weight]).max() < 1e-3
+    code, _, err = run(capsys, "train", "--from", "mindspore/1.7/manidp_cifar10", *arguments)
+    assert code == 2
+    assert "manidp hub add" in err
+
+
 def test_training_can_write_tensorboard_events(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install 'manidp[torch]'")
@@ -289,8 +314,13 @@ def test_the_hub_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setenv("MANIDP_OFFLINE", "1")
     uid = "noah-cvlab/gpu/1.1/manidp_v1.0_cifar10"
     uids = [row["uid"] for row in json.loads(run(capsys, "hub", "list", "manidp", "--json")[1])]
-    assert uid in uids
-    assert len(uids) >= 8
+    ours = "manidp/1.0/manidp-res20_cifar10"
+    assert {uid, ours} < set(uids)
+    assert len(uids) == 9
+    measured = load_model("manidp-res20").provenance["measured"]
+    assert f"{measured['correct']:,} of {measured['total']:,} right" in " ".join(
+        run(capsys, "hub", "show", ours)[1].split()
+    )
     assert json.loads(run(capsys, "hub", "show", uid, "--json")[1])["fields"]["accuracy"] == "0.9205"
     assert "manidp-res20" in run(capsys, "hub", "show", uid)[1]
     for command in (["hub", "pull", uid], ["info", uid], ["classify", "-m", uid]):
@@ -303,7 +333,45 @@ def test_the_hub_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     code, _, err = run(capsys, "hub", "add", stranger)
     assert code == 2
     assert "no card names its sha256" in err
-    assert run(capsys, "hub", "verify")[:2] == (0, "0 of 0 files intact\n")
+    code, out, _ = run(capsys, "hub", "verify")
+    assert code == 0
+    assert "1 of 1 files intact" in out
+    assert ours in out
+
+
+def test_our_own_model_by_its_name_on_the_hub(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANIDP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MANIDP_OFFLINE", "1")
+    uid = "manidp/1.0/manidp-res20_cifar10"
+    by_name, by_uid = (json.loads(run(capsys, "info", name, "--json")[1]) for name in ("manidp-res20", uid))
+    assert by_name == by_uid
+    assert by_uid["sha256"]
+    assert run(capsys, "convert", uid, "-o", tmp_path / "x.ckpt", "--thresholds", tmp_path / "x.npy")[0] == 0
+    pulled = json.loads(run(capsys, "hub", "pull", uid, "--json")[1])
+    assert Path(pulled["file"]).read_bytes() == (tmp_path / "x.ckpt").read_bytes()
+    assert "2 of 2 files intact" in run(capsys, "hub", "verify")[1]
+    assert run(capsys, "hub", "pack", "-m", uid, "--folder", tmp_path / "out")[0] == 0
+
+
+def test_what_models_and_cards_say_is_shown_as_it_is(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And is not taken for the markup of tables, nor for what we say ourselves."""
+    odd = "[/x] [bold]:ship:"
+    (tmp_path / "me" / "1.0").mkdir(parents=True)
+    (tmp_path / "me" / "1.0" / "a.md").write_text(f"# T\n---\nmodel-name: {odd}\nuid: you/1.0/b\nsource: us\n---\n")
+    assert odd in run(capsys, "hub", "list", "--source", tmp_path)[1]
+    (row,) = (row for row in json.loads(run(capsys, "hub", "list", "me/", "--source", tmp_path, "--json")[1]))
+    assert (row["uid"], row["source"]) == ("me/1.0/a", str(tmp_path))
+    checkpoint = load_checkpoint(model)
+    classes = tuple(f"{odd} {index}" for index in range(10))
+    save_checkpoint(replace(checkpoint, classes=classes, provenance={"note": odd}), tmp_path / "odd.safetensors")
+    assert odd in run(capsys, "info", tmp_path / "odd.safetensors")[1]
+    code, out, err = run(capsys, "classify", "-m", tmp_path / "odd.safetensors", "--sample", 1)
+    assert code == 0, err
+    assert odd in out
 
 
 def test_hub_pack_writes_the_bundle(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,11 +26,12 @@ from manidp.ckpt import write_ckpt
 from manidp.conversion import to_ckpt
 from manidp.errors import CardError, HubError, ManiDPError
 from manidp.graph import resnet, with_gates
-from manidp.hub import CARDS, Hub, Uid, known_networks, open_hub, parse_uid
+from manidp.hub import CARDS, Bundled, Hub, Uid, bundled_files, find_model, known_networks, open_hub, parse_uid
 from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
 
 REAL_CARDS = Path(__file__).parents[2] / "shared" / "data" / "hub-cards.tar.xz"
 ORIGINAL = "noah-cvlab/gpu/1.1/manidp_v1.0_cifar10"
+OURS = "manidp/1.0/manidp-res20_cifar10"
 ORIGINAL_SHA256 = "3ba6e1e064231e5afd7bb776c52442a9bacb4e48195c9c93d1f7e4c3ddc279eb"
 CONTENT = bytes(range(256)) * 200
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -97,6 +98,7 @@ TREE = "https://gitee.com/mindspore/hub/blob/master/mshub_res/assets"
         (f"{TREE}/{ORIGINAL}.md", Uid("noah-cvlab", "gpu", "1.1", "manidp_v1.0_cifar10")),
         (f"{TREE}/mindspore/1.7/albert_squadv1.1.md", Uid("mindspore", "", "1.7", "albert_squadv1.1")),
         ("http://any.host/deep/down/mindspore/1.7/albert_squadv1.1", Uid("mindspore", "", "1.7", "albert_squadv1.1")),
+        (f"https://any.host/cards/{ORIGINAL}.md", Uid("noah-cvlab", "gpu", "1.1", "manidp_v1.0_cifar10")),
     ],
 )
 def test_names_and_addresses_of_cards(text: str, uid: Uid) -> None:
@@ -140,6 +142,7 @@ def test_the_bundled_catalogue_has_the_eight_cards_of_the_original() -> None:
     versions = ["1.10", "1.3", "1.5", "1.6", "1.7", "1.8", "1.9"]
     assert [str(o.uid) for o in originals] == [*(f"mindspore/{v}/manidp_cifar10" for v in versions), ORIGINAL]
     assert len({o.card.assets[0].link for o in originals}) == 8
+    assert [str(uid) for uid in hub.uids() if uid not in {o.uid for o in originals}] == [OURS]
 
 
 @pytest.mark.parametrize("path", sorted(CARDS.rglob("*.md")), ids=lambda path: str(path.relative_to(CARDS)))
@@ -161,7 +164,7 @@ def test_the_original_that_cannot_be_had_is_named_with_the_ways_out(tmp_path: Pa
     decision = hub.resolve(ORIGINAL)
     assert decision.filename == "resnet20.ckpt" and decision.asset.sha256 == ORIGINAL_SHA256 and not decision.cached
     assert len(decision.links) == 8 and decision.links[0].endswith("manidp/resnet20.ckpt") and not decision.refused
-    for call in (lambda: hub.fetch(decision), lambda: hub.checkpoint(ORIGINAL)):
+    for call in (lambda: hub.fetch(decision), lambda: hub.load(ORIGINAL)):
         with pytest.raises(HubError) as caught:
             call()
         said = str(caught.value)
@@ -294,6 +297,27 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path, monkeypatch: py
     assert allowed == {"https://download.mindspore.cn:443", "https://mirror.example:443", "https://other.example:8443"}
 
 
+@pytest.mark.parametrize(
+    ("value", "offline"), [(None, False), ("", False), ("0", False), ("1", True), ("true", True), ("yes", True)]
+)
+def test_the_offline_switch_errs_on_the_quiet_side(
+    value: str | None, offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value is not None:
+        monkeypatch.setenv("MANIDP_OFFLINE", value)
+    assert open_hub().downloader.offline == offline and not open_hub(offline=False).downloader.offline
+
+
+def test_without_a_home_a_cache_must_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def homeless(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.delenv("MANIDP_CACHE")
+    with pytest.raises(HubError, match="MANIDP_CACHE"):
+        open_hub()
+
+
 # Cards from the web -------------------------------------------------------------------------------------------------
 
 
@@ -414,7 +438,8 @@ def test_a_file_that_was_damaged_in_the_cache_is_brought_again(tmp_path: Path, s
     hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/f", DIGEST)))
     path = hub.fetch(hub.resolve("me/1.0/a"))
     path.write_bytes(damage)
-    assert [(c.intact, c.size, [u.stem for u in c.uids]) for c in hub.verify()] == [(False, len(damage), ["a"])]
+    _, found = hub.verify()  # the first is the bundled model
+    assert (found.intact, found.size, [uid.stem for uid in found.uids]) == (False, len(damage), ["a"])
     assert hub.fetch(hub.resolve("me/1.0/a")).read_bytes() == CONTENT
     path.write_bytes(damage)
     with pytest.raises(HubError, match=r"what was in the cache was damaged and is deleted; .*MANIDP_OFFLINE"):
@@ -465,6 +490,12 @@ def test_a_host_that_is_down_is_not_asked_for_each_of_its_addresses(tmp_path: Pa
         hub = hub_with(tmp_path, server, mirror, **cards)
         assert hub.fetch(hub.resolve("me/1.0/a0")).read_bytes() == CONTENT
     assert server.asked == [("/0", ""), ("/0", "")]
+
+
+def test_the_command_that_is_told_holds_nothing_of_a_strangers(tmp_path: Path) -> None:
+    hub = hub_with(tmp_path, offline=True, a=card_text(("https://h/f;rm$(x)", DIGEST)))
+    with pytest.raises(HubError, match=r"manidp hub add FILE$"):
+        hub.fetch(hub.resolve("me/1.0/a"))
 
 
 def test_many_failures_are_told_in_one_short_line(tmp_path: Path, server: Loopback) -> None:
@@ -611,10 +642,11 @@ def test_a_file_carried_by_hand_is_taken_in_if_it_is_known(tmp_path: Path) -> No
     assert files_in(hub) == {DIGEST: CONTENT}
 
 
-def test_verifying_hashes_everything_again(tmp_path: Path) -> None:
+def test_verifying_hashes_everything_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = b"other"
     digests = {hashlib.sha256(content).hexdigest(): content for content in (CONTENT, other)}
     hub = hub_with(tmp_path, **{f"a{n}": card_text(("https://h/f", d)) for n, d in enumerate(digests)})
+    monkeypatch.setattr("manidp.hub.bundled_files", dict)
     assert list(hub.verify()) == []
     for digest, content in digests.items():
         (tmp_path / digest).write_bytes(content)
@@ -654,32 +686,101 @@ def test_a_known_network_is_ready_to_run(tmp_path: Path, server: Loopback, monke
     monkeypatch.setattr("manidp.hub.known_networks", lambda: {digest: known})
     server.routes["/x.ckpt"] = whole(content)
     hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/x.ckpt", digest)), b=card_text(("", DIGEST)))
-    checkpoint, ignored = hub.checkpoint("me/1.0/a")
-    assert ignored == ("epoch_num",) and checkpoint.provenance["sha256"] == digest
-    assert checkpoint.preprocessing == known.preprocessing
-    assert_weights(checkpoint, network)
-    assert_weights(hub_with(tmp_path, offline=True).checkpoint("me/1.0/a")[0], network)
-    with pytest.raises(HubError, match=r"'me/1.0/b' is no network that manidp can run; it can run me/1\.0/a$"):
-        hub.checkpoint("me/1.0/b")
+    found = hub.load("me/1.0/a")
+    assert found.ignored == ("epoch_num",) and (found.name, found.sha256) == ("me/1.0/a", digest)
+    assert found.checkpoint.preprocessing == known.preprocessing and found.checkpoint.provenance["sha256"] == digest
+    assert_weights(found.checkpoint, network)
+    assert_weights(hub_with(tmp_path, offline=True).load("me/1.0/a").checkpoint, network)
+    with pytest.raises(HubError, match=rf"'me/1.0/b' is no network that manidp can run; it can run {OURS}, me/1\.0/a$"):
+        hub.load("me/1.0/b")
 
 
 def test_a_file_of_a_bundled_model_is_made_on_the_spot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, _ = _network()
     (tmp_path / "data").mkdir()
-    save_checkpoint(network, tmp_path / "data" / "ours.safetensors")
+    ours = tmp_path / "data" / "ours.safetensors"
+    save_checkpoint(network, ours)
     write_ckpt(to_ckpt(network)[0], tmp_path / "x.ckpt")
     digest = hashlib.sha256((tmp_path / "x.ckpt").read_bytes()).hexdigest()
+    bundled = Bundled("ours", hashlib.sha256(ours.read_bytes()).hexdigest())
     monkeypatch.setattr("manidp.hub.DATA", tmp_path / "data")
-    monkeypatch.setattr("manidp.hub.bundled_files", lambda: {digest: "ours", DIGEST: "ours"})
+    monkeypatch.setattr("manidp.hub.bundled_files", lambda: {digest: bundled, DIGEST: bundled})
     cards = {"a": card_text(("https://h/x.ckpt", digest)), "wrong": card_text(("https://h/f", DIGEST))}
     hub = hub_with(tmp_path, offline=True, **cards)
-    checkpoint, ignored = hub.checkpoint("me/1.0/a")
-    assert ignored == ()
-    assert_weights(checkpoint, network)
+    found = hub.load("me/1.0/a")
+    assert (found.name, found.path, found.sha256, found.ignored) == ("me/1.0/a", ours, bundled.sha256, ())
+    assert_weights(found.checkpoint, network)
     assert hub.fetch(hub.resolve("me/1.0/a")).read_bytes() == (tmp_path / "x.ckpt").read_bytes()
     with pytest.raises(HubError, match="does not make the file of its card"):
         hub.fetch(hub.resolve("me/1.0/wrong"))
     assert_nothing_wrong(hub)
+
+
+def test_a_bundled_model_that_is_not_the_one_of_its_card_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = tmp_path / "data" / "manidp-res20.safetensors"
+    monkeypatch.setattr("manidp.hub.DATA", ours.parent)
+    ours.parent.mkdir()
+    hub = open_hub()
+    for damage in (None, lambda: save_checkpoint(_network()[0], ours)):
+        if damage is not None:
+            damage()
+        for call in (lambda: hub.load(OURS), lambda: hub.fetch(hub.resolve(OURS))):
+            with pytest.raises(HubError, match="not the one of its card"):
+                call()
+        (listed,) = hub.verify(remove=True)
+        assert (listed.path, listed.intact, [str(uid) for uid in listed.uids]) == (ours, False, [OURS])
+    assert ours.exists() and files_in(hub) == {}
+
+
+def test_our_own_model_is_had_by_its_name_without_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*_: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr("socket.socket.__init__", opened)
+    monkeypatch.setattr("socket.getaddrinfo", opened)
+    (bundled,) = bundled_files().values()
+    expected = find_model("manidp-res20")
+    for name in (OURS, f"{TREE}/{OURS}.md"):
+        found = find_model(name)
+        assert (found.name, found.path, found.sha256) == (OURS, expected.path, expected.sha256)
+        assert found.sha256 == bundled.sha256 == hashlib.sha256(found.path.read_bytes()).hexdigest()
+        assert_weights(found.checkpoint, expected.checkpoint)
+    hub = open_hub()
+    assert hub.load(OURS).path == expected.path and files_in(hub) == {}
+    assert hashlib.sha256(hub.fetch(hub.resolve(OURS)).read_bytes()).hexdigest() in bundled_files()
+    assert [(c.intact, [str(uid) for uid in c.uids]) for c in hub.verify()] == [(True, [OURS])] * 2
+
+
+def test_a_model_is_found_by_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, _ = _network()
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    file = tmp_path / "a" / "b" / "model.safetensors"
+    save_checkpoint(network, file)
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/b/model.safetensors", "a/b", "./a/b/", Path("a/b"), file):
+        found = find_model(name)
+        assert found.path.absolute() == file and found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert found.name == "model"
+        assert_weights(found.checkpoint, network)
+    assert find_model("dense-res20").name == "dense-res20"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("manidp-res21", "no such file, and no model of this name"),
+        ("x" * 5000, "no such file"),
+        ("a/" + "x" * 5000, "there is no file 'a/x.*is not the name of a card"),
+        ("runs/mine", "there is no file 'runs/mine', and as the name of a card: .*is not the name of a card"),
+        ("runs/mine/model", "there is no file 'runs/mine/model', and .*there is no card"),
+        ("runs/mine.safetensors", "no such file"),
+    ],
+)
+def test_a_model_that_is_not_there_is_an_error_that_says_where_was_looked(name: str, said: str) -> None:
+    with pytest.raises(ManiDPError, match=said):
+        find_model(name)
 
 
 def test_every_error_of_the_hub_is_one_of_ours() -> None:

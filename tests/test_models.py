@@ -1,5 +1,6 @@
 """The bundled models are what they say: figures as recorded, over every test image, with the saved thresholds."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,17 @@ def test_the_gated_model_says_where_it_comes_from() -> None:
     assert provenance["from"]["name"] == "dense-res20"
     assert provenance["measured"]["total"] == 10_000
     assert provenance["recipe"]["epochs"] == provenance["training"]["epochs"]
+
+
+def test_the_card_in_the_catalogue_is_that_of_the_checkpoint() -> None:
+    path = Path(__file__).parent.parent / "models" / "make_cards.py"
+    spec = importlib.util.spec_from_file_location("make_cards", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for file, text in module.contents(module.recorded_date()).items():
+        assert file.read_text("utf-8") == text, "the checkpoint is another: make cards"
 
 
 @pytest.mark.parametrize("name", ["dense-res20", "manidp-res20"])

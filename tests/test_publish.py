@@ -13,11 +13,11 @@ from manidp.errors import HubError
 from manidp.graph import resnet, with_gates
 from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
 from manidp.macs import ungated_macs
-from manidp.publish import card, write_folder
+from manidp.publish import card, measured, write_folder
 
 MEASURED = {
     "data": "CIFAR-10 test images", "correct": 9_123, "total": 10_000, "mean_macs": 321_987.0, "dense_macs": 873_856,
-    "macs_percentiles": {"0": 200_000.0, "50": 330_000.0, "100": 800_000.0},
+    "macs_percentiles": {"0": 200_000.0, "100": 800_000.0, "50": 330_000.0},
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_every_figure_on_the_card_is_in_the_checkpoint() -> None:
         "9,123 of 10,000",
         "91.23%",
         "0.322 M",
-        "100 %: 0.80 M",
+        "0 %: 0.20 M, 50 %: 0.33 M, 100 %: 0.80 M",
         "epochs 7",
         "images 50000",
         f"{ungated_macs(made().graph):,}",
@@ -67,3 +67,21 @@ def test_what_is_not_on_record_is_not_said() -> None:
     assert "not on record" in text
     assert "Not on record" in text
     assert not re.search(r"\d %|\d+ right|%\)", text)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [None, [], {}, {"correct": 1}, {**MEASURED, "total": 0},
+     *({**MEASURED, "correct": correct} for correct in ("all", -1, 10_001))],
+)  # fmt: skip
+def test_a_record_that_cannot_be_is_none(record: object) -> None:
+    checkpoint = replace(made(), provenance={"measured": record})
+    assert measured(checkpoint) is None
+    assert "not on record" in card(checkpoint, "small")
+
+
+@pytest.mark.parametrize("percentiles", [None, [], {"half": 1.0}, {"50": "x"}])
+def test_percentiles_that_cannot_be_are_left_out(percentiles: object) -> None:
+    figures = measured(replace(made(), provenance={"measured": {**MEASURED, "macs_percentiles": percentiles}}))
+    assert figures is not None
+    assert figures.percentiles == {}

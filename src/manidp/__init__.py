@@ -32,10 +32,6 @@ def load(name: str | Path, *, precision: str = "float32", threads: int = 1, isa:
 
 def load_model(name: str | Path) -> Checkpoint:
     """The checkpoint that ``load`` runs."""
-    from manidp.checkpoint import checkpoint_path, load_checkpoint
+    from manidp.hub import find_model
 
-    if isinstance(name, str) and "/" in name and not Path(name).exists() and not name.endswith(".safetensors"):
-        from manidp.hub import open_hub
-
-        return open_hub().checkpoint(name)[0]
-    return load_checkpoint(checkpoint_path(name))
+    return find_model(name).checkpoint

@@ -21,7 +21,7 @@ import json
 import re
 import secrets
 import shutil
-import textwrap
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from manidp.ckpt import write_ckpt
 from manidp.conversion import to_ckpt, write_thresholds
 from manidp.errors import HubError
 from manidp.graph import Gate, Graph
+from manidp.publish import measured, sections
 
 NETWORK = Path(__file__).parent / "mindspore" / "network.py"
 HOME = "https://example.com/manidp/manidp/tree/main"
@@ -94,7 +95,11 @@ def _write(checkpoint: Checkpoint, folder: Path, name: str, stem: str, home: str
     weights = folder / f"{stem}.ckpt"
     write_ckpt(values, weights)
     asset = Asset("ckpt", f"{home}/{weights.name}", hashlib.sha256(weights.read_bytes()).hexdigest())
-    write_card(_card(checkpoint, name, f"{home}/{stem}", asset), folder / f"{stem}.md")
+    card = hub_card(
+        checkpoint, name, repository=f"{home}/{stem}", asset=asset, date=datetime.date.today().isoformat(),
+        use=_mindspore_use(checkpoint, stem),
+    )  # fmt: skip
+    write_card(card, folder / f"{stem}.md")
 
 
 _CONF = '''\
@@ -116,15 +121,7 @@ def create_network(name):
     return Network(json.loads((FOLDER / "network.json").read_text()), np.load(FOLDER / "thresholds.npy"))
 '''
 
-_BODY = """\
-## What it is
-
-{intro}
-
-{measured}
-
-## Usage
-
+_USE = """\
 ```python
 import mindspore_hub
 import numpy as np
@@ -138,52 +135,46 @@ mean, std = np.array({mean}), np.array({std})
 logits = network(Tensor(((images / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)))
 ```
 
-`network.records(x)` gives the logits and, for each of {gates} gates, its saliencies, its factors and the pooled
-feature, of which the losses of the method are made. It runs in PYNATIVE and in GRAPH mode, and it trains. MindSpore
-2.10 needs NumPy below 2; on CPUs with AVX-512 its convolutions are much faster with `ONEDNN_MAX_CPU_ISA=AVX2` in the
-environment.
+Here all channels are computed and multiplied by the factors of the gates, exactly 0 for what this image does not need:
+the results are exact, nothing is skipped. `network.records(x)` gives the logits and, for each of {gates} gates, its
+saliencies, its factors and the pooled feature, of which the losses of the method are made. It runs in PYNATIVE and in
+GRAPH mode, and it trains. MindSpore 2.10 needs NumPy below 2; on CPUs with AVX-512 its convolutions are much faster
+with `ONEDNN_MAX_CPU_ISA=AVX2` in the environment.
 
-Classes, in the order of the logits: {classes}.
-
-## Limits
-
-It knows {count} classes and images of {height} x {width} pixels; whatever else it is shown, it names one of them.
-"""
-_GATED = """\
-A convolutional network that decides, image by image, which of its channels to compute: a gate before a convolution
-gives every output channel a factor, exactly 0 for those that this image does not need (ManiDP, Tang et al. 2021).
-Here all channels are computed and multiplied by their factors: the results are exact, nothing is skipped."""
-_DENSE = "A convolutional network without gates: every image takes all of it."
+The order of the logits is that of the classes above."""
 
 
-def _card(checkpoint: Checkpoint, name: str, repository: str, asset: Asset) -> ModelCard:
-    gates, (height, width) = checkpoint.graph.gates, checkpoint.preprocessing.size
+def hub_card(
+    checkpoint: Checkpoint, name: str, *, repository: str, asset: Asset, date: str, use: Iterable[str]
+) -> ModelCard:
+    """The card of a model for the MindSpore hub; what it says is read from the checkpoint.
+
+    repository: the page of its code; date: YYYY-MM-DD; use: the lines of its section on use.
+    """
+    height, width = checkpoint.preprocessing.size
     fields = {
         "model-name": name, "backbone-name": name, "module-type": "cv-classification", "fine-tunable": "True",
         "input-shape": f"[{height}, {width}, 3]", "model-version": "1.0", "author": "manidp", "user-id": "manidp",
-        "update-time": datetime.date.today().isoformat(), "repo-link": repository, "used-for": "inference",
+        "update-time": date, "repo-link": repository, "used-for": "inference",
         "train-backend": "cpu", "infer-backend": "cpu/gpu/ascend", "mindspore-version": "2.10.0",
         "license": "Apache2.0", "summary": "image classification" + (
-            " that computes, image by image, only the channels that are needed (ManiDP)" if gates else ""
+            " that computes, image by image, only the channels that are needed (ManiDP)"
+            if checkpoint.graph.gates else ""
         ),
     }  # fmt: skip
-    measured = "Its accuracy and multiply-adds are not on record."
-    match checkpoint.provenance.get("measured"):
-        case {"data": str(data), "correct": int(correct), "total": int(total), "mean_macs": float(mean),
-              "dense_macs": int(dense)} if 0 <= correct <= total > 0 < dense:  # fmt: skip
-            fields["accuracy"] = f"{correct / total:.4f}"
-            measured = textwrap.fill(
-                f"Accuracy: {correct:,} of {total:,} {data}, {correct / total:.2%}. Multiply-adds an image, where what "
-                f"is closed is skipped: {mean / 1e6:.2f} M on average, gates included, of {dense / 1e6:.2f} M "
-                f"without gates ({1 - mean / dense:.1%} fewer).",
-                width=110,
-            )
+    figures = measured(checkpoint)
+    if figures is not None:
+        fields["accuracy"] = f"{figures.accuracy:.4f}"
     match checkpoint.provenance.get("data"):
         case {"name": str(trained_on)} if trained_on.startswith("CIFAR-10 "):
             fields["train-dataset"] = "cifar10"
-    body = _BODY.format(
-        intro=_GATED if gates else _DENSE, measured=measured, stem=name.replace("-", "_"), height=height, width=width,
-        mean=list(checkpoint.preprocessing.mean), std=list(checkpoint.preprocessing.std), gates=len(gates),
-        count=checkpoint.graph.num_classes, classes=", ".join(checkpoint.classes),
-    )  # fmt: skip
-    return ModelCard(name, fields, (asset,), body.rstrip("\n"))
+    return ModelCard(name, fields, (asset,), "\n".join(sections(checkpoint, use)))
+
+
+def _mindspore_use(checkpoint: Checkpoint, stem: str) -> list[str]:
+    preprocessing = checkpoint.preprocessing
+    height, width = preprocessing.size
+    return _USE.format(
+        stem=stem, height=height, width=width, mean=list(preprocessing.mean), std=list(preprocessing.std),
+        gates=len(checkpoint.graph.gates),
+    ).split("\n")  # fmt: skip

@@ -88,10 +88,9 @@ def checkpoint_path(name: str | Path) -> Path:
     """
     if str(name) in bundled():
         return _DATA / f"{name}.safetensors"
-    if (Path(name) / "model.safetensors").is_file():
-        return Path(name) / "model.safetensors"
-    if Path(name).is_file():
-        return Path(name)
+    for path in (Path(name) / "model.safetensors", Path(name)):
+        if os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
+            return path
     raise CheckpointError(f"{name}: no such file, and no model of this name; bundled are {', '.join(bundled())}")
 
 

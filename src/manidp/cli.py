@@ -30,7 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A bundled model's name or a checkpoint file.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A bundled model's name, a checkpoint file or a card's name on the hub.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
@@ -183,21 +185,22 @@ def data(
 
 @app.command()
 def info(
-    checkpoint: Annotated[str, typer.Argument(help="A bundled model's name or a checkpoint file.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A bundled model's name, a checkpoint file or a card's name on the hub.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint holds: graph, multiply-adds, provenance, digest; the whole file is checked."""
-    import manidp
-    from manidp.checkpoint import bundled, checkpoint_path
+    from manidp.hub import find_model
     from manidp.macs import node_macs
 
-    model = manidp.load_model(checkpoint)
+    found = find_model(checkpoint)
+    model = found.checkpoint
     macs = node_macs(model.graph)
-    file: dict[str, Any] = {"file": checkpoint}
-    if checkpoint in bundled() or Path(checkpoint).is_file():
-        path = checkpoint_path(checkpoint)
-        file = {"file": str(path), "bytes": path.stat().st_size, "sha256": _sha256(path)}
-    shown = file | {
+    shown: dict[str, Any] = {
+        "file": str(found.path),
+        "bytes": found.path.stat().st_size,
+        "sha256": found.sha256,
         "nodes": len(model.graph.nodes),
         "gates": len(model.graph.gates),
         "parameters": sum(value.size for value in model.weights.values()),
@@ -271,7 +274,7 @@ def train(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A .ckpt file, or a bundled model's name or checkpoint file.")],
+    source: Annotated[str, typer.Argument(help="A .ckpt file, or any model that --model takes.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="What to write: x.safetensors from a .ckpt, else x.ckpt or x.onnx.")
     ],
@@ -281,9 +284,10 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """MindSpore's .ckpt to a checkpoint, or a checkpoint to .ckpt or ONNX; MindSpore is not needed."""
-    from manidp.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
+    from manidp.checkpoint import save_checkpoint
     from manidp.ckpt import read_ckpt, write_ckpt
     from manidp.conversion import from_ckpt, read_thresholds, resnet_of_ckpt, to_ckpt, write_thresholds
+    from manidp.hub import find_model
     from manidp.errors import CkptError
     from manidp.images import CIFAR10_CLASSES, MINDSPORE_PREPROCESSING
 
@@ -305,9 +309,9 @@ def convert(
     elif out.suffix == ".onnx":
         from manidp.onnx import write_onnx
 
-        write_onnx(load_checkpoint(checkpoint_path(source)), out)
+        write_onnx(find_model(source).checkpoint, out)
     else:
-        checkpoint = load_checkpoint(checkpoint_path(source))
+        checkpoint = find_model(source).checkpoint
         if checkpoint.graph.gates and thresholds is None:
             raise CkptError("a .ckpt does not hold thresholds; say with --thresholds FILE where to write them")
         values, found = to_ckpt(checkpoint)
@@ -355,7 +359,7 @@ def hub_list(
 
     found = list(open_hub(source or ()).cards(words or ()))
     if as_json:
-        print(json.dumps([{"uid": str(one.uid), "source": one.source, **one.card.fields} for one in found], indent=2))
+        print(json.dumps([{**one.card.fields, "uid": str(one.uid), "source": one.source} for one in found], indent=2))
         return
     table = Table(box=SIMPLE)
     for heading in ("uid", "model", "data set", "MindSpore"):
@@ -432,7 +436,7 @@ def hub_verify(
     source: Sources = None,
     as_json: Json = False,
 ) -> None:
-    """Hash every file in the cache again; exit code 1 if one is damaged."""
+    """Hash every file in the cache, and the bundled model, again; exit code 1 if one is damaged."""
     from manidp.hub import open_hub
 
     found = list(open_hub(source or ()).verify(remove=remove))
@@ -441,8 +445,9 @@ def hub_verify(
                            "uids": [str(uid) for uid in one.uids]} for one in found], indent=2))  # fmt: skip
     else:
         for one in found:
-            state = "intact" if one.intact else "damaged, deleted" if remove else "DAMAGED"
-            print(f"{one.path.name[:16]}…  {one.size:>12,} bytes  {state}  {', '.join(map(str, one.uids))}")
+            state = "intact" if one.intact else "DAMAGED" if one.path.exists() else "damaged, deleted"
+            name = one.path.name if one.path.suffix else f"{one.path.name[:16]}…"
+            print(f"{name:24}  {one.size:>12,} bytes  {state}  {', '.join(map(str, one.uids))}")
         print(f"{sum(one.intact for one in found)} of {len(found)} files intact")
     if not all(one.intact for one in found):
         raise typer.Exit(1)
@@ -464,18 +469,18 @@ def hub_pack(
 ) -> None:
     """Write what is needed to publish a model, for one kind of hub or the other."""
     from manidp.bundle import HOME, pack
-    from manidp.checkpoint import checkpoint_path, load_checkpoint
+    from manidp.hub import find_model
     from manidp.publish import write_folder
 
     if mindspore is None and folder is None:
         raise typer.BadParameter("give --mindspore FOLDER, --folder FOLDER or both")
-    path = checkpoint_path(model)
-    checkpoint = load_checkpoint(path)
+    found = find_model(model)
+    called = name or found.name.rpartition("/")[2]
     if mindspore is not None:
-        card = pack(checkpoint, mindspore, name or path.stem, home=home or HOME)
+        card = pack(found.checkpoint, mindspore, called, home=home or HOME)
         print(f'{card}: load it with mindspore_hub.load("{card}", source="local")')
     if folder is not None:
-        write_folder(checkpoint, folder, name or path.stem)
+        write_folder(found.checkpoint, folder, called)
         print(f'{folder}: load it with manidp.load("{folder}")')
 
 
@@ -592,7 +597,8 @@ def _print_classified(rows: list[dict[str, Any]], dense: int) -> None:
     for row in rows:
         cells = [row["image"], row["class"], f"{row['probability']:.1%}"]
         if known:
-            cells.append(row["truth"] if row["truth"] == row["class"] else f"[bold]{row['truth']}[/] (wrong)")
+            right = row["truth"] == row["class"]
+            cells.append(row["truth"] if right else Text(f"{row['truth']} (wrong)", style="bold"))
         cells += [f"{row['macs'] / 1e6:.2f}", f"{row['share_of_dense']:.0%}"]
         table.add_row(*cells, *(f"{row['kept'][stage]:.0%}" for stage in stages))
     _console().print(table)
@@ -624,6 +630,7 @@ def _print_info(shown: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = _console()
+    from rich.text import Text
     facts = Table(show_header=False, box=None)
     facts.add_column(style="bold")
     facts.add_column()
@@ -669,10 +676,11 @@ def _finished_line(finished: Finished) -> str:
 
 
 def _console() -> Any:
-    """stdout; into a file or pipe, tables are as wide as what is in them."""
+    """stdout; into a file or pipe, tables are as wide as what is in them. What models and files say is no markup."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240)
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240
+    return Console(width=width, markup=False, emoji=False)
 
 
 def _progress() -> Progress:

@@ -1,5 +1,7 @@
 """Models by name: a uid leads to a card, the card to a file and its sha256, the sha256 to a verified file on disk.
 
+``find_model`` is the one way from whatever a user calls a model to that model.
+
 First it is decided, then done. ``resolve`` reads cards and says which file a uid stands for, which digest it must
 have and where it could come from; ``fetch`` brings it. The cache knows files by their digest alone, so that all names
 of one file share it, and a file is verified again each time it is asked for. Nothing that is downloaded is executed.
@@ -32,11 +34,11 @@ from typing import Any, Protocol
 from filelock import FileLock
 
 from manidp.card import MAX_CARD_BYTES, Asset, ModelCard, Remark, parse_card
-from manidp.checkpoint import Checkpoint, load_checkpoint
+from manidp.checkpoint import Checkpoint, checkpoint_path, load_checkpoint
 from manidp.ckpt import read_ckpt, write_ckpt
 from manidp.conversion import from_ckpt, to_ckpt
 from manidp.download import Downloader, TransferError, origins, sha256_of, target_of
-from manidp.errors import CardError, HubError
+from manidp.errors import CardError, CheckpointError, HubError
 from manidp.files import replacing, sync_folder
 from manidp.graph import resnet, with_gates
 from manidp.images import Preprocessing, Progress
@@ -52,6 +54,7 @@ MAX_CARDS = 100_000
 MAX_ARCHIVE_BYTES = 256 * 2**20
 _PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,98}[A-Za-z0-9_-])?")
 _TREE = "mshub_res/assets/"  # where cards are in the hub's repository
+_DEVICES = {"ascend", "cpu", "gpu"}  # of the names with four parts
 _log = logging.getLogger(__name__)
 
 
@@ -86,7 +89,7 @@ def parse_uid(text: str) -> Uid:
     if re.match("https?://", text):
         path = text.partition("://")[2].removesuffix(".md").split("/")[1:]
         tail = "/".join(path).partition(_TREE)[2]
-        name = tail or "/".join(path[-3:])
+        name = tail or "/".join(path[-4 if _DEVICES.intersection(path[-3:-2]) else -3 :])
     match name.split("/"):
         case [publisher, version, stem]:
             return Uid(publisher, "", version, stem)
@@ -298,11 +301,30 @@ def known_networks() -> Mapping[str, Network]:
     }
 
 
+@dataclass(frozen=True)
+class Bundled:
+    """A bundled model of which a .ckpt can be made: its ``name``, and the ``sha256`` of its checkpoint."""
+
+    name: str
+    sha256: str
+
+    @property
+    def path(self) -> Path:
+        return DATA / f"{self.name}.safetensors"
+
+    def verified(self) -> Path:
+        """The checkpoint, if it is the one that the catalogue was made for. Raises HubError."""
+        if not _is(self.path, self.sha256):
+            raise HubError(f"{self.path}: the bundled model is not the one of its card (sha256 {self.sha256}): the "
+                           "installation is damaged; install manidp again")  # fmt: skip
+        return self.path
+
+
 @cache
-def bundled_files() -> Mapping[str, str]:
-    """The .ckpt files that can be made of a bundled model: sha256 -> the model's name."""
-    entries: dict[str, str] = json.loads((CARDS / "bundled.json").read_text("utf-8"))
-    return entries
+def bundled_files() -> Mapping[str, Bundled]:
+    """The .ckpt files that can be made of a bundled model, by their sha256."""
+    entries = json.loads((CARDS / "bundled.json").read_text("utf-8"))
+    return {digest: Bundled(**entry) for digest, entry in entries.items()}
 
 
 # Deciding -----------------------------------------------------------------------------------------------------------
@@ -324,8 +346,8 @@ class Decision:
     ``path``: where in the cache it is or will be; ``cached``: whether it is there (it is verified when it is
     fetched); ``beside``: a file of its name beside the card; ``links``: all addresses that may be asked, the card's
     own first, then those of other cards for the same file; ``refused``: why others may not be; ``network``: what is
-    known beyond the card; ``bundled``: the name of the bundled model of which the file is made; ``remarks``: what is
-    wrong with the card.
+    known beyond the card; ``bundled``: the model in this package of which the file is made; ``remarks``: what is wrong
+    with the card.
     """
 
     uid: Uid
@@ -337,14 +359,28 @@ class Decision:
     beside: Path | None = None
     links: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
-    bundled: str = ""
+    bundled: Bundled | None = None
     network: Network | None = None
     remarks: tuple[Remark, ...] = ()
 
 
 @dataclass(frozen=True)
+class Found:
+    """A model and where it came from: the ``path`` of the file it was read from and that file's ``sha256``.
+
+    ``name``: the uid, or the name of the file; ``ignored``: names in the file that are not of the network.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+    checkpoint: Checkpoint
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Cached:
-    """A file in the cache: its name is its digest, ``intact`` if it still has it; ``uids``: the cards that name it."""
+    """A file on this machine, ``intact`` if it has the digest it should have; ``uids``: the cards that name it."""
 
     path: Path
     size: int
@@ -421,7 +457,7 @@ class Hub:
             uid, listed.source, asset, filename, path, cached, beside,
             links=tuple(link for link, reason in refusals.items() if reason is None),
             refused=tuple(reason for reason in refusals.values() if reason is not None),
-            bundled=bundled_files().get(asset.sha256, ""),
+            bundled=bundled_files().get(asset.sha256),
             network=known_networks().get(asset.sha256),
             remarks=listed.card.remarks,
         )  # fmt: skip
@@ -529,7 +565,13 @@ class Hub:
             raise HubError(f"the cache {self.cache} cannot be used: {error.strerror or error}") from error
 
     def verify(self, *, remove: bool = False) -> Iterator[Cached]:
-        """Every file in the cache, hashed again; with ``remove``, those that are damaged are deleted."""
+        """Every bundled model that has a card and every file in the cache, hashed again.
+
+        With ``remove``, files in the cache that are damaged are deleted.
+        """
+        for digest, bundled in bundled_files().items():
+            size = bundled.path.stat().st_size if bundled.path.is_file() else 0
+            yield Cached(bundled.path, size, _is(bundled.path, bundled.sha256), self._uids(digest))
         try:
             for path in sorted((self.cache / "files").glob("*")):
                 if re.fullmatch("[0-9a-f]{64}", path.name) and path.is_file():
@@ -550,23 +592,49 @@ class Hub:
         with FileLock(self.cache / "locks" / sha256):
             yield
 
-    def checkpoint(self, name: str | Uid, progress: Progress | None = None) -> tuple[Checkpoint, tuple[str, ...]]:
-        """The network that a name stands for, ready to run, and the names in its file that were ignored.
+    def load(self, name: str | Uid, progress: Progress | None = None) -> Found:
+        """The network that a name stands for, ready to run.
 
         Raises HubError if this library does not know the network or its file cannot be had, CkptError or
         CheckpointError if the file is not what it should be.
         """
-        decision = self.resolve(name)
-        if decision.bundled:
-            return load_checkpoint(DATA / f"{decision.bundled}.safetensors"), ()
-        network = decision.network
+        return self._load(self.resolve(name), progress)
+
+    def _load(self, decision: Decision, progress: Progress | None = None) -> Found:
+        uid, network = str(decision.uid), decision.network
+        if decision.bundled is not None:
+            path = decision.bundled.verified()
+            return Found(uid, path, decision.bundled.sha256, load_checkpoint(path))
         if network is None:
             able = sorted({str(uid) for digest in (*known_networks(), *bundled_files()) for uid in self._uids(digest)})
-            raise HubError(f"'{decision.uid}' is no network that manidp can run; it can run {', '.join(able)}")
-        values = read_ckpt(self.fetch(decision, progress))
+            raise HubError(f"'{uid}' is no network that manidp can run; it can run {', '.join(able)}")
+        path = self.fetch(decision, progress)
         graph = with_gates(resnet(network.depth, num_classes=len(network.classes)))
-        provenance = {"uid": str(decision.uid), "source": decision.source, "sha256": decision.asset.sha256}
-        return from_ckpt(values, network.thresholds, graph, network.preprocessing, network.classes, provenance)
+        provenance = {"uid": uid, "source": decision.source, "sha256": decision.asset.sha256}
+        checkpoint, ignored = from_ckpt(
+            read_ckpt(path), network.thresholds, graph, network.preprocessing, network.classes, provenance
+        )
+        return Found(uid, path, decision.asset.sha256, checkpoint, ignored)
+
+
+def find_model(name: str | Path) -> Found:
+    """The model of this name, wherever models are: all that ``manidp.load`` takes.
+
+    A bundled name, a file, a folder that holds model.safetensors, or, where there is no such file, the name of a card
+    on the hub. Raises CheckpointError, HubError, CardError or CkptError.
+    """
+    if isinstance(name, Path) or "/" not in name or name.endswith(".safetensors") or os.path.exists(name):
+        path = checkpoint_path(name)
+        try:
+            return Found(path.stem, path, sha256_of(path), load_checkpoint(path))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    hub = open_hub()
+    try:
+        decision = hub.resolve(name)
+    except HubError as error:
+        raise HubError(f"there is no file '{name}', and as the name of a card: {error}") from error
+    return hub._load(decision)
 
 
 def open_hub(
@@ -581,14 +649,17 @@ def open_hub(
     ``sources``: folders, archives and https addresses of cards, before those of MANIDP_HUB (separated by commas) and
     the bundled catalogue. ``cache``: a folder; MANIDP_CACHE, else ``~/.cache/manidp``. ``hosts``: further hosts that
     files may come from, with those of MANIDP_HUB_HOSTS (separated by commas). ``offline``: open no socket;
-    MANIDP_OFFLINE=1. Raises HubError for what makes no sense.
+    MANIDP_OFFLINE=1 (anything but 0). Raises HubError for what makes no sense.
     """
     named = [str(source) for source in sources] + _listed_in("MANIDP_HUB")
     sites = [name for name in named if "://" in name]
     allowed = origins([*HOSTS, *hosts, *_listed_in("MANIDP_HUB_HOSTS"), *(target_of(site).origin for site in sites)])
-    switch = os.environ.get("MANIDP_OFFLINE") == "1" if offline is None else offline
+    switch = os.environ.get("MANIDP_OFFLINE", "0") not in ("", "0") if offline is None else offline
     downloader = Downloader(allowed, offline=switch)
-    folder = Path(cache or os.environ.get("MANIDP_CACHE") or Path.home() / ".cache" / "manidp").expanduser().absolute()
+    try:
+        folder = Path(cache or os.environ.get("MANIDP_CACHE") or "~/.cache/manidp").expanduser().absolute()
+    except RuntimeError as error:
+        raise HubError("there is no home folder to keep a cache in; name a folder in MANIDP_CACHE") from error
     places: list[Source] = [
         Website(name, downloader, folder / "cards") if name in sites
         else Archive(Path(name)) if Path(name).is_file()
@@ -620,22 +691,22 @@ def _chosen(listed: Listed) -> Asset:
     raise HubError(f"the card '{listed.uid}' names no .ckpt file ({formats or 'no files at all'})")
 
 
-def _write_bundled(name: str, path: Path, sha256: str) -> None:
+def _write_bundled(bundled: Bundled, path: Path, sha256: str) -> None:
     """Make the .ckpt of a bundled model; its bytes are those of the published file."""
-    values, _ = to_ckpt(load_checkpoint(DATA / f"{name}.safetensors"))
+    values, _ = to_ckpt(load_checkpoint(bundled.verified()))
     write_ckpt(values, path)
     if not _is(path, sha256):
         path.unlink()
-        raise HubError(f"the bundled model {name} does not make the file of its card (sha256 {sha256}): the "
-                       "installation is damaged, or its card is of another version")  # fmt: skip
+        raise HubError(f"the bundled model {bundled.name} does not make the file of its card (sha256 {sha256})")
 
 
 def _by_hand(decision: Decision, failed: Sequence[str]) -> str:
     more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
     reasons = "; ".join(failed[:3]) + more or "the card gives no address"
     at_hand = decision.network.at_hand if decision.network else ""
+    filename = decision.filename if _PART.fullmatch(decision.filename) else "FILE"
     return (
-        f"{decision.filename} of '{decision.uid}' cannot be had: {reasons}. If you have the file from elsewhere "
-        f"(sha256 {decision.asset.sha256}), bring it in with: manidp hub add {decision.filename or 'FILE'}"
+        f"{filename} of '{decision.uid}' cannot be had: {reasons}. If you have the file from elsewhere "
+        f"(sha256 {decision.asset.sha256}), bring it in with: manidp hub add {filename}"
         + (f". At hand without it is our own model: {at_hand}" if at_hand else "")
     )

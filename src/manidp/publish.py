@@ -1,6 +1,7 @@
-"""A model as a folder that can be uploaded to a model hub as it is: ``model.safetensors`` and its card, ``README.md``.
+"""What is said of a model when it is published, and the folder that can be uploaded to a model hub as it is.
 
-Every figure on the card is read from the checkpoint: its graph, or its provenance. What is not on record is not said.
+Every figure is read from the checkpoint: its graph, or its provenance. What is not on record is not said. The folder
+holds ``model.safetensors`` and its card, ``README.md``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,42 @@ from manidp.checkpoint import Checkpoint, save_checkpoint
 from manidp.errors import HubError
 from manidp.files import replacing
 from manidp.macs import ungated_macs
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures on record: ``correct`` of ``total`` images of ``data``; multiply-adds an image.
+
+    ``macs``: their mean; ``dense``: without gates; ``percentiles``: over the images.
+    """
+
+    data: str
+    correct: int
+    total: int
+    macs: float
+    dense: int
+    percentiles: Mapping[int, float]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images that are right."""
+        return self.correct / self.total
+
+
+def measured(checkpoint: Checkpoint) -> Measured | None:
+    """The figures in the provenance of a checkpoint; None if there are none, or none that can be."""
+    dense = ungated_macs(checkpoint.graph)
+    match checkpoint.provenance.get("measured"):
+        case {"data": str(data), "correct": int(correct), "total": int(total), "mean_macs": float(macs),
+              **more} if 0 <= correct <= total > 0 < dense:  # fmt: skip
+            given = more.get("macs_percentiles")
+            percentiles = {
+                int(q): float(value)
+                for q, value in (given.items() if isinstance(given, Mapping) else ())
+                if q.isdecimal() and isinstance(value, (int, float))
+            }
+            return Measured(data, correct, total, macs, dense, dict(sorted(percentiles.items())))
+    return None
 
 
 def write_folder(checkpoint: Checkpoint, folder: str | Path, name: str) -> None:
@@ -42,7 +80,8 @@ def write_folder(checkpoint: Checkpoint, folder: str | Path, name: str) -> None:
 
 def card(checkpoint: Checkpoint, name: str) -> str:
     """The card, as markdown: what it is, how trained, what measured, what for, its limits."""
-    return "\n".join((*_head(checkpoint), "", f"# {name}", "", *_body(checkpoint, name), ""))
+    use = python_use(checkpoint, name, "this folder")
+    return "\n".join((*_head(checkpoint), "", f"# {name}", "", *sections(checkpoint, use), ""))
 
 
 def _head(checkpoint: Checkpoint) -> Iterator[str]:
@@ -53,40 +92,49 @@ def _head(checkpoint: Checkpoint) -> Iterator[str]:
     yield "---"
 
 
-def _body(checkpoint: Checkpoint, name: str) -> Iterator[str]:
-    graph, provenance = checkpoint.graph, checkpoint.provenance
-    dense = ungated_macs(graph)
+def sections(checkpoint: Checkpoint, use: Iterable[str]) -> Iterator[str]:
+    """The lines of a card's text, in markdown; ``use``: those of its section on use."""
+    graph = checkpoint.graph
     height, width = checkpoint.preprocessing.size
+    yield from ("## What it is", "")
     yield f"An image classifier for {len(checkpoint.classes)} classes: {', '.join(checkpoint.classes)}."
-    yield f"It reads {width} x {height} pixels, RGB; without gates it takes {dense:,} multiply-adds an image."
+    yield f"It reads {width} x {height} pixels, RGB; without gates an image takes {ungated_macs(graph):,}"
+    yield "multiply-adds."
     if graph.gates:
         yield f"Its {len(graph.gates)} gates decide for every image which channels are computed (ManiDP, Tang et al.,"
         yield "CVPR 2021); the gates' own cost is counted in the figures below."
     yield from ("", "## Measured", "")
-    yield from _measured(provenance.get("measured"), dense)
+    yield from _figures(measured(checkpoint))
     yield from ("", "## How it was trained", "")
-    yield from _trained(provenance)
-    yield from ("", "## Use", "", "```python", "import manidp", "")
-    yield f'engine = manidp.load("{name}")  # this folder'
-    yield f"result = engine.run(images)  # uint8 (B, {height}, {width}, 3), RGB"
-    yield from ("```", "", "## What for, and what not", "")
+    yield from _trained(checkpoint.provenance)
+    yield from ("", "## Use", "", *use)
+    yield from ("", "## What for, and what not", "")
     yield "For research on dynamic pruning and as a start for fine-tuning. It knows only the classes above and gives"
     yield "one of them for any picture; its probabilities are not calibrated."
     if graph.gates:
         yield "How long an image takes depends on the image: who can measure the time learns something about it."
 
 
-def _measured(measured: object, dense: int) -> Iterator[str]:
-    if not isinstance(measured, Mapping):
+def python_use(checkpoint: Checkpoint, name: str, remark: str = "") -> Iterator[str]:
+    """How to run it with manidp, for ``sections``."""
+    height, width = checkpoint.preprocessing.size
+    yield from ("```python", "import manidp", "")
+    yield f'engine = manidp.load("{name}")' + (f"  # {remark}" if remark else "")
+    yield f"result = engine.run(images)  # uint8 (B, {height}, {width}, 3), RGB"
+    yield "```"
+
+
+def _figures(measured: Measured | None) -> Iterator[str]:
+    if measured is None:
         yield "Accuracy and multiply-adds are not on record."
         return
-    correct, total, macs = measured["correct"], measured["total"], measured["mean_macs"]
-    yield f"- {correct:,} of {total:,} right ({correct / total:.2%}) on {measured['data']}: every image, last epoch,"
+    right = f"{measured.correct:,} of {measured.total:,} right ({measured.accuracy:.2%})"
+    fewer = 1 - measured.macs / measured.dense
+    yield f"- {right} on {measured.data}: every image, last epoch,"
     yield "  the thresholds in the file"
-    yield f"- {macs / 1e6:.3f} M multiply-adds an image on average ({1 - macs / dense:.1%} fewer than without gates)"
-    percentiles = measured.get("macs_percentiles")
-    if isinstance(percentiles, Mapping):
-        spread = ", ".join(f"{q} %: {value / 1e6:.2f} M" for q, value in percentiles.items())
+    yield f"- {measured.macs / 1e6:.3f} M multiply-adds an image on average ({fewer:.1%} fewer than without gates)"
+    if measured.percentiles:
+        spread = ", ".join(f"{q} %: {value / 1e6:.2f} M" for q, value in measured.percentiles.items())
         yield f"- over the images, percentiles of the multiply-adds: {spread}"
 
 

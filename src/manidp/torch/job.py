@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from manidp.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
+from manidp.checkpoint import Checkpoint, save_checkpoint
 from manidp.errors import TrainingError
 from manidp.graph import Graph, resnet, with_classes, with_gates
+from manidp.hub import Found, find_model
 from manidp.images import CIFAR10_PREPROCESSING, ImageSet, Preprocessing, Progress, load_cifar10, load_folder
 from manidp.macs import ungated_macs
 from manidp.torch.convert import network_from, network_inheriting
@@ -63,14 +64,16 @@ def run_job(job: Job, progress: Progress | None = None) -> Iterator[str | EpochR
         raise TrainingError(f"device must be cpu, or cuda where PyTorch finds a GPU; got {job.device}")
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    parent = load_checkpoint(checkpoint_path(job.start)) if job.start else None
+    start = find_model(job.start) if job.start else None
+    parent = start.checkpoint if start else None
     preprocessing = parent.preprocessing if parent else CIFAR10_PREPROCESSING
     sets = _Sets(job, preprocessing)
     yield from sets.messages
     graph = _graph(job, parent, sets.train)
     recipe = _recipe(job, parent, graph)
     network = network_inheriting(graph, parent, seed=recipe.seed) if parent else Network(graph, seed=recipe.seed)
-    teacher = load_checkpoint(checkpoint_path(job.teacher)) if job.teacher else None
+    source = find_model(job.teacher) if job.teacher else None
+    teacher = source.checkpoint if source else None
     if teacher and teacher.graph.num_classes != graph.num_classes:
         raise TrainingError(f"the teacher knows {teacher.graph.num_classes} classes; the data has {graph.num_classes}")
     training = Training(
@@ -106,8 +109,8 @@ def run_job(job: Job, progress: Progress | None = None) -> Iterator[str | EpochR
             "python": platform.python_version(),
         },
         "recipe": asdict(recipe),
-        "from": _origin(job.start),
-        "teacher": _origin(job.teacher),
+        "from": _origin(start),
+        "teacher": _origin(source),
         "data": {"name": sets.train_name, "images": len(sets.train), "sha256": _digest(sets.train)},
         "training": {"device": job.device, "threads": torch.get_num_threads(), "epochs": len(training.records)},
         "measured": measured,
@@ -177,11 +180,8 @@ def _recipe(job: Job, parent: Checkpoint | None, graph: Graph) -> Recipe:
     return recipe
 
 
-def _origin(model: str | None) -> dict[str, str] | None:
-    if model is None:
-        return None
-    path = checkpoint_path(model)
-    return {"name": path.stem, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+def _origin(model: Found | None) -> dict[str, str] | None:
+    return {"name": model.name, "sha256": model.sha256} if model else None
 
 
 def _digest(images: ImageSet) -> str:
