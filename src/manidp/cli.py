@@ -287,8 +287,8 @@ def convert(
     from manidp.checkpoint import save_checkpoint
     from manidp.ckpt import read_ckpt, write_ckpt
     from manidp.conversion import from_ckpt, read_thresholds, resnet_of_ckpt, to_ckpt, write_thresholds
-    from manidp.hub import find_model
     from manidp.errors import CkptError
+    from manidp.hub import find_model
     from manidp.images import CIFAR10_CLASSES, MINDSPORE_PREPROCESSING
 
     ignored: tuple[str, ...] = ()
@@ -580,6 +580,7 @@ def _evaluated(engines: dict[str, Any], images: Any) -> list[dict[str, Any]]:
 def _print_classified(rows: list[dict[str, Any]], dense: int) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
+    from rich.text import Text
 
     if not rows:
         return
@@ -630,7 +631,6 @@ def _print_info(shown: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = _console()
-    from rich.text import Text
     facts = Table(show_header=False, box=None)
     facts.add_column(style="bold")
     facts.add_column()
