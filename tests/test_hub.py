@@ -269,6 +269,15 @@ def test_all_real_cards_are_listed_and_searched(monkeypatch: pytest.MonkeyPatch)
         hub.resolve("mindspore/2.5/yolox_s_coco2017")
 
 
+def test_catalogues_may_be_named_from_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = card_text(("https://h/f", DIGEST))
+    folder_of(tmp_path, a=text)
+    _archive(tmp_path / "c.zip", {"me/1.0/b.md": text.encode()})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MANIDP_HUB", "~/cards, ~/c.zip")
+    assert {Uid("me", "", "1.0", "a"), Uid("me", "", "1.0", "b")} < set(open_hub().uids())
+
+
 def test_a_search_finds_the_cards_with_all_the_words(tmp_path: Path) -> None:
     hub = hub_with(tmp_path, one=card_text(title="Red Net"), two=card_text(title="Blue net"), net=card_text(title="x"))
     for words, stems in ((["NET"], ["net", "one", "two"]), (["red", "net"], ["one"]), (["red", "blue"], [])):

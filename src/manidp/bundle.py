@@ -135,13 +135,14 @@ mean, std = np.array({mean}), np.array({std})
 logits = network(Tensor(((images / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)))
 ```
 
+The order of the logits is that of the classes above. The network runs in PYNATIVE and in GRAPH mode, and it trains.
+MindSpore 2.10 needs NumPy below 2; on CPUs with AVX-512 its convolutions are much faster with
+`ONEDNN_MAX_CPU_ISA=AVX2` in the environment.{gated}"""
+_GATED_USE = """
+
 Here all channels are computed and multiplied by the factors of the gates, exactly 0 for what this image does not need:
 the results are exact, nothing is skipped. `network.records(x)` gives the logits and, for each of {gates} gates, its
-saliencies, its factors and the pooled feature, of which the losses of the method are made. It runs in PYNATIVE and in
-GRAPH mode, and it trains. MindSpore 2.10 needs NumPy below 2; on CPUs with AVX-512 its convolutions are much faster
-with `ONEDNN_MAX_CPU_ISA=AVX2` in the environment.
-
-The order of the logits is that of the classes above."""
+saliencies, its factors and the pooled feature, of which the losses of the method are made."""
 
 
 def hub_card(
@@ -172,9 +173,9 @@ def hub_card(
 
 
 def _mindspore_use(checkpoint: Checkpoint, stem: str) -> list[str]:
-    preprocessing = checkpoint.preprocessing
+    preprocessing, gates = checkpoint.preprocessing, len(checkpoint.graph.gates)
     height, width = preprocessing.size
     return _USE.format(
         stem=stem, height=height, width=width, mean=list(preprocessing.mean), std=list(preprocessing.std),
-        gates=len(checkpoint.graph.gates),
+        gated=_GATED_USE.format(gates=gates) if gates else "",
     ).split("\n")  # fmt: skip

@@ -316,7 +316,7 @@ class Bundled:
         """The checkpoint, if it is the one that the catalogue was made for. Raises HubError."""
         if not _is(self.path, self.sha256):
             raise HubError(f"{self.path}: the bundled model is not the one of its card (sha256 {self.sha256}): the "
-                           "installation is damaged; install manidp again")  # fmt: skip
+                           "installation is damaged, install manidp again; or, in a checkout: make cards")  # fmt: skip
         return self.path
 
 
@@ -651,7 +651,7 @@ def open_hub(
     files may come from, with those of MANIDP_HUB_HOSTS (separated by commas). ``offline``: open no socket;
     MANIDP_OFFLINE=1 (anything but 0). Raises HubError for what makes no sense.
     """
-    named = [str(source) for source in sources] + _listed_in("MANIDP_HUB")
+    named = [os.path.expanduser(str(source)) for source in (*sources, *_listed_in("MANIDP_HUB"))]
     sites = [name for name in named if "://" in name]
     allowed = origins([*HOSTS, *hosts, *_listed_in("MANIDP_HUB_HOSTS"), *(target_of(site).origin for site in sites)])
     switch = os.environ.get("MANIDP_OFFLINE", "0") not in ("", "0") if offline is None else offline
@@ -663,7 +663,7 @@ def open_hub(
     places: list[Source] = [
         Website(name, downloader, folder / "cards") if name in sites
         else Archive(Path(name)) if Path(name).is_file()
-        else Folder(Path(name).expanduser())
+        else Folder(Path(name))
         for name in named
     ]  # fmt: skip
     return Hub((*places, Folder(CARDS, "the bundled catalogue")), folder, downloader)
