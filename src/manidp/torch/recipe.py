@@ -18,7 +18,8 @@ class Recipe:
     ``keep_rate`` (share of channels, 0..1) or ``macs_budget`` (mean multiply-adds an image) is the target of gated
     training, reached at ``reach`` x ``epochs`` and held from there on; a graph with gates needs exactly one of them.
     ``ema`` averages weights and statistics over steps (0: off). ``distillation`` is the share of the loss that
-    follows the teacher. The gates' learning rate is the network's; weight decay spares them.
+    follows the teacher. The gates' learning rate is the network's; weight decay spares them. ``compiled`` runs network
+    and teacher through torch.compile: about 1.4 times the images a second on a CPU, but it needs a C++ compiler.
     """
 
     epochs: int = 100
@@ -38,6 +39,7 @@ class Recipe:
     lambda_similarity: float = 1.0
     augment: bool = True
     precision: Literal["bfloat16", "float32"] = "bfloat16"
+    compiled: bool = False
     seed: int = 0
 
     def check(self, graph: Graph) -> None:

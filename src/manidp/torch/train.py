@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,8 @@ class Training:
         self.recipe, self.folder, self.device, self.progress = recipe, folder, device, progress
         self.network = _placed(network, device)
         self.teacher = _placed(teacher, device).eval() if teacher else None
+        self.forward = _callable(network, recipe)
+        self.teach = _callable(self.teacher, recipe) if self.teacher else None
         self.images = _Batches(data, preprocessing, recipe, device)
         self.optimizer = torch.optim.SGD(
             _groups(network, recipe), lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True
@@ -159,7 +161,7 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             with self._autocast():
-                output = self.network(images)
+                output = self.forward(images)
             loss, parts = self._loss(output, images, labels)
             seen.append(torch.cat([torch.stack([loss.detach(), *parts]), labels.new_tensor([len(labels)])]))
             if (step % 50 == 49 or step == steps - 1) and not torch.stack(seen[-50:]).isfinite().all():
@@ -195,10 +197,10 @@ class Training:
         recipe, logits = self.recipe, output.logits.float()
         each = F.cross_entropy(logits, labels, reduction="none")
         task = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-        if self.teacher is not None:
-            with torch.inference_mode(), self._autocast():
-                teacher_logits = self.teacher(images).logits.float()
-            follow = distillation_loss(logits, teacher_logits.clone(), recipe.temperature)
+        if self.teach is not None:
+            with torch.no_grad(), self._autocast():
+                teacher_logits = self.teach(images).logits.float()
+            follow = distillation_loss(logits, teacher_logits, recipe.temperature)
             task = (1 - recipe.distillation) * task + recipe.distillation * follow
         sparsity = similarity = torch.zeros((), device=logits.device)
         if output.records:
@@ -370,6 +372,10 @@ class _Batches:
 def _placed(network: Network, device: str) -> Network:
     """On the device, weights channels last: the fast layout on CPUs and on tensor cores."""
     return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _callable(network: Network, recipe: Recipe) -> Callable[[Tensor], Output]:
+    return torch.compile(network) if recipe.compiled else network
 
 
 def _groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
