@@ -15,8 +15,8 @@ from PIL import Image
 
 from manidp import cli, load_model
 from manidp.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from manidp.find import find_model
 from manidp.graph import resnet, with_gates
-from manidp.hub import find_model
 from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
 from manidp.macs import ungated_macs
 from manidp.runtime import reference

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopback import TLS, Loopback, Request, Route, in_turn, redirect, serving, status, whole
-from manidp.download import Downloader, TransferError, origins, sha256_of, target_of
+from manidp.download import Downloader, TransferError, origins, target_of
 from manidp.errors import HubError
+from manidp.files import sha256_of
 
 CONTENT = bytes(range(256)) * 400
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

@@ -25,8 +25,9 @@ from manidp.checkpoint import Checkpoint, save_checkpoint
 from manidp.ckpt import write_ckpt
 from manidp.conversion import to_ckpt
 from manidp.errors import CardError, HubError, ManiDPError
+from manidp.find import find_model
 from manidp.graph import resnet, with_gates
-from manidp.hub import CARDS, Bundled, Hub, Uid, bundled_files, find_model, known_networks, open_hub, parse_uid
+from manidp.hub import CARDS, Bundled, Hub, Uid, bundled_files, known_networks, open_hub, parse_uid
 from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
 
 REAL_CARDS = Path(__file__).parents[2] / "shared" / "data" / "hub-cards.tar.xz"
@@ -164,7 +165,7 @@ def test_the_original_that_cannot_be_had_is_named_with_the_ways_out(tmp_path: Pa
     decision = hub.resolve(ORIGINAL)
     assert decision.filename == "resnet20.ckpt" and decision.asset.sha256 == ORIGINAL_SHA256 and not decision.cached
     assert len(decision.links) == 8 and decision.links[0].endswith("manidp/resnet20.ckpt") and not decision.refused
-    for call in (lambda: hub.fetch(decision), lambda: hub.load(ORIGINAL)):
+    for call in (lambda: hub.fetch(decision), lambda: hub.load(decision)):
         with pytest.raises(HubError) as caught:
             call()
         said = str(caught.value)
@@ -695,13 +696,14 @@ def test_a_known_network_is_ready_to_run(tmp_path: Path, server: Loopback, monke
     monkeypatch.setattr("manidp.hub.known_networks", lambda: {digest: known})
     server.routes["/x.ckpt"] = whole(content)
     hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/x.ckpt", digest)), b=card_text(("", DIGEST)))
-    found = hub.load("me/1.0/a")
+    found = hub.load(hub.resolve("me/1.0/a"))
     assert found.ignored == ("epoch_num",) and (found.name, found.sha256) == ("me/1.0/a", digest)
     assert found.checkpoint.preprocessing == known.preprocessing and found.checkpoint.provenance["sha256"] == digest
     assert_weights(found.checkpoint, network)
-    assert_weights(hub_with(tmp_path, offline=True).load("me/1.0/a").checkpoint, network)
+    offline = hub_with(tmp_path, offline=True)
+    assert_weights(offline.load(offline.resolve("me/1.0/a")).checkpoint, network)
     with pytest.raises(HubError, match=rf"'me/1.0/b' is no network that manidp can run; it can run {OURS}, me/1\.0/a$"):
-        hub.load("me/1.0/b")
+        hub.load(hub.resolve("me/1.0/b"))
 
 
 def test_a_file_of_a_bundled_model_is_made_on_the_spot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -716,7 +718,7 @@ def test_a_file_of_a_bundled_model_is_made_on_the_spot(tmp_path: Path, monkeypat
     monkeypatch.setattr("manidp.hub.bundled_files", lambda: {digest: bundled, DIGEST: bundled})
     cards = {"a": card_text(("https://h/x.ckpt", digest)), "wrong": card_text(("https://h/f", DIGEST))}
     hub = hub_with(tmp_path, offline=True, **cards)
-    found = hub.load("me/1.0/a")
+    found = hub.load(hub.resolve("me/1.0/a"))
     assert (found.name, found.path, found.sha256, found.ignored) == ("me/1.0/a", ours, bundled.sha256, ())
     assert_weights(found.checkpoint, network)
     assert hub.fetch(hub.resolve("me/1.0/a")).read_bytes() == (tmp_path / "x.ckpt").read_bytes()
@@ -735,7 +737,7 @@ def test_a_bundled_model_that_is_not_the_one_of_its_card_is_not_used(
     for damage in (None, lambda: save_checkpoint(_network()[0], ours)):
         if damage is not None:
             damage()
-        for call in (lambda: hub.load(OURS), lambda: hub.fetch(hub.resolve(OURS))):
+        for call in (lambda: hub.load(hub.resolve(OURS)), lambda: hub.fetch(hub.resolve(OURS))):
             with pytest.raises(HubError, match="not the one of its card"):
                 call()
         (listed,) = hub.verify(remove=True)
@@ -757,7 +759,7 @@ def test_our_own_model_is_had_by_its_name_without_a_socket(monkeypatch: pytest.M
         assert found.sha256 == bundled.sha256 == hashlib.sha256(found.path.read_bytes()).hexdigest()
         assert_weights(found.checkpoint, expected.checkpoint)
     hub = open_hub()
-    assert hub.load(OURS).path == expected.path and files_in(hub) == {}
+    assert hub.load(hub.resolve(OURS)).path == expected.path and files_in(hub) == {}
     assert hashlib.sha256(hub.fetch(hub.resolve(OURS)).read_bytes()).hexdigest() in bundled_files()
     assert [(c.intact, [str(uid) for uid in c.uids]) for c in hub.verify()] == [(True, [OURS])] * 2
 

@@ -32,6 +32,6 @@ def load(name: str | Path, *, precision: str = "float32", threads: int = 1, isa:
 
 def load_model(name: str | Path) -> Checkpoint:
     """The checkpoint that ``load`` runs."""
-    from manidp.hub import find_model
+    from manidp.find import find_model
 
     return find_model(name).checkpoint

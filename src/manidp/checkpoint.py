@@ -58,6 +58,20 @@ class Checkpoint:
             )
 
 
+@dataclass(frozen=True)
+class Found:
+    """A model and where it came from: the ``path`` of the file it was read from and that file's ``sha256``.
+
+    ``name``: a card's, or the file's; ``ignored``: names in the file that are not of the network.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+    checkpoint: Checkpoint
+    ignored: tuple[str, ...] = ()
+
+
 def _check_weights(graph: Graph, weights: Mapping[str, NDArray[np.float32]]) -> None:
     for name, shape in graph.parameters.items():
         if name not in weights:

@@ -191,7 +191,7 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint holds: graph, multiply-adds, provenance, digest; the whole file is checked."""
-    from manidp.hub import find_model
+    from manidp.find import find_model
     from manidp.macs import node_macs
 
     found = find_model(checkpoint)
@@ -288,7 +288,8 @@ def convert(
     from manidp.ckpt import read_ckpt, write_ckpt
     from manidp.conversion import from_ckpt, read_thresholds, resnet_of_ckpt, to_ckpt, write_thresholds
     from manidp.errors import CkptError
-    from manidp.hub import find_model
+    from manidp.files import sha256_of
+    from manidp.find import find_model
     from manidp.images import CIFAR10_CLASSES, MINDSPORE_PREPROCESSING
 
     ignored: tuple[str, ...] = ()
@@ -303,7 +304,7 @@ def convert(
         given = read_thresholds(thresholds) if thresholds else ()
         numbered = tuple(f"class {i}" for i in range(graph.num_classes))
         classes = CIFAR10_CLASSES if graph.num_classes == len(CIFAR10_CLASSES) else numbered
-        provenance = {"converted_from": {"name": Path(source).name, "sha256": _sha256(Path(source))}}
+        provenance = {"converted_from": {"name": Path(source).name, "sha256": sha256_of(Path(source))}}
         checkpoint, ignored = from_ckpt(values, given, graph, MINDSPORE_PREPROCESSING, classes, provenance)
         save_checkpoint(checkpoint, out)
     elif out.suffix == ".onnx":
@@ -325,13 +326,6 @@ def convert(
         print(f"{', '.join(map(str, written))}: written")
         for name in ignored:
             print(f"manidp: not of the network, ignored: {name}", file=sys.stderr)
-
-
-def _sha256(path: Path) -> str:
-    import hashlib
-
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 hub_app = typer.Typer(
@@ -469,7 +463,7 @@ def hub_pack(
 ) -> None:
     """Write what is needed to publish a model, for one kind of hub or the other."""
     from manidp.bundle import HOME, pack
-    from manidp.hub import find_model
+    from manidp.find import find_model
     from manidp.publish import write_folder
 
     if mindspore is None and folder is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
-import hashlib
 import http.client
 import os
 import random
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 from manidp.errors import HubError
+from manidp.files import sha256_of
 from manidp.images import Progress
 
 MAX_REDIRECTS = 5
@@ -57,12 +57,6 @@ class TransferError(HubError):
         super().__init__(message)
         self.kind: Kind = kind
         self.wait_s = wait_s
-
-
-def sha256_of(path: Path) -> str:
-    """The digest of a file, in lower-case hex. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and their digests."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -32,6 +33,12 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
                 os.unlink(temporary)
             raise
     sync_folder(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a file, in lower-case hex. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

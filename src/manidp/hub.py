@@ -1,7 +1,5 @@
 """Models by name: a uid leads to a card, the card to a file and its sha256, the sha256 to a verified file on disk.
 
-``find_model`` is the one way from whatever a user calls a model to that model.
-
 First it is decided, then done. ``resolve`` reads cards and says which file a uid stands for, which digest it must
 have and where it could come from; ``fetch`` brings it. The cache knows files by their digest alone, so that all names
 of one file share it, and a file is verified again each time it is asked for. Nothing that is downloaded is executed.
@@ -34,12 +32,12 @@ from typing import Any, Protocol
 from filelock import FileLock
 
 from manidp.card import MAX_CARD_BYTES, Asset, ModelCard, Remark, parse_card
-from manidp.checkpoint import Checkpoint, checkpoint_path, load_checkpoint
+from manidp.checkpoint import Found, load_checkpoint
 from manidp.ckpt import read_ckpt, write_ckpt
 from manidp.conversion import from_ckpt, to_ckpt
-from manidp.download import Downloader, TransferError, origins, sha256_of, target_of
-from manidp.errors import CardError, CheckpointError, HubError
-from manidp.files import replacing, sync_folder
+from manidp.download import Downloader, TransferError, origins, target_of
+from manidp.errors import CardError, HubError
+from manidp.files import replacing, sha256_of, sync_folder
 from manidp.graph import resnet, with_gates
 from manidp.images import Preprocessing, Progress
 
@@ -365,20 +363,6 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A model and where it came from: the ``path`` of the file it was read from and that file's ``sha256``.
-
-    ``name``: the uid, or the name of the file; ``ignored``: names in the file that are not of the network.
-    """
-
-    name: str
-    path: Path
-    sha256: str
-    checkpoint: Checkpoint
-    ignored: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Cached:
     """A file on this machine, ``intact`` if it has the digest it should have; ``uids``: the cards that name it."""
 
@@ -592,15 +576,12 @@ class Hub:
         with FileLock(self.cache / "locks" / sha256):
             yield
 
-    def load(self, name: str | Uid, progress: Progress | None = None) -> Found:
-        """The network that a name stands for, ready to run.
+    def load(self, decision: Decision, progress: Progress | None = None) -> Found:
+        """The decided network, ready to run.
 
         Raises HubError if this library does not know the network or its file cannot be had, CkptError or
         CheckpointError if the file is not what it should be.
         """
-        return self._load(self.resolve(name), progress)
-
-    def _load(self, decision: Decision, progress: Progress | None = None) -> Found:
         uid, network = str(decision.uid), decision.network
         if decision.bundled is not None:
             path = decision.bundled.verified()
@@ -615,26 +596,6 @@ class Hub:
             read_ckpt(path), network.thresholds, graph, network.preprocessing, network.classes, provenance
         )
         return Found(uid, path, decision.asset.sha256, checkpoint, ignored)
-
-
-def find_model(name: str | Path) -> Found:
-    """The model of this name, wherever models are: all that ``manidp.load`` takes.
-
-    A bundled name, a file, a folder that holds model.safetensors, or, where there is no such file, the name of a card
-    on the hub. Raises CheckpointError, HubError, CardError or CkptError.
-    """
-    if isinstance(name, Path) or "/" not in name or name.endswith(".safetensors") or os.path.exists(name):
-        path = checkpoint_path(name)
-        try:
-            return Found(path.stem, path, sha256_of(path), load_checkpoint(path))
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    hub = open_hub()
-    try:
-        decision = hub.resolve(name)
-    except HubError as error:
-        raise HubError(f"there is no file '{name}', and as the name of a card: {error}") from error
-    return hub._load(decision)
 
 
 def open_hub(

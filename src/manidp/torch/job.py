@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from manidp.checkpoint import Checkpoint, save_checkpoint
+from manidp.checkpoint import Checkpoint, Found, save_checkpoint
 from manidp.errors import TrainingError
+from manidp.find import find_model
 from manidp.graph import Graph, resnet, with_classes, with_gates
-from manidp.hub import Found, find_model
 from manidp.images import CIFAR10_PREPROCESSING, ImageSet, Preprocessing, Progress, load_cifar10, load_folder
 from manidp.macs import ungated_macs
 from manidp.torch.convert import network_from, network_inheriting
