@@ -778,6 +778,12 @@ def test_a_model_is_found_by_whatever_it_is_called(tmp_path: Path, monkeypatch: 
     assert find_model("dense-res20").name == "dense-res20"
 
 
+def test_a_model_at_hand_is_had_without_what_the_hub_needs() -> None:
+    probe = "import sys, manidp; manidp.load_model('manidp-res20'); print('manidp.hub' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
