@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from manidp.graph import Pool
-from manidp.runtime.ir import Function, literal
+from manidp.runtime.ir import FLOAT, HALF, Element, Function
 from manidp.runtime.plan import (
     AT,
     BT,
@@ -49,22 +49,34 @@ from manidp.runtime.plan import (
 
 @dataclass(frozen=True)
 class Isa:
-    """A vector instruction set: floats in a register, number of registers, LLVM's names for its features."""
+    """A vector instruction set: elements in a register, number of registers, LLVM's names for its features.
+
+    ``permutes``: it puts together any lanes of two vectors in one instruction. ``element``: what maps and
+    convolutions are computed in; pooled sums, gates and linear layers are always float32. ``emulates``: it has no
+    arithmetic for such elements, so that each operation is done in float32 and rounded; slow, but shows the results.
+    """
 
     name: str
     lanes: int
     registers: int
     features: tuple[str, ...]
-    permutes: bool = False  # any lanes of two vectors at the cost of one instruction
+    permutes: bool = False
+    element: Element = FLOAT
+    emulates: bool = False
 
 
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2")
 ISAS = {
     isa.name: isa
     for isa in (
-        Isa("avx512", 16, 32, ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2"), True),
+        Isa("avx512", 16, 32, _AVX512, True),
         Isa("avx2", 8, 16, ("avx2", "fma", "bmi2")),
         Isa("sse", 4, 16, ("sse4.1",)),
         Isa("neon", 4, 32, ("neon",)),
+        Isa("avx512fp16", 32, 32, (*_AVX512, "avx512fp16"), True, HALF),
+        Isa("neonfp16", 8, 32, ("neon", "fullfp16"), False, HALF),
+        Isa("avx512f16c", 32, 32, (*_AVX512, "f16c"), True, HALF, True),
+        Isa("avx2f16c", 16, 16, ("avx2", "fma", "bmi2", "f16c"), False, HALF, True),
     )
 }
 
@@ -178,17 +190,23 @@ class Generator:
     """Writes the module for a plan: ``text`` is LLVM IR, ``workspace`` the floats that one call needs."""
 
     def __init__(self, plan: Plan, isa: Isa) -> None:
-        self.plan, self.isa, self.lanes = plan, isa, isa.lanes
+        self.plan, self.isa, self.lanes, self.element = plan, isa, isa.lanes, isa.element
+        self.careful = self.element == HALF
         self.names: dict[object, str] = {}  # what a function does -> its name
         self.functions: list[str] = []
         self.tables: dict[str, str] = {}  # constant arrays: contents -> name
         self.scratch = 0  # floats behind the plan's own workspace, shared by all convolutions
         main = self._main()
         v, n = f"<{self.lanes} x float>", self.lanes
+        kinds = {element: f"<{n} x {element.name}>" for element in (FLOAT, self.element)}
+        width = 8 * self.element.size * n
         self.text = "\n".join(
             [
-                f"declare {v} @llvm.fmuladd.v{n}f32({v}, {v}, {v})",
-                f"declare void @llvm.masked.store.v{n}f32.p0({v}, ptr, i32, <{n} x i1>)",
+                *(f"declare {w} @llvm.fmuladd.v{n}{e.suffix}({w}, {w}, {w})" for e, w in kinds.items()),
+                *(
+                    f"declare void @llvm.masked.store.v{n}{e.suffix}.p0({w}, ptr, i32, <{n} x i1>)"
+                    for e, w in kinds.items()
+                ),
                 f"declare float @llvm.vector.reduce.fadd.v{n}f32(float, {v})",
                 f"declare float @llvm.vector.reduce.fmax.v{n}f32({v})",
                 "declare i64 @llvm.umin.i64(i64, i64)",
@@ -196,16 +214,28 @@ class Generator:
                 *(f"{name} = internal constant {values}" for values, name in self.tables.items()),
                 *self.functions,
                 main,
-                f'attributes #0 = {{ nounwind "prefer-vector-width"="{32 * n}" "min-legal-vector-width"="{32 * n}" }}',
+                f'attributes #0 = {{ nounwind "prefer-vector-width"="{width}" "min-legal-vector-width"="{width}" }}',
             ]
         )
         self.workspace = plan.workspace + self.scratch
 
-    def _shared(self, key: object, arguments: str, write: Callable[[Function], None]) -> str:
-        """Name of the function that ``key`` stands for, written when first asked for."""
+    def _shared(
+        self, key: object, arguments: str, write: Callable[[Function], None], element: Element | None = None
+    ) -> str:
+        """Name of the function that ``key`` stands for, written when first asked for.
+
+        Its vectors are of ``element``, by default of what maps are made of.
+        """
         if key not in self.names:
             self.names[key] = f"f{len(self.names)}"
-            function = Function(self.names[key], arguments, lanes=self.lanes, tables=self.tables)
+            function = Function(
+                self.names[key],
+                arguments,
+                lanes=self.lanes,
+                tables=self.tables,
+                element=element or self.element,
+                careful=self.careful,
+            )
             write(function)
             self.functions.append(function.text())
         return self.names[key]
@@ -284,7 +314,7 @@ class Generator:
             g.do("br label %fine")
             g.begin("fine")
 
-        return self._shared("check", "ptr %x, i64 %n, ptr %state", write)
+        return self._shared("check", "ptr %x, i64 %n, ptr %state", write, FLOAT)
 
     def _map(self, f: Function, key: Key) -> str:
         return f.at("%w", self.plan.maps[key].at)
@@ -321,7 +351,7 @@ class Generator:
             lanes=self.lanes,
         )
         products = (outputs + group.tile.outputs) * group.values * group.block
-        self.scratch = max(self.scratch, group.transformed + products)
+        self.scratch = max(self.scratch, (group.transformed + products) * self.element.size // 4)
         operands = self._operands(f, finish)
         extra = "".join(f", ptr %p{i}" for i in range(len(operands)))
         arguments = f"ptr %x, ptr %weights, ptr %bias, ptr %li, i64 %ni, ptr %lo, i64 %no, ptr %scratch{extra}"
@@ -339,7 +369,7 @@ class Generator:
             these_in = f(f"sub i64 {f.index(below_in, f.scaled(following, group.inputs))}, {first_in}")
             these_out = f(f"sub i64 {f.index(below_out, f.scaled(following, group.outputs))}, {first_out}")
             # the list counts inputs from the first group's first, a row of weights counts from its own group's first
-            own = f.at(weights, f.scaled(index, -group.row))
+            own = f.at(weights, f.scaled(index, -group.row), element=self.element)
             f.do(f"call void @{name}(ptr {x}, ptr {own}, ptr {bias}, ptr {f.at(li, first_in)}, i64 {these_in}, "
                  f"ptr {f.at(lo, first_out)}, i64 {these_out}, {rest})")  # fmt: skip
             return []
@@ -372,7 +402,7 @@ class Generator:
             def one_tile(index: str) -> list[str]:
                 first = g(f"udiv i64 {g.scaled(index, '%no')}, {tiles}")
                 end = g(f"udiv i64 {g.scaled(g(f'add i64 {index}, 1'), '%no')}, {tiles}")
-                outputs = f"ptr {g.at('%lo', first)}, i64 {g(f'sub i64 {end}, {first}')}"
+                outputs = f"ptr {g.floats.at('%lo', first)}, i64 {g(f'sub i64 {end}, {first}')}"
                 into = g.at(of_column, g.scaled(first, group.values * group.block))
                 g.do(f"call void @{multiply}(ptr {x}, ptr {weights}, ptr %li, i64 %ni, {outputs}, ptr {into}, "
                      f"i64 {block}, i64 {group.row}, i64 {stride})")  # fmt: skip
@@ -576,7 +606,7 @@ class Generator:
             def one_output(k: str) -> list[str]:
                 channel = g.index("%lo", k)
                 element = _Element(self, g, frame, finish, channel, start)
-                bias = g.splat(g.scalar("%bias", channel))
+                bias = g.splat_float("%bias", channel)
                 products = g.at("%products", g.scaled(k, group.values * group.block))
                 for v in range(tile.vectors):
                     y = [g.load(products, n * group.block + v * self.lanes) for n in range(group.values)]
@@ -604,7 +634,8 @@ class Generator:
                 pointers.append(f.at("%k", op.operand) if isinstance(op.operand, int) else self._vector(f, op.operand))
         if finish.stored:
             frame = self.plan.maps[finish.frame].layout
-            pointers.append(f.at(self._map(f, finish.frame), finish.first_channel * frame.channel))
+            first = finish.first_channel * frame.channel
+            pointers.append(f.at(self._map(f, finish.frame), first, element=self.element))
         for _, name in finish.pooled:
             pointers.append(f.at(self._vector(f, name), finish.first_channel * self.lanes))
         return pointers
@@ -710,7 +741,7 @@ class Generator:
         f.begin(floats)
         first, everything = f.at("%images", f.scaled(image, size)), f.at("%k", self.plan.everything)
         f.do(f"call void @{self._check()}(ptr {first}, i64 {size}, ptr %state)")
-        copy = self._copy(_dense(layout), layout)
+        copy = self._copy(_dense(layout), layout, FLOAT, self.element)
         f.do(f"call void @{copy}(ptr {first}, ptr {into}, ptr {everything}, i64 {channels})")
         f.do(f"br label %{after}")
         f.begin(bytes_)
@@ -730,16 +761,16 @@ class Generator:
                     piece = f"<{length * channels} x i8>"
                     values = g(f"load {piece}, ptr {at}, align 1")
                     for channel in range(channels):
-                        scale, shift = g.scalar("%scale", channel), g.scalar("%shift", channel)
+                        scale, shift = g.floats.scalar("%scale", channel), g.floats.scalar("%shift", channel)
                         for phase in range(min(target.phases, length)):
                             lanes = range(phase * channels + channel, length * channels, target.phases * channels)
                             part = g.shuffle(piece, values, lanes)
-                            kind = f"<{len(lanes)} x float>"
-                            part = g(f"uitofp <{len(lanes)} x i8> {part} to {kind}")
+                            part = g(f"uitofp <{len(lanes)} x i8> {part} to <{len(lanes)} x float>")
                             part = g.scale_and_shift(part, scale, shift, len(lanes))
+                            part = g.convert(part, FLOAT, self.element, len(lanes))
                             plane = channel * target.channel + (y * target.phases + phase) * target.plane
                             address = g.at("%into", plane + first, g.scaled(row, target.pitch))
-                            g.do(f"store {kind} {part}, ptr {address}, align 4")
+                            g.put(part, address, self.element, len(lanes))
 
             _rows(g, target, one_row)
 
@@ -747,56 +778,63 @@ class Generator:
 
     def _relayout(self, f: Function, step: Relayout) -> None:
         list_, _, count = self._list(f, step.channels)
-        copy = self._copy(self.plan.maps[step.source].layout, self.plan.maps[step.target].layout)
+        source, target = self.plan.maps[step.source].layout, self.plan.maps[step.target].layout
+        copy = self._copy(source, target, self.element, self.element)
         x, into = self._map(f, step.source), self._map(f, step.target)
         f.do(f"call void @{copy}(ptr {x}, ptr {into}, ptr {list_}, i64 {count})")
 
     def _flatten(self, f: Function, step: FlattenMap) -> None:
         source = self.plan.maps[step.source]
-        copy = self._copy(source.layout, _dense(source.layout))
+        copy = self._copy(source.layout, _dense(source.layout), self.element, FLOAT)
         everything = f.at("%k", self.plan.everything)
         f.do(f"call void @{copy}(ptr {self._map(f, step.source)}, ptr {self._vector(f, step.target)}, "
              f"ptr {everything}, i64 {source.channels})")  # fmt: skip
 
-    def _copy(self, source: Layout, target: Layout) -> str:
-        """The function that copies channels from one phase into several or from several into one."""
+    def _copy(self, source: Layout, target: Layout, given: Element, wanted: Element) -> str:
+        """The function that copies channels from one phase into several or from several into one.
+
+        ``given`` and ``wanted`` are the elements of source and target.
+        """
         apart = source.phases == 1  # several, in whichever of the two layouts has them
         many, one = (target, source) if apart else (source, target)
+        of_many, of_one = (wanted, given) if apart else (given, wanted)
 
         def write(g: Function) -> None:
             def one_channel(j: str) -> list[str]:
                 channel = g.index("%list", j)
-                x = g.at("%x", g.scaled(channel, source.channel))
-                into = g.at("%into", g.scaled(channel, target.channel))
-                of_one, of_many = (x, into) if apart else (into, x)
+                x = g.at("%x", g.scaled(channel, source.channel), element=given)
+                into = g.at("%into", g.scaled(channel, target.channel), element=wanted)
+                first_one, first_many = (x, into) if apart else (into, x)
 
                 def one_row(y: int, row: str) -> None:
-                    line = g.at(of_one, g.scaled(g(f"add i64 {g.scaled(row, many.phases)}, {y}"), one.pitch))
-                    planes = g.at(of_many, y * many.phases * many.plane, g.scaled(row, many.pitch))
+                    in_one = g.scaled(g(f"add i64 {g.scaled(row, many.phases)}, {y}"), one.pitch)
+                    line = g.at(first_one, in_one, element=of_one)
+                    above = y * many.phases * many.plane
+                    planes = g.at(first_many, above, g.scaled(row, many.pitch), element=of_many)
                     for first, length in _pieces(many, self.lanes):
-                        whole = f"<{length} x float>"
-                        at = g.at(line, first * many.phases)
-                        joined = g(f"load {whole}, ptr {at}, align 4") if apart else "poison"
+                        whole = f"<{length} x {wanted.name}>"
+                        at = g.at(line, first * many.phases, element=of_one)
+                        joined = g.convert(g.get(at, given, length), given, wanted, length) if apart else "poison"
                         for phase in range(min(many.phases, length)):
                             lanes = range(phase, length, many.phases)
-                            part, place = f"<{len(lanes)} x float>", g.at(planes, phase * many.plane + first)
+                            place = g.at(planes, phase * many.plane + first, element=of_many)
                             if apart:
-                                g.do(f"store {part} {g.shuffle(whole, joined, lanes)}, ptr {place}, align 4")
+                                g.put(g.shuffle(whole, joined, lanes), place, wanted, len(lanes))
                                 continue
-                            value = g(f"load {part}, ptr {place}, align 4")
+                            value = g.convert(g.get(place, given, len(lanes)), given, wanted, len(lanes))
                             spread = [i // many.phases if i in lanes else None for i in range(length)]
-                            value = g.shuffle(part, value, spread)
+                            value = g.shuffle(f"<{len(lanes)} x {wanted.name}>", value, spread)
                             chosen = [i + length if i in lanes else i for i in range(length)]
                             joined = g.shuffle(whole, joined, chosen, value)
                         if not apart:
-                            g.do(f"store {whole} {joined}, ptr {at}, align 4")
+                            g.put(joined, at, wanted, length)
 
                 _rows(g, many, one_row)
                 return []
 
             g.loop("%n", one_channel)
 
-        return self._shared(("copy", source, target), "ptr %x, ptr %into, ptr %list, i64 %n", write)
+        return self._shared(("copy", source, target, given, wanted), "ptr %x, ptr %into, ptr %list, i64 %n", write)
 
     # Pooled sums, vectors and gates
 
@@ -810,7 +848,7 @@ class Generator:
 
             g.loop("%n", one_channel)
 
-        name = self._shared(("reset", start), "ptr %sums, ptr %list, i64 %n", write)
+        name = self._shared(("reset", start), "ptr %sums, ptr %list, i64 %n", write, FLOAT)
         list_, _, count = self._list(f, step.channels)
         f.do(f"call void @{name}(ptr {self._vector(f, step.name)}, ptr {list_}, i64 {count})")
 
@@ -822,6 +860,10 @@ class Generator:
                 sums = g.load("%sums", g.scaled(c, self.lanes))
                 if step.kind == "max":
                     total = g(f"call nnan float @llvm.vector.reduce.fmax.{v}({g.vector} {sums})")
+                    if self.careful:
+                        bits = g(f"bitcast <{self.lanes} x i1> {g.is_nan(sums)} to i{self.lanes}")
+                        bad = g(f"icmp ne i{self.lanes} {bits}, 0")
+                        total = g(f"select i1 {bad}, float {FLOAT.literal(np.nan)}, float {total}")
                 else:
                     total = g(f"call reassoc float @llvm.vector.reduce.fadd.{v}(float 0.0, {g.vector} {sums})")
                 g.do(f"store float {g(f'fmul float {total}, %factor')}, ptr {g.at('%into', c)}, align 4")
@@ -829,9 +871,9 @@ class Generator:
 
             g.loop("%n", one_channel)
 
-        name = self._shared(("unpool", step.kind), "ptr %sums, ptr %into, i64 %n, float %factor", write)
+        name = self._shared(("unpool", step.kind), "ptr %sums, ptr %into, i64 %n, float %factor", write, FLOAT)
         f.do(f"call void @{name}(ptr {self._vector(f, step.name)}, ptr {self._vector(f, step.target)}, "
-             f"i64 {step.channels}, float {literal(step.factor)})")  # fmt: skip
+             f"i64 {step.channels}, float {FLOAT.literal(step.factor)})")  # fmt: skip
 
     def _matvec(self, f: Function, step: MatVec) -> None:
         at_once = 4
@@ -864,7 +906,7 @@ class Generator:
             g.loop(fours, four)
             g.loop(g(f"sub i64 {vectors}, {whole}"), rest)
 
-        name = self._shared("matvec", "ptr %x, ptr %into, ptr %weights, ptr %bias, i64 %inputs, i64 %row", write)
+        name = self._shared("matvec", "ptr %x, ptr %into, ptr %weights, ptr %bias, i64 %inputs, i64 %row", write, FLOAT)
         row = -(-step.outputs // self.lanes) * self.lanes
         f.do(f"call void @{name}(ptr {self._vector(f, step.source)}, ptr {self._vector(f, step.target)}, "
              f"ptr {f.at('%k', step.weights)}, ptr {f.at('%k', step.bias)}, i64 {step.inputs}, i64 {row})")  # fmt: skip
@@ -887,12 +929,13 @@ class Generator:
         if step.kind == "copy":
             f.copy(x, f.at(into, step.offset), step.size)
             return
-        name = self._shared(("vector", step.kind), "ptr %x, ptr %other, ptr %into, i64 %n", write)
+        name = self._shared(("vector", step.kind), "ptr %x, ptr %other, ptr %into, i64 %n", write, FLOAT)
         other = self._vector(f, step.operand) if step.operand else "null"
         f.do(f"call void @{name}(ptr {x}, ptr {other}, ptr {into}, i64 {-(-step.size // self.lanes)})")
 
     def _decide(self, f: Function, step: Decide, values: str) -> None:
         """gate = saliency where it exceeds the threshold, else 0; lists of kept and closed channels."""
+        above = "fcmp ugt" if self.careful else "fcmp ogt"  # NaN passes, to be seen in the logits
 
         def write(g: Function) -> None:
             threshold, most = g.splat(g.scalar("%threshold")), g.splat("%most")
@@ -900,13 +943,13 @@ class Generator:
             def one_vector(index: str) -> list[str]:
                 here = g.scaled(index, self.lanes)
                 saliency = g.minimum(g.maximum(g.load("%saliency", here), g.constant(0)), most)
-                passes = g(f"fcmp ogt {g.vector} {saliency}, {threshold}")
+                passes = g(f"{above} {g.vector} {saliency}, {threshold}")
                 g.store(g.select(passes, saliency, g.constant(0)), "%gate", here)
                 return []
 
             def one_channel(c: str, kept: str) -> list[str]:
                 g.do(f"store i32 {g(f'trunc i64 {kept} to i32')}, ptr {g.at('%below', c)}, align 4")
-                open_ = g(f"fcmp ogt float {g.scalar('%gate', c)}, 0.0")
+                open_ = g(f"{above} float {g.scalar('%gate', c)}, 0.0")
                 closed = g(f"sub i64 {c}, {kept}")
                 place = g(f"select i1 {open_}, i64 {kept}, i64 {g(f'sub i64 %last, {closed}')}")
                 g.do(f"store i32 {g(f'trunc i64 {c} to i32')}, ptr {g.at('%list', place)}, align 4")
@@ -923,10 +966,10 @@ class Generator:
         )
         gate = step.gate
         list_ = self._vector(f, f"{gate.name} list")
-        f.do(f"call void @{self._shared('decide', arguments, write)}(ptr {self._vector(f, step.saliency)}, "
+        f.do(f"call void @{self._shared('decide', arguments, write, FLOAT)}(ptr {self._vector(f, step.saliency)}, "
              f"ptr {f.at('%k', step.threshold)}, ptr {self._vector(f, gate.name)}, ptr {list_}, "
              f"ptr {f.at(list_, gate.channels)}, ptr {values}, i64 {gate.channels}, i64 {gate.channels - 1}, "
-             f"float {literal(gate.saliency_max)})")  # fmt: skip
+             f"float {FLOAT.literal(gate.saliency_max)})")  # fmt: skip
 
 
 _START = {"average": 0.0, "max": -np.inf}  # of pooled sums and maxima
@@ -946,14 +989,14 @@ class _Element:
             if op.kind in ("add", "multiply"):
                 self.operands.append((g.at(next(pointers), in_map),))
             elif op.kind == "scale":
-                self.operands.append((g.splat(g.scalar(next(pointers), channel)),))
+                self.operands.append((g.splat_float(next(pointers), channel),))
             elif op.kind == "affine":
-                pair = g.at(next(pointers), g.scaled(channel, 2))
-                self.operands.append((g.splat(g.scalar(pair)), g.splat(g.scalar(pair, 1))))
+                pair = g.floats.at(next(pointers), g.scaled(channel, 2))
+                self.operands.append((g.splat_float(pair, 0), g.splat_float(pair, 1)))
             else:
                 self.operands.append(())
         self.into = g.at(next(pointers), in_map) if finish.stored else None
-        self.sums = [(kind, g.at(next(pointers), g.scaled(channel, g.lanes))) for kind, _ in finish.pooled]
+        self.sums = [(kind, g.floats.at(next(pointers), g.scaled(channel, g.lanes))) for kind, _ in finish.pooled]
         self.totals: dict[str, str] = {}
 
     def make(self, phase: int, vector: int, tile: Tile, block: str, y: str) -> None:
@@ -961,27 +1004,33 @@ class _Element:
         g, offset = self.g, phase * self.frame.plane + vector * self.g.lanes
         for op, operands in zip(self.finish.ops, self.operands, strict=True):
             if op.kind == "activate":
-                y = g.activate(str(op.operand), y)
+                y = g.activate(str(op.operand), g.spoil(y))
             elif op.kind == "scale":
                 y = g.arithmetic("fmul", y, operands[0])
             elif op.kind == "affine":
                 y = g.fma(y, operands[0], operands[1])
             else:
                 y = g.arithmetic("fadd" if op.kind == "add" else "fmul", y, g.load(operands[0], offset))
+        if not self.finish.ops or self.finish.ops[-1].kind != "activate":  # activations do not overflow
+            y = g.spoil(y)
         mask = self.generator._mask(self.frame, phase, tile, vector, None)(g, block)
         if self.into:
             g.store(y, self.into, offset, mask)
         for kind, _ in self.sums:
-            counted = y if mask is None else g.select(mask, y, g.constant(_START[kind]))
+            counted = g.widen(y)
+            if mask is not None:
+                counted = g.floats.select(mask, counted, g.floats.constant(_START[kind]))
             self.totals[kind] = self._pooled(kind, self.totals[kind], counted) if kind in self.totals else counted
 
     def pool(self) -> None:
         """Add what was made to the pooled sums."""
+        floats = self.g.floats
         for kind, pointer in self.sums:
-            self.g.store(self._pooled(kind, self.g.load(pointer), self.totals[kind]), pointer)
+            floats.store(self._pooled(kind, floats.load(pointer), self.totals[kind]), pointer)
 
     def _pooled(self, kind: str, a: str, b: str) -> str:
-        return self.g.maximum(a, b) if kind == "max" else self.g.arithmetic("fadd", a, b)
+        floats = self.g.floats
+        return floats.maximum(a, b) if kind == "max" else floats.arithmetic("fadd", a, b)
 
 
 def _signature(finish: Finish) -> object:

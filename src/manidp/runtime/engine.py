@@ -18,9 +18,11 @@ from manidp.checkpoint import Checkpoint
 from manidp.errors import ImageError, ManiDPError, UnsupportedError
 from manidp.images import load_picture
 from manidp.runtime.codegen import ISAS, Generator, Isa
+from manidp.runtime.ir import FLOAT, HALF
 from manidp.runtime.plan import Plan, make_plan
 from manidp.runtime.reference import Result
 
+_ELEMENTS = {"float32": FLOAT, "float16": HALF}
 _LLVM = threading.Lock()  # parsing and compiling share one global context
 _RUN = ctypes.CFUNCTYPE(
     None,
@@ -59,7 +61,8 @@ class Program:
 class Engine:
     """A checkpoint, ready to run.
 
-    ``threads`` work on different images; ``isa`` forces one of ``available_isas()``, by default the widest.
+    ``precision``: "float32", or "float16" for maps and convolutions where the CPU has such arithmetic. ``threads``
+    work on different images; ``isa`` forces one of ``available_isas(precision)``, by default the widest.
     Many threads may call ``run`` at once: at most ``threads`` images are computed at any time, and ``memory`` bytes
     are all that the engine ever holds. Raises UnsupportedError for a node, precision or instruction set it cannot run.
     """
@@ -67,15 +70,20 @@ class Engine:
     def __init__(
         self, checkpoint: Checkpoint, *, precision: str = "float32", threads: int = 1, isa: str | None = None
     ) -> None:
-        if precision != "float32":
-            raise UnsupportedError(f"precision 'float32' can be run; got {precision!r}")
         if threads < 1:
             raise ManiDPError(f"an engine needs at least one thread; got {threads}")
         self.checkpoint, self.graph, self.threads = checkpoint, checkpoint.graph, threads
-        self.isa = _choose(isa)
+        self.precision, self.isa = precision, _choose(precision, isa)
         std = np.array(checkpoint.preprocessing.std, dtype=np.float64)
         mean = np.array(checkpoint.preprocessing.mean, dtype=np.float64)
-        plan = make_plan(self.graph, checkpoint.weights, lanes=self.isa.lanes, scale=1 / (255 * std), shift=-mean / std)
+        plan = make_plan(
+            self.graph,
+            checkpoint.weights,
+            lanes=self.isa.lanes,
+            element=self.isa.element,
+            scale=1 / (255 * std),
+            shift=-mean / std,
+        )
         self._program = Program(plan, self.isa)
         constants, *workspaces = (
             _aligned(size) for size in (len(plan.constants), *[self._program.workspace] * threads)
@@ -136,7 +144,7 @@ class Engine:
         if len(bad):
             raise ImageError(f"images {bad.tolist()} hold numbers that are not finite (or exceed float32)")
         bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-        raise ManiDPError(f"the logits of images {bad.tolist()} are not finite: their values overflow float32")
+        raise ManiDPError(f"the logits of images {bad.tolist()} are not finite: their values overflow {self.precision}")
 
     def _batch(self, images: NDArray[Any] | Sequence[str | Path]) -> NDArray[Any]:
         channels, height, width = self.graph.input.dims
@@ -152,19 +160,37 @@ class Engine:
         )
 
 
-def available_isas() -> tuple[str, ...]:
-    """Names of the vector instruction sets of this CPU, widest first."""
+def available_isas(precision: str = "float32") -> tuple[str, ...]:
+    """Names of the vector instruction sets of this CPU that have arithmetic of a precision, widest first."""
+    return tuple(isa.name for isa in _runnable(precision) if not isa.emulates)
+
+
+def emulating_isas(precision: str) -> tuple[str, ...]:
+    """Names of those that only emulate it, slowly: never taken unless asked for."""
+    return tuple(isa.name for isa in _runnable(precision) if isa.emulates)
+
+
+def _runnable(precision: str) -> list[Isa]:
+    if precision not in _ELEMENTS:
+        raise UnsupportedError(f"precisions {' and '.join(map(repr, _ELEMENTS))} can be run; got {precision!r}")
     features = llvm.get_host_cpu_features()
-    return tuple(name for name, isa in ISAS.items() if all(features.get(feature) for feature in isa.features))
+    return [
+        isa
+        for isa in ISAS.values()
+        if isa.element == _ELEMENTS[precision] and all(features.get(feature) for feature in isa.features)
+    ]
 
 
-def _choose(name: str | None) -> Isa:
-    available = available_isas()
+def _choose(precision: str, name: str | None) -> Isa:
+    available = available_isas(precision)
+    if name in available + emulating_isas(precision):
+        return ISAS[str(name)]
     if name is None and available:
         return ISAS[available[0]]
-    if name not in available:
-        raise UnsupportedError(f"this CPU has {', '.join(available) or 'no known vector instructions'}; got {name!r}")
-    return ISAS[name]
+    if not available:
+        missing = "AVX512-FP16 or Arm's FP16" if precision == "float16" else "vector"
+        raise UnsupportedError(f"precision {precision!r} needs {missing} instructions, which this CPU does not have")
+    raise UnsupportedError(f"for {precision} this CPU has {', '.join(available)}; got {name!r}")
 
 
 def _compile(text: str, isa: Isa) -> llvm.ExecutionEngine:

@@ -2,33 +2,81 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 Body = Callable[..., Sequence[str]]
 
 
+@dataclass(frozen=True)
+class Element:
+    """A type of number as LLVM names it: ``suffix`` in the names of intrinsics, ``pair`` a type of twice its size."""
+
+    name: str
+    suffix: str
+    size: int
+    pair: str
+
+    def literal(self, value: float) -> str:
+        """A number as LLVM writes it."""
+        if self.size == 2:
+            return f"0xH{np.float16(value).view(np.uint16):04X}"
+        return f"0x{np.float64(np.float32(value)).view(np.uint64):016X}"
+
+
+FLOAT = Element("float", "f32", 4, "double")
+HALF = Element("half", "f16", 2, "float")
+
+
 class Function:
-    """The text of one function; every method that makes a value returns its name."""
+    """The text of one function; every method that makes a value returns its name.
+
+    Vectors hold ``lanes`` elements, floats unless said otherwise. With ``careful``, NaN goes through whatever is
+    computed, so that an overflow anywhere is seen at the end; float32 overflows too rarely to pay for that.
+    """
 
     def __init__(
-        self, name: str, arguments: str, *, lanes: int, tables: dict[str, str], linkage: str = "internal"
+        self,
+        name: str,
+        arguments: str,
+        *,
+        lanes: int,
+        tables: dict[str, str],
+        element: Element = FLOAT,
+        careful: bool = False,
+        linkage: str = "internal",
     ) -> None:
         self.lines = [f"define {linkage} void @{name}({arguments}) #0 {{", "entry:"]
-        self.count = 0
+        self.numbers = itertools.count(1)
         self.label = "entry"
         self.lanes = lanes
         self.tables = tables  # constant arrays of the module: contents -> name
-        self.vector = f"<{lanes} x float>"
+        self.element = element
+        self.careful = careful
+
+    @cached_property
+    def floats(self) -> Function:
+        """This function, its vectors and addresses taken to be of floats; not for loops."""
+        view = copy.copy(self)
+        view.element = FLOAT
+        return view
+
+    @property
+    def vector(self) -> str:
+        return f"<{self.lanes} x {self.element.name}>"
 
     def text(self) -> str:
         return "\n".join([*self.lines, "  ret void", "}"])
 
     def __call__(self, instruction: str) -> str:
-        self.count += 1
-        self.lines.append(f"  %v{self.count} = {instruction}")
-        return f"%v{self.count}"
+        name = f"%v{next(self.numbers)}"
+        self.lines.append(f"  {name} = {instruction}")
+        return name
 
     def do(self, instruction: str) -> None:
         self.lines.append(f"  {instruction}")
@@ -38,8 +86,7 @@ class Function:
         self.label = label
 
     def new_label(self, name: str) -> str:
-        self.count += 1
-        return f"{name}{self.count}"
+        return f"{name}{next(self.numbers)}"
 
     def number(self, numbers: Sequence[int], index: str) -> str:
         """One of some fixed numbers, by an index that is known at run time only."""
@@ -79,12 +126,13 @@ class Function:
             for (kind, first), update in zip(carried, updated, strict=True)
         ]
 
-    # Addresses and memory; offsets count floats
+    # Addresses and memory; offsets count elements
 
-    def at(self, pointer: str, *offsets: str | int) -> str:
+    def at(self, pointer: str, *offsets: str | int, element: Element | None = None) -> str:
         for offset in offsets:
             if str(offset) != "0":
-                pointer = self(f"getelementptr inbounds float, ptr {pointer}, i64 {offset}")
+                kind = (element or self.element).name
+                pointer = self(f"getelementptr inbounds {kind}, ptr {pointer}, i64 {offset}")
         return pointer
 
     def scaled(self, value: str, factor: str | int) -> str:
@@ -92,40 +140,65 @@ class Function:
 
     def index(self, pointer: str, position: str | int = 0) -> str:
         """An int32 of a list, as i64."""
-        return self(f"zext i32 {self(f'load i32, ptr {self.at(pointer, position)}')} to i64")
+        return self(f"zext i32 {self(f'load i32, ptr {self.floats.at(pointer, position)}')} to i64")
 
-    def load(self, pointer: str, offset: str | int = 0, lanes: int | None = None) -> str:
-        return self(f"load <{lanes or self.lanes} x float>, ptr {self.at(pointer, offset)}, align 4")
+    def load(self, pointer: str, offset: str | int = 0) -> str:
+        return self(f"load {self.vector}, ptr {self.at(pointer, offset)}, align {self.element.size}")
 
     def store(self, value: str, pointer: str, offset: str | int = 0, mask: str | None = None) -> None:
         address = self.at(pointer, offset)
         if mask is None:
-            self.do(f"store {self.vector} {value}, ptr {address}, align 4")
+            self.do(f"store {self.vector} {value}, ptr {address}, align {self.element.size}")
         else:
             lanes = f"<{self.lanes} x i1> {mask}"
-            name = f"llvm.masked.store.v{self.lanes}f32.p0"
-            self.do(f"call void @{name}({self.vector} {value}, ptr {address}, i32 4, {lanes})")
+            name = f"llvm.masked.store.v{self.lanes}{self.element.suffix}.p0"
+            self.do(f"call void @{name}({self.vector} {value}, ptr {address}, i32 {self.element.size}, {lanes})")
 
     def scalar(self, pointer: str, offset: str | int = 0) -> str:
-        return self(f"load float, ptr {self.at(pointer, offset)}, align 4")
+        return self(f"load {self.element.name}, ptr {self.at(pointer, offset)}, align {self.element.size}")
+
+    def get(self, address: str, element: Element, lanes: int) -> str:
+        """A vector of any type and length."""
+        return self(f"load <{lanes} x {element.name}>, ptr {address}, align {element.size}")
+
+    def put(self, value: str, address: str, element: Element, lanes: int) -> None:
+        """Store a vector of any type and length."""
+        self.do(f"store <{lanes} x {element.name}> {value}, ptr {address}, align {element.size}")
 
     def copy(self, source: str, target: str, size: int | str) -> None:
-        """``size`` floats."""
+        """Copy ``size`` floats."""
         length = self(f"mul i64 {size}, 4")
         self.do(f"call void @llvm.memcpy.p0.p0.i64(ptr {target}, ptr {source}, i64 {length}, i1 false)")
 
     # Arithmetic on vectors
 
+    def convert(self, value: str, source: Element, target: Element, lanes: int) -> str:
+        """Elements of one type as elements of another; ``lanes`` 0 stands for a single one."""
+        if source == target:
+            return value
+        from_, to = (f"<{lanes} x {e.name}>" if lanes else e.name for e in (source, target))
+        return self(f"{'fpext' if source.size < target.size else 'fptrunc'} {from_} {value} to {to}")
+
+    def widen(self, value: str) -> str:
+        """A vector as floats."""
+        return self.convert(value, self.element, FLOAT, self.lanes)
+
+    def splat_float(self, pointer: str, offset: str | int) -> str:
+        """A float in memory, in every lane."""
+        return self.splat(self.convert(self.floats.scalar(pointer, offset), FLOAT, self.element, 0))
+
     def splat(self, value: str) -> str:
-        one = self(f"insertelement {self.vector} poison, float {value}, i64 0")
+        one = self(f"insertelement {self.vector} poison, {self.element.name} {value}, i64 0")
         return self(f"shufflevector {self.vector} {one}, {self.vector} poison, <{self.lanes} x i32> zeroinitializer")
 
     def splat_pair(self, pointer: str) -> str:
-        """Two floats at a pointer, again and again."""
-        doubles = f"<{self.lanes // 2} x double>"
-        one = self(f"insertelement {doubles} poison, double {self(f'load double, ptr {pointer}, align 4')}, i64 0")
-        pairs = self(f"shufflevector {doubles} {one}, {doubles} poison, <{self.lanes // 2} x i32> zeroinitializer")
-        return self(f"bitcast {doubles} {pairs} to {self.vector}")
+        """The two elements at a pointer, again and again."""
+        pair = self.element.pair
+        pairs = f"<{self.lanes // 2} x {pair}>"
+        both = self(f"load {pair}, ptr {pointer}, align {self.element.size}")
+        one = self(f"insertelement {pairs} poison, {pair} {both}, i64 0")
+        every = self(f"shufflevector {pairs} {one}, {pairs} poison, <{self.lanes // 2} x i32> zeroinitializer")
+        return self(f"bitcast {pairs} {every} to {self.vector}")
 
     def interleave(self, a: str, b: str) -> tuple[str, str]:
         """Two vectors of pairs: lanes 0, 1, 4, 5, ... of both, and lanes 2, 3, 6, 7, ... (one instruction each)."""
@@ -145,12 +218,12 @@ class Function:
 
     def constant(self, *values: float) -> str:
         """The values again and again."""
-        lanes = [f"float {literal(value)}" for value in values]
+        lanes = [f"{self.element.name} {self.element.literal(value)}" for value in values]
         return f"<{', '.join(lanes * (self.lanes // len(lanes)))}>"
 
     def fma(self, a: str, b: str, c: str) -> str:
         v = self.vector
-        return self(f"call {v} @llvm.fmuladd.v{self.lanes}f32({v} {a}, {v} {b}, {v} {c})")
+        return self(f"call {v} @llvm.fmuladd.v{self.lanes}{self.element.suffix}({v} {a}, {v} {b}, {v} {c})")
 
     def arithmetic(self, operation: str, a: str, b: str) -> str:
         return self(f"{operation} {self.vector} {a}, {b}")
@@ -175,10 +248,21 @@ class Function:
         return self(f"fadd contract {kind} {product}, {shifts}")
 
     def maximum(self, a: str, b: str) -> str:
-        return self.select(self(f"fcmp ogt {self.vector} {a}, {b}"), a, b)
+        return self._extreme("ogt", a, b)
 
     def minimum(self, a: str, b: str) -> str:
-        return self.select(self(f"fcmp olt {self.vector} {a}, {b}"), a, b)
+        return self._extreme("olt", a, b)
+
+    def _extreme(self, comparison: str, a: str, b: str) -> str:
+        chosen = self.select(self(f"fcmp {comparison} {self.vector} {a}, {b}"), a, b)  # b if one of them is NaN
+        return self.select(self.is_nan(a), a, chosen) if self.careful else chosen
+
+    def is_nan(self, value: str) -> str:
+        return self(f"fcmp uno {self.vector} {value}, {value}")
+
+    def spoil(self, value: str) -> str:
+        """With ``careful``, NaN in place of infinities."""
+        return self.fma(value, self.constant(0), value) if self.careful else value
 
     def combine(self, coefficients: Sequence[float], values: Sequence[str]) -> str:
         """The sum of coefficient * value, terms with coefficient 0 left out."""
@@ -205,6 +289,10 @@ class Function:
             clipped = self.minimum(self.maximum(shifted, self.constant(0)), self.constant(6))
             sixth = self.arithmetic("fmul", clipped, self.constant(1 / 6))
             return sixth if kind == "hardsigmoid" else self.arithmetic("fmul", y, sixth)
+        return self.convert(self.floats._sigmoid(kind, self.widen(y)), FLOAT, self.element, self.lanes)
+
+    def _sigmoid(self, kind: str, y: str) -> str:
+        """sigmoid(y), or y * sigmoid(y)."""
         exponential = self._exp(self.arithmetic("fsub", self.constant(0), y))
         sum_ = self.arithmetic("fadd", exponential, self.constant(1))
         return self.arithmetic("fdiv", self.constant(1) if kind == "sigmoid" else y, sum_)
@@ -225,8 +313,3 @@ class Function:
         exponent = self(f"shl {integers} {bits}, <{', '.join(['i32 23'] * self.lanes)}>")
         scaled = self(f"add {integers} {self(f'bitcast {self.vector} {polynomial} to {integers}')}, {exponent}")
         return self(f"bitcast {integers} {scaled} to {self.vector}")
-
-
-def literal(value: float) -> str:
-    """A float as LLVM writes it."""
-    return f"0x{np.float64(np.float32(value)).view(np.uint64):016X}"

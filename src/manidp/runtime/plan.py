@@ -36,6 +36,7 @@ from manidp.graph import (
     Node,
     Pool,
 )
+from manidp.runtime.ir import FLOAT, Element
 
 Array = NDArray[Any]
 Key = tuple[str, int]  # a feature map: name of the value, number of phases
@@ -221,7 +222,10 @@ Step = (
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the generator needs. Offsets are in floats (4 bytes), in the workspace or among the constants."""
+    """Everything the generator needs. Offsets are in floats (4 bytes), in the workspace or among the constants.
+
+    Maps and the weights of convolutions are made of the elements that the plan was made for, all else of floats.
+    """
 
     graph: Graph
     lanes: int
@@ -242,11 +246,11 @@ class _Constants:
     parts: list[NDArray[np.float32]] = field(default_factory=list)
     size: int = 0
 
-    def add(self, array: NDArray[Any]) -> int:
+    def add(self, array: NDArray[Any], element: Element = FLOAT) -> int:
         flat = np.ascontiguousarray(array).reshape(-1)
-        flat = flat.view(np.float32) if flat.dtype == np.int32 else flat.astype(np.float32)
+        flat = flat if flat.dtype == np.int32 else flat.astype(f"f{element.size}")
         at = self.size
-        self.parts.append(np.pad(flat, (0, -len(flat) % 16)))
+        self.parts.append(np.pad(flat, (0, -len(flat) % (64 // flat.itemsize))).view(np.float32))
         self.size += len(self.parts[-1])
         return at
 
@@ -276,21 +280,23 @@ def make_plan(
     weights: Mapping[str, Array],
     *,
     lanes: int,
+    element: Element = FLOAT,
     scale: Array,
     shift: Array,
     reuse: bool = True,
 ) -> Plan:
-    """The plan for vectors of ``lanes`` floats; byte images are normalised by ``scale`` * byte + ``shift``, both (C,).
+    """The plan for vectors of ``lanes`` elements.
 
+    Byte images are normalised by ``scale`` * byte + ``shift``, both (C,).
     ``reuse=False`` stores every map and gives each its own memory, for comparing layer by layer.
     Raises UnsupportedError naming the node that cannot be run.
     """
-    return _Planner(graph, weights, lanes, reuse).plan(scale, shift)
+    return _Planner(graph, weights, lanes, element, reuse).plan(scale, shift)
 
 
 class _Planner:
-    def __init__(self, graph: Graph, weights: Mapping[str, Array], lanes: int, reuse: bool) -> None:
-        self.graph, self.weights, self.lanes, self.reuse = graph, weights, lanes, reuse
+    def __init__(self, graph: Graph, weights: Mapping[str, Array], lanes: int, element: Element, reuse: bool) -> None:
+        self.graph, self.weights, self.lanes, self.element, self.reuse = graph, weights, lanes, element, reuse
         self.steps: list[Step] = []
         self.constants = _Constants()
         self.vectors: dict[str, int] = {}  # name -> size in floats
@@ -306,7 +312,9 @@ class _Planner:
     def plan(self, scale: Array, shift: Array) -> Plan:
         for index, task in enumerate(self.tasks):
             self._emit(index, task)
-        maps, vectors, workspace = _place(self.graph, self.steps, self.vectors, self.in_place, self.lanes, self.reuse)
+        maps, vectors, workspace = _place(
+            self.graph, self.steps, self.vectors, self.in_place, self.lanes, self.element, self.reuse
+        )
         most = max(shape[0] for shape in self.graph.shapes.values())
         return Plan(
             graph=self.graph,
@@ -431,7 +439,10 @@ class _Planner:
             points = weight.reshape(*weight.shape[:2], 9) @ np.kron(G, G).T  # the same as G weight G'
             points = points.reshape(*weight.shape[:2], 4, 4).transpose(3, 0, 1, 2)  # column first
             weight = points[..., POINTS] * (1, 1, 1, -1)
-        packed = self.constants.add(weight), self.constants.add(bias)
+        most = np.finfo(f"f{self.element.size}").max
+        if (np.abs(weight) > most).any():
+            raise UnsupportedError(f"node '{node.name}': weights up to {most:.6g} can be run in this precision")
+        packed = self.constants.add(weight, self.element), self.constants.add(bias)
         inputs = Channels(self.graph.shapes[node.inputs[0]][0], self.graph.zeroed_by.get(node.inputs[0]))
         phases = 2 if winograd else 1
         source = self._read(node.inputs[0], 2 if winograd else node.stride)
@@ -665,12 +676,17 @@ def _place(
     vectors: Mapping[str, int],
     in_place: Mapping[Key, Key],
     lanes: int,
+    element: Element,
     reuse: bool,
 ) -> tuple[dict[Key, Map], dict[str, int], int]:
     """Layout and place of every map, place of every vector, and how many floats that takes."""
     layouts = _layouts(graph, steps, lanes)
     slack = 16 * lanes  # the last block of a map may read, never write, this far beyond it
     size = slack
+
+    def floats(elements: int) -> int:
+        return _whole(-(-elements * element.size // FLOAT.size), 16)
+
     offsets: dict[str, int] = {}
     for name, length in vectors.items():
         offsets[name] = size
@@ -694,8 +710,8 @@ def _place(
             free[layout].remove(fitting[0])
         else:
             gap = layout.plane - layout.rows * layout.pitch
-            places[key] = size + _whole(gap, 16)
-            size = places[key] + _whole(channels * layout.channel, 16)
+            places[key] = size + floats(gap)
+            size = places[key] + floats(channels * layout.channel)
         ends.append((last, key))
     maps = {
         key: Map(places.get(_root(key, in_place), -1), graph.shapes[key[0]][0], layout)
