@@ -14,13 +14,15 @@ from manidp.graph import Graph
 from manidp.images import Preprocessing
 from manidp.runtime.codegen import ISAS
 from manidp.runtime.engine import Program
+from manidp.runtime.ir import FLOAT, HALF, Element
 from manidp.runtime.plan import Plan, make_plan
 from manidp.runtime.reference import Result, node_values, run
 
 Array = NDArray[Any]
 SENTINEL = np.float32(-7.25e33)
-# Error of float32 against float64, relative to the largest number of the same map of the same image
-TOLERANCE = 2e-4
+# Error against float64, relative to the largest number of the same map of the same image, or to LEAST if that is more:
+# a lone logit may be small because larger numbers cancel
+TOLERANCES, LEAST = {FLOAT: 2e-4, HALF: 2e-2}, {FLOAT: 1e-3, HALF: 0.5}
 
 
 def random_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
@@ -77,7 +79,13 @@ def checkpoint_of(graph: Graph, weights: Mapping[str, Array]) -> Checkpoint:
 def plan_of(graph: Graph, weights: Mapping[str, Array], isa: str, *, reuse: bool = True) -> Plan:
     channels = graph.input.dims[0]
     return make_plan(
-        graph, weights, lanes=ISAS[isa].lanes, scale=np.full(channels, 1 / 255), shift=np.zeros(channels), reuse=reuse
+        graph,
+        weights,
+        lanes=ISAS[isa].lanes,
+        element=ISAS[isa].element,
+        scale=np.full(channels, 1 / 255),
+        shift=np.zeros(channels),
+        reuse=reuse,
     )
 
 
@@ -109,26 +117,52 @@ def _between_sentinels(margin: int, size: int) -> Array:
     return whole[start : start + size + 2 * margin]
 
 
-def assert_close(engine: Array, reference: Array, what: str, tolerance: float = TOLERANCE) -> None:
+def assert_close(
+    engine: Array, reference: Array, what: str, tolerance: float | None = None, element: Element = FLOAT
+) -> None:
     """|engine - reference| <= tolerance * the largest |reference| of the same image; both (B, ...)."""
+    tolerance, least = tolerance or TOLERANCES[element], LEAST[element]
     assert engine.shape == reference.shape, what
     for image, (got, wanted) in enumerate(zip(engine, reference, strict=True)):
         if wanted.size:
             error = np.abs(got - wanted).max()
-            assert error <= tolerance * max(np.abs(wanted).max(), 1e-3), f"{what}, image {image}: off by {error}"
+            assert error <= tolerance * max(np.abs(wanted).max(), least), f"{what}, image {image}: off by {error}"
 
 
-def assert_same_result(result: Result, wanted: Result, tolerance: float = TOLERANCE) -> None:
+def assert_same_result(result: Result, wanted: Result, element: Element = FLOAT) -> None:
     """Every gate's kept channels one by one, gates and logits within the tolerance."""
     assert list(result.kept) == list(wanted.kept)
     for name in wanted.kept:
         np.testing.assert_array_equal(result.kept[name], wanted.kept[name], err_msg=f"kept channels of {name}")
-        assert_close(result.gates[name], wanted.gates[name], f"gate {name}", tolerance)
+        assert_close(result.gates[name], wanted.gates[name], f"gate {name}", element=element)
     np.testing.assert_array_equal(result.macs, wanted.macs)
-    assert_close(result.logits, wanted.logits, "logits", tolerance)
+    assert_close(result.logits, wanted.logits, "logits", element=element)
 
 
-def assert_layers(plan: Plan, workspace: Array, graph: Graph, weights: Mapping[str, Array], image: Array) -> None:
+def close_calls(result: Result, wanted: Result, weights: Mapping[str, Array]) -> NDArray[np.bool_]:
+    """(B,) images that keep other channels than the reference, which may be so only near the threshold.
+
+    At the first gate that differs, the saliency that one of the two keeps exceeds the threshold by at most the
+    tolerance of float16, relative to the gate's largest saliency. What follows such a gate is another computation.
+    """
+    differ = np.zeros(len(wanted.logits), dtype=bool)
+    for name, kept in wanted.kept.items():
+        saliency = np.maximum(result.gates[name], wanted.gates[name])
+        beyond = (saliency - weights[f"{name}.threshold"]) / saliency.max(axis=1, keepdims=True, initial=LEAST[HALF])
+        here = result.kept[name] != kept
+        wrong = here & (beyond > TOLERANCES[HALF])
+        assert not wrong[~differ].any(), f"kept channels of {name}: off by {beyond[~differ][here[~differ]].max()}"
+        differ |= here.any(axis=1)
+    return differ
+
+
+def some_images(result: Result, which: NDArray[np.bool_]) -> Result:
+    return Result(result.graph, result.logits[which], result.gate_values[which])
+
+
+def assert_layers(
+    plan: Plan, workspace: Array, graph: Graph, weights: Mapping[str, Array], image: Array, element: Element = FLOAT
+) -> None:
     """Every stored map of the last image against the reference, in the channels that were wanted.
 
     What lies between the planes, the padding of all convolutions, must still be zero.
@@ -144,7 +178,8 @@ def assert_layers(plan: Plan, workspace: Array, graph: Graph, weights: Mapping[s
         for gate in (wanted_by, zeroed_by):
             if gate is not None:
                 computed &= values[gate][0] > 0
-        channels = workspace[map_.at : map_.at + map_.channels * layout.channel].reshape(map_.channels, layout.channel)
+        elements = workspace[map_.at :].view(f"f{element.size}")
+        channels = elements[: map_.channels * layout.channel].reshape(map_.channels, layout.channel)
         made = np.empty((map_.channels, layout.height, layout.width), dtype=np.float32)
         outside = np.ones(layout.channel, dtype=bool)
         for phase in range(layout.phases**2):
@@ -154,16 +189,19 @@ def assert_layers(plan: Plan, workspace: Array, graph: Graph, weights: Mapping[s
             made[:, row :: layout.phases, column :: layout.phases] = channels[:, at]
             outside[at] = False
         assert (channels[:, outside] == 0).all(), f"padding of {key} was written"
-        assert_close(made[None, computed], values[name][:, computed], f"map {key}")
+        assert_close(made[None, computed], values[name][:, computed], f"map {key}", element=element)
 
 
 def check(graph: Graph, weights: Mapping[str, Array], images: Array, isa: str) -> None:
     """The engine's code against the float64 reference: as it runs, and with every layer kept and compared."""
-    wanted = run(graph, weights, images)
+    wanted, element = run(graph, weights, images), ISAS[isa].element
     for reuse in (True, False):
         plan = plan_of(graph, weights, isa, reuse=reuse)
         program = Program(plan, ISAS[isa])
         result, workspace = run_program(program, plan, images.astype(np.float32))
-        assert_same_result(result, wanted)
-        if not reuse:
-            assert_layers(plan, workspace, graph, weights, images[-1])
+        differ = np.zeros(len(images), dtype=bool)
+        if element == HALF:
+            differ = close_calls(result, wanted, weights)
+        assert_same_result(some_images(result, ~differ), some_images(wanted, ~differ), element)
+        if not reuse and not differ[-1]:
+            assert_layers(plan, workspace, graph, weights, images[-1], element)

@@ -27,7 +27,7 @@ from manidp.graph import (
     Pool,
     with_gates,
 )
-from manidp.runtime.engine import available_isas
+from manidp.runtime.engine import available_isas, emulating_isas
 
 CHANNELS = (1, 2, 3, 7, 15, 16, 17, 33)
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 28, 32, 40)
@@ -104,7 +104,7 @@ def networks(draw: st.DrawFn) -> Graph:
     return with_gates(Graph(tuple(b.nodes), b.last), sorted(gated, key=convs.index))
 
 
-@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("isa", [*available_isas(), *available_isas("float16"), *emulating_isas("float16")])
 def test_random_networks_do_what_the_reference_does(isa: str) -> None:
     @settings(
         max_examples=int(os.environ.get("MANIDP_EXAMPLES", "50")),

@@ -1,0 +1,134 @@
+"""The engine in float16: what it says of the bundled models, that an overflow is never lost, where it runs.
+
+Networks of all kinds are compared with the reference in test_engine.py and test_engine_random.py. On a CPU without
+float16 arithmetic the same code runs with each operation done in float32 and rounded.
+"""
+
+from __future__ import annotations
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+
+import manidp
+from engine_cases import assert_close, assert_same_result, checkpoint_of, close_calls, random_weights, some_images
+from manidp.checkpoint import checkpoint_path, load_checkpoint
+from manidp.errors import ManiDPError, UnsupportedError
+from manidp.graph import Activation, Conv, Gate, GlobalPool, Graph, Input, Linear, Multiply, Node, Pool, resnet
+from manidp.images import load_sample
+from manidp.runtime import reference
+from manidp.runtime.codegen import ISAS
+from manidp.runtime.engine import Engine, available_isas, emulating_isas
+from manidp.runtime.ir import HALF
+
+ISA = available_isas("float16") + emulating_isas("float16")
+needs_isa = pytest.mark.skipif(not ISA, reason="this CPU can neither do nor convert float16")
+
+
+@pytest.mark.parametrize("isa", ISA)
+@pytest.mark.parametrize("name", ["dense-res20", "manidp-res20"])
+def test_bundled_models_agree_with_the_reference_on_real_images(name: str, isa: str) -> None:
+    checkpoint, images = load_checkpoint(checkpoint_path(name)), load_sample().images[::10]
+    floats = checkpoint.preprocessing.apply(images)
+    wanted = reference.run(checkpoint.graph, checkpoint.weights, floats)
+    engine = manidp.load(name, precision="float16", isa=isa)
+    for result in (engine.run(images), engine.run(floats)):
+        same = ~close_calls(result, wanted, checkpoint.weights)
+        assert same.sum() >= len(images) / 2
+        assert_same_result(some_images(result, same), some_images(wanted, same), HALF)
+        assert (result.logits.argmax(1) == wanted.logits.argmax(1)).all()
+
+
+@needs_isa
+def test_an_engine_takes_about_half_the_memory() -> None:
+    graph = resnet(14, image=(3, 32, 32))
+    checkpoint = checkpoint_of(graph, random_weights(graph))
+    assert Engine(checkpoint, precision="float16", isa=ISA[0]).memory < 0.6 * Engine(checkpoint).memory
+
+
+def network(*middle: Node) -> Graph:
+    """A convolution whose outputs can overflow, ``middle``, and what makes finite logits of anything finite."""
+    nodes = (
+        Input(name="image", dims=(3, 6, 6)),
+        Conv(name="first", inputs=("image",), channels=2, kernel=1, padding=0),
+        *middle,
+        GlobalPool(name="pool", inputs=(middle[-1].name,), kind="max"),
+        Activation(name="positive", inputs=("pool",), kind="relu6"),
+        Linear(name="logits", inputs=("positive",), features=2),
+    )
+    return Graph(nodes, "logits")
+
+
+OVERFLOWS = {
+    "relu": network(
+        Activation(name="act", inputs=("first",), kind="relu"),
+        Conv(name="second", inputs=("act",), channels=2),
+        Activation(name="last", inputs=("second",), kind="relu"),
+    ),
+    "max pool": network(
+        Pool(name="window", inputs=("first",), kind="max", kernel=3, stride=2, padding=1),
+        Activation(name="last", inputs=("window",), kind="hardsigmoid"),
+    ),
+    "gate": network(
+        Gate(name="gate", inputs=("first",), channels=2, hidden=2),
+        Conv(name="second", inputs=("first",), channels=2, kernel=1, padding=0),
+        Multiply(name="last", inputs=("second", "gate")),
+    ),
+    "silu": network(
+        Activation(name="act", inputs=("first",), kind="silu"),
+        Pool(name="last", inputs=("act",), kind="average", kernel=2, stride=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("isa", ISA)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("graph", OVERFLOWS.values(), ids=OVERFLOWS)
+def test_an_overflow_anywhere_is_seen_in_the_logits_of_its_image(graph: Graph, sign: int, isa: str) -> None:
+    """Also where a comparison or a clipping would turn the overflow into a decent number again."""
+    weights = random_weights(graph)
+    weights["first.weight"] = np.full((2, 3, 1, 1), 2 * sign, dtype=np.float32)
+    if "second.weight" in weights:
+        weights["second.weight"] = -np.abs(weights["second.weight"])
+    if "gate.threshold" in weights:
+        weights["gate.threshold"] = np.array(10, dtype=np.float32)
+        weights["gate.fc2.weight"] = -np.abs(weights["gate.fc2.weight"])
+    engine = Engine(checkpoint_of(graph, weights), precision="float16", isa=isa)
+    images = np.full((3, 3, 6, 6), 0.3, dtype=np.float32)
+    wanted = reference.run(graph, weights, images)
+    assert_close(engine.run(images).logits, wanted.logits, "logits", element=HALF)
+    one_place = images.copy()
+    one_place[1, 0, 2, 3] = 40_000
+    with pytest.raises(ManiDPError, match=r"logits of images \[1\] are not finite: their values overflow float16"):
+        engine.run(one_place)
+    assert_close(engine.run(images).logits, wanted.logits, "logits", element=HALF)
+
+
+@needs_isa
+def test_images_and_weights_beyond_float16_are_refused() -> None:
+    graph = OVERFLOWS["max pool"]
+    weights = random_weights(graph)
+    engine = Engine(checkpoint_of(graph, weights), precision="float16", isa=ISA[0])
+    with pytest.raises(ManiDPError, match=r"logits of images \[0\].*overflow float16"):
+        engine.run(np.full((1, 3, 6, 6), 1e5, dtype=np.float32))
+    weights["first.weight"] = weights["first.weight"] + 1e5
+    with pytest.raises(UnsupportedError, match="'first': weights up to 65504"):
+        Engine(checkpoint_of(graph, weights), precision="float16", isa=ISA[0])
+
+
+def test_what_a_cpu_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = OVERFLOWS["relu"]
+    checkpoint = checkpoint_of(graph, random_weights(graph))
+    with pytest.raises(UnsupportedError, match="'float32' and 'float16' can be run; got 'float8'"):
+        Engine(checkpoint, precision="float8")
+    features = dict.fromkeys(ISAS["avx512f16c"].features, True)
+    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: features)
+    for isa in (None, "sse"):
+        with pytest.raises(UnsupportedError, match=r"'float16' needs AVX512-FP16 .*, which this CPU does not have"):
+            Engine(checkpoint, precision="float16", isa=isa)
+    features["avx512fp16"] = True
+    assert available_isas("float16") == ("avx512fp16",)
+    assert emulating_isas("float16") == ("avx512f16c", "avx2f16c")
+    assert available_isas() == ("avx512", "avx2")
+    with pytest.raises(UnsupportedError, match="for float16 this CPU has avx512fp16; got 'avx2'"):
+        Engine(checkpoint, precision="float16", isa="avx2")
