@@ -126,7 +126,7 @@ def evaluate(
 
     engines = {name: manidp.load(name) for name in dict.fromkeys([model, *([beside] if beside else [])])}
     first = next(iter(engines.values()))
-    images, description = _labelled(data, first)
+    images, description = _labelled(data, first.checkpoint)
     rows = _evaluated(engines, images)
     if as_json:
         print(json.dumps({"data": description, "machine": describe(), "models": rows}, indent=2))
@@ -134,7 +134,7 @@ def evaluate(
         _print_evaluated(rows, description)
 
 
-def _labelled(data: Path | None, engine: Any) -> tuple[Any, str]:
+def _labelled(data: Path | None, checkpoint: Any) -> tuple[Any, str]:
     from manidp.images import load_sample
 
     if data is None:
@@ -145,7 +145,6 @@ def _labelled(data: Path | None, engine: Any) -> tuple[Any, str]:
         return load_cifar10(data)[1], "the 10,000 CIFAR-10 test images"
     from manidp.images import load_folder
 
-    checkpoint = engine.checkpoint
     with _progress() as progress:
         images, errors = load_folder(
             data, checkpoint.preprocessing.size, checkpoint.classes, _steps(progress, "Reading")
@@ -491,7 +490,7 @@ def report(
     from manidp.report import collect, draw_overview, write_report
 
     engine = manidp.load(model)
-    images, _ = _labelled(data, engine)
+    images, _ = _labelled(data, engine.checkpoint)
     with _progress() as progress:
         steps = _steps(progress, "Running")
         findings = collect(engine.checkpoint, engine, images, manidp.load(beside), steps)
@@ -499,6 +498,56 @@ def report(
     if overview:
         draw_overview(findings, overview)
     print(f"{out}: {len(images)} images")
+
+
+@app.command()
+def bench(
+    model: Model = "manidp-res20",
+    dense: Annotated[str, typer.Option(help="The network without gates to compare with.")] = "dense-res20",
+    data: Annotated[Path | None, typer.Option(help="As for evaluate; default: the bundled 200 images.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the last measurement; default: all cores.", min=1)
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images in a batch, where not one at a time.", min=2)] = 100,
+    rounds: Annotated[int, typer.Option(help="How often every contender gets its turn.", min=3)] = 21,
+    growth: Annotated[
+        bool, typer.Option("--growth", help="Also deeper networks and ImageNet's, with random weights.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write everything that was measured to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figure: accuracy and multiply-adds against time.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the engine beside other runtimes on the same models and images, in turns; accuracy stands beside time.
+
+    Peers that are not installed are left out: pip install 'manidp[bench]'.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads of one library must not disturb the next
+    import manidp
+    from manidp.bench.measure import bench as measured
+    from manidp.machine import describe
+
+    models = {name: manidp.load_model(name) for name in dict.fromkeys([dense, model])}
+    images, description = _labelled(data, models[model])
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+        found = measured(
+            models, images, threads=threads or int(describe()["cores"]), batch=batch, rounds=rounds, growth=growth,
+            say=lambda doing: progress.update(task, description=doing),
+        )  # fmt: skip
+    found = {"data": description} | found
+    if out:
+        from manidp.files import replacing
+
+        with replacing(out) as file:
+            file.write((json.dumps(found, indent=1) + "\n").encode())
+    if plot:
+        from manidp.bench.plot import draw
+
+        draw(found, plot)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print_bench(found)
 
 
 def _classified(engine: Any, images: Any, names: list[str], truth: list[str | None]) -> list[dict[str, Any]]:
@@ -619,6 +668,36 @@ def _print_evaluated(rows: list[dict[str, Any]], description: str) -> None:
             f"{row['milliseconds_per_image']:.3f}",
         )  # fmt: skip
     _console().print(table)
+
+
+def _print_bench(found: dict[str, Any]) -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    console = _console()
+    for mode in (*found["modes"], *found["growth"]):
+        where = f"{mode['batch']} at a time on {mode['threads']} thread" if "batch" in mode else mode["network"]
+        table = Table(box=SIMPLE, title=where, title_justify="left", caption_justify="left",
+                      caption=f"medians (quartiles) of {mode['rounds']} rounds")  # fmt: skip
+        for heading in ("runtime", "model", "computes", "precision"):
+            table.add_column(heading)
+        for heading in ("correct", "M MACs", "ms an image", "(quartiles)", "of peak"):
+            table.add_column(heading, justify="right")
+        for row in mode["rows"]:
+            table.add_row(
+                row["runtime"], row["model"], row["computes"], row["precision"],
+                "" if row["correct"] is None else f"{row['correct']} of {row['total']}", f"{row['macs'] / 1e6:.2f}",
+                f"{row['median']:.3f}", f"({row['lower_quartile']:.3f}, {row['upper_quartile']:.3f})",
+                f"{row['share_of_peak']:.0%}",
+            )  # fmt: skip
+        console.print(table)
+    start = found["start_up"]
+    console.print(
+        f"{found['machine']['cpu']}, {found['data']}; import {start['import_seconds']:.2f} s, process start to first "
+        f"result {start['start_to_result_seconds']:.2f} s, {start['resident_mebibytes']:.0f} MiB resident"
+    )
+    for name, reason in found["skipped"].items():
+        print(f"manidp: left out: {name}: {reason}", file=sys.stderr)
 
 
 def _print_info(shown: dict[str, Any]) -> None:

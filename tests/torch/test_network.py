@@ -1,5 +1,6 @@
 """The torch network walks the graph: equal to the reference, identity gates, exact names."""
 
+import gc
 import math
 
 import numpy as np
@@ -188,3 +189,16 @@ def test_a_new_head_is_fresh_and_the_rest_inherited() -> None:
     for name, value in checkpoint.weights.items():
         if not name.startswith("classifier."):
             assert (weights[name] == value).all()
+
+
+def test_nothing_of_a_pass_outlives_its_output() -> None:
+    network = Network(with_gates(resnet(8))).eval()
+    images = torch.zeros(2, 3, 32, 32)
+    network(images)
+    gc.collect()
+    gc.disable()  # a cycle would now keep every feature map, until memory runs out on a long evaluation
+    try:
+        network(images)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

@@ -126,24 +126,13 @@ class Network(_Scope):
         records: dict[str, GateRecord] = {}
         saliencies: dict[str, Tensor] = {}
         graph = self.graph
-
-        def mean_of(name: str) -> Tensor:
-            if name not in pooled:
-                node = graph.by_name[name]
-                if isinstance(node, Multiply) and node.inputs[1] in saliencies:
-                    # Pooling is linear: the mean of a gated map is the gate times the mean of the map.
-                    pooled[name] = mean_of(node.inputs[0]) * values[node.inputs[1]]
-                else:
-                    pooled[name] = _mean(values[name])
-            return pooled[name]
-
         for node in graph.nodes:
             if isinstance(node, Input):
                 values[node.name] = images
             elif isinstance(node, Gate):
                 fc1, fc2 = own[f"{node.name}.fc1.weight"], own[f"{node.name}.fc2.weight"]
                 with torch.autocast(images.device.type, enabled=False):
-                    hidden = F.relu(F.linear(mean_of(node.inputs[0]), fc1))
+                    hidden = F.relu(F.linear(self._mean_of(node.inputs[0], values, pooled), fc1))
                     score = F.linear(hidden, fc2, own[f"{node.name}.fc2.bias"])
                     saliency = F.relu(score).clamp(max=node.saliency_max)
                 saliencies[node.name] = saliency
@@ -153,8 +142,25 @@ class Network(_Scope):
                 values[node.name] = self._step(node, own, [values[source] for source in node.inputs])
                 if isinstance(node, Multiply) and node.inputs[1] in saliencies:
                     gate = node.inputs[1]
-                    records[gate] = GateRecord(saliencies[gate], values[gate], mean_of(node.inputs[0]))
+                    records[gate] = GateRecord(
+                        saliencies[gate], values[gate], self._mean_of(node.inputs[0], values, pooled)
+                    )
         return Output(values[graph.output], records)
+
+    def _mean_of(self, name: str, values: Mapping[str, Tensor], pooled: dict[str, Tensor]) -> Tensor:
+        """Mean over H and W of a value, from ``pooled`` if it is there.
+
+        A method, not a closure of ``forward``: one that calls itself would keep all values of a pass alive until the
+        garbage collector runs.
+        """
+        if name not in pooled:
+            node = self.graph.by_name[name]
+            if isinstance(node, Multiply) and isinstance(self.graph.by_name[node.inputs[1]], Gate):
+                # Pooling is linear: the mean of a gated map is the gate times the mean of the map.
+                pooled[name] = self._mean_of(node.inputs[0], values, pooled) * values[node.inputs[1]]
+            else:
+                pooled[name] = _mean(values[name])
+        return pooled[name]
 
     def _step(self, node: Node, own: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
         x = inputs[0]

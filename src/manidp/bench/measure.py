@@ -1,0 +1,344 @@
+"""What is measured: contenders in turn on the same images, start-up, and networks of growing size.
+
+All times are of one interleaved run: in every round each contender takes the round's images once, in an order that
+changes from round to round. Medians and quartiles are over rounds.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.bench.peers import PEERS, Batch, Run
+from manidp.checkpoint import Checkpoint
+from manidp.errors import ManiDPError, MissingExtraError, UnsupportedError
+from manidp.graph import imagenet_resnet, resnet, with_gates
+from manidp.images import CIFAR10_PREPROCESSING, ImageSet, Preprocessing
+from manidp.machine import describe
+from manidp.macs import dense_macs, ungated_macs
+from manidp.runtime.codegen import ISAS
+from manidp.runtime.engine import Engine, available_isas
+from manidp.runtime.peak import multiply_add_peak
+
+Say = Callable[[str], None]  # told what is being done
+PRECISIONS = ("float32", "float16")
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []  # before a peer changes it
+KEEP_RATE = 0.58  # of the networks without training: about 54 % fewer multiply-adds in a ResNet-20
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run one model. ``computes``: "everything", "all channels, times the gate" or "kept channels"."""
+
+    runtime: str
+    model: str
+    computes: str
+    precision: str
+    run: Run
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one contender did. Times in milliseconds an image; ``share_of_peak`` of one core's, times the threads.
+
+    ``macs``: mean multiply-adds an image. ``largest_difference``: from the float32 engine's logits on the same model,
+    relative to the largest of them; ``other_answers``: images on which the class differs from the engine's.
+    """
+
+    runtime: str
+    model: str
+    computes: str
+    precision: str
+    correct: int | None
+    total: int
+    macs: float
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    share_of_peak: float
+    largest_difference: float
+    other_answers: int
+
+
+def bench(
+    models: Mapping[str, Checkpoint],
+    images: ImageSet,
+    *,
+    threads: int,
+    batch: int,
+    rounds: int,
+    growth: bool,
+    say: Say,
+) -> dict[str, Any]:
+    """Everything that `manidp bench` shows, as JSON data; ``models`` all read images of one size.
+
+    One image at a time on one thread, then batches on one thread and on ``threads``.
+    """
+    skipped: dict[str, str] = {}
+    with pinned(1):
+        say("the processor's peak")
+        peak = {isa: multiply_add_peak(ISAS[isa]) for _, isa in _own()}
+    modes = dict.fromkeys([(1, 1), (batch, 1), (batch, threads)])
+    return {
+        "machine": describe(*dict.fromkeys(peer.package for peer in PEERS)),
+        "features": sorted(name for name, there in llvm.get_host_cpu_features().items() if there),
+        "peak": peak,
+        "images": len(images),
+        "modes": [_mode(models, images, *mode, rounds, peak, skipped, say) for mode in modes],
+        "skipped": skipped,
+        "single_images": _single_images(models, images, say),
+        "start_up": _start_up(say),
+        "growth": [_grown(name, peak, rounds, skipped, say) for name in GROWN] if growth else [],
+    }
+
+
+def _mode(
+    models: Mapping[str, Checkpoint], images: ImageSet, batch: int, threads: int, rounds: int,
+    peak: Mapping[str, float], skipped: dict[str, str], say: Say,
+) -> dict[str, Any]:  # fmt: skip
+    batch = min(batch, len(images))
+    any_model = next(iter(models.values()))
+    pixels = any_model.preprocessing.apply(images.images)
+    a_round = min(len(pixels) // batch, max(100 // batch, 5)) * batch
+    with pinned(threads):
+        contenders = list(_contenders(models, batch, threads, skipped, say))
+        pin(threads)
+        say(f"{batch} at a time on {threads}: {len(contenders)} contenders")
+        times = interleaved(contenders, pixels, batch, a_round, rounds)
+        rows = _rows(contenders, times, models, pixels, images.labels, batch, threads, peak)
+    return {"batch": batch, "threads": threads, "rounds": rounds, "images_a_round": a_round,
+            "rows": [asdict(row) for row in rows]}  # fmt: skip
+
+
+def _contenders(
+    models: Mapping[str, Checkpoint], batch: int, threads: int, skipped: dict[str, str], say: Say
+) -> Iterator[Contender]:
+    """The engine at each vector width, then every peer that is installed; ``skipped`` takes the reasons of others."""
+    for name, model in models.items():
+        gated = bool(model.graph.gates)
+        for precision, isa in _own():
+            engine = Engine(model, precision=precision, threads=threads, isa=isa)
+            computes = "kept channels" if gated else "everything"
+            yield Contender(f"manidp {isa}", name, computes, precision, _logits(engine))
+        for peer in PEERS:
+            say(f"{peer.name}, {name}")
+            try:
+                opened = peer.open(model, batch, threads)
+                opened.run(np.zeros((batch, *model.graph.input.dims), dtype=np.float32))
+            except (MissingExtraError, UnsupportedError) as error:
+                skipped[f"{peer.name}, {name}"] = str(error)
+                continue
+            except Exception as error:  # whatever a peer raises, the others are still measured
+                skipped[f"{peer.name}, {name}"] = f"{type(error).__name__}: {str(error)[:200]}"
+                continue
+            computes = "all channels, times the gate" if gated else "everything"
+            yield Contender(peer.name, name, computes, opened.precision, opened.run)
+
+
+def _own() -> list[tuple[str, str]]:
+    """The engine's own ways to run here: precision and instruction set."""
+    return [(precision, isa) for precision in PRECISIONS for isa in available_isas(precision)]
+
+
+def _logits(engine: Engine) -> Run:
+    return lambda images: engine.run(images).logits
+
+
+def interleaved(
+    contenders: Sequence[Contender], pixels: Batch, batch: int, a_round: int, rounds: int
+) -> list[NDArray[np.float64]]:
+    """Milliseconds an image of each contender, (rounds,) each; a first round warms up and is not counted."""
+    times = np.empty((len(contenders), rounds))
+    order = np.random.default_rng(0)
+    for round_ in range(-1, rounds):
+        start = max(round_, 0) * a_round % (len(pixels) - a_round + 1)
+        parts = [pixels[at : at + batch] for at in range(start, start + a_round, batch)]
+        for i in order.permutation(len(contenders)):
+            run = contenders[i].run
+            started = time.perf_counter()
+            for part in parts:
+                run(part)
+            times[i, round_] = (time.perf_counter() - started) / a_round * 1e3
+    return list(times)
+
+
+def _rows(
+    contenders: Sequence[Contender], times: Sequence[NDArray[np.float64]], models: Mapping[str, Checkpoint],
+    pixels: Batch, labels: NDArray[np.int64] | None, batch: int, threads: int, peak: Mapping[str, float],
+) -> Iterator[Row]:  # fmt: skip
+    truth = {name: Engine(model, threads=threads).run(pixels) for name, model in models.items()}
+    fastest = peak[available_isas()[0]]
+    for contender, milliseconds in zip(contenders, times, strict=True):
+        wanted = truth[contender.model]
+        logits = _all_logits(contender.run, pixels, batch)
+        answers = logits.argmax(1)
+        kept_only = contender.computes == "kept channels"
+        macs = float(wanted.macs.mean()) if kept_only else float(dense_macs(models[contender.model].graph))
+        lower, median, upper = np.percentile(milliseconds, [25, 50, 75])
+        isa = contender.runtime.removeprefix("manidp ")
+        yield Row(
+            contender.runtime, contender.model, contender.computes, contender.precision,
+            None if labels is None else int((answers == labels).sum()), len(pixels), macs, median, lower, upper,
+            macs / median * 1e3 / (peak.get(isa, fastest) * threads),
+            float(np.abs(logits - wanted.logits).max() / np.abs(wanted.logits).max()),
+            int((answers != wanted.logits.argmax(1)).sum()),
+        )  # fmt: skip
+
+
+def _all_logits(run: Run, pixels: Batch, batch: int) -> Batch:
+    """Of every image; the last batch is filled up with the first images, whose answers are then dropped."""
+    filled = np.concatenate([pixels, pixels[: -len(pixels) % batch]])
+    return np.concatenate([run(filled[at : at + batch]) for at in range(0, len(filled), batch)])[: len(pixels)]
+
+
+def _single_images(models: Mapping[str, Checkpoint], images: ImageSet, say: Say) -> list[dict[str, Any]]:
+    """Time of single images beside their multiply-adds: each the median of 15 passes over up to 1,000 images."""
+    found = []
+    with pinned(1):
+        for name, model in models.items():
+            if not model.graph.gates:
+                continue
+            say(f"single images, {name}")
+            engine = Engine(model)
+            pixels = model.preprocessing.apply(images.images[:1000])
+            macs = engine.run(pixels).macs
+            times = np.empty((15, len(pixels)))
+            for passes in times:
+                for i in range(len(pixels)):
+                    started = time.perf_counter()
+                    engine.run(pixels[i : i + 1])
+                    passes[i] = time.perf_counter() - started
+            microseconds = np.median(times, axis=0) * 1e6
+            slope, fixed = np.polyfit(macs / 1e6, microseconds, 1)
+            found.append({
+                "model": name, "macs": macs.tolist(), "microseconds": np.round(microseconds, 2).tolist(),
+                "microseconds_per_million_macs": float(slope), "fixed_microseconds": float(fixed),
+                "correlation": float(np.corrcoef(macs, microseconds)[0, 1]),
+            })  # fmt: skip
+    return found
+
+
+_FIRST_IMAGE = """
+import resource, time
+started = time.perf_counter()
+import manidp
+imported = time.perf_counter()
+engine = manidp.load("manidp-res20")
+loaded = time.perf_counter()
+from manidp.images import load_sample
+engine.run(load_sample().images[:1])
+print(imported - started, loaded - imported, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def _start_up(say: Say) -> dict[str, float]:
+    """Medians of 7 fresh processes: seconds to import, to load, from process start to result; resident MiB."""
+    say("fresh processes")
+    runs = []
+    for _ in range(7):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", _FIRST_IMAGE], capture_output=True, text=True, check=True)
+        runs.append([time.perf_counter() - started, *map(float, done.stdout.split())])
+    whole, imported, loaded, resident = np.median(runs, axis=0).tolist()
+    return {"import_seconds": imported, "load_seconds": loaded, "start_to_result_seconds": whole,
+            "resident_mebibytes": resident}  # fmt: skip
+
+
+GROWN = {
+    "resnet-20": lambda: resnet(20),
+    "resnet-32": lambda: resnet(32),
+    "resnet-56": lambda: resnet(56),
+    "imagenet-resnet-18": lambda: imagenet_resnet(18),
+    "imagenet-resnet-34": lambda: imagenet_resnet(34),
+}
+
+
+def _grown(name: str, peak: Mapping[str, float], rounds: int, skipped: dict[str, str], say: Say) -> dict[str, Any]:
+    """A network without training, thresholds calibrated so that KEEP_RATE of all channels is kept; one image a time."""
+    say(f"{name}, random weights")
+    graph = GROWN[name]()
+    height, width = graph.input.dims[1:]
+    pixels = np.random.default_rng(1).normal(size=(8, 3, height, width)).astype(np.float32)
+    dense = random_checkpoint(graph)
+    gated = calibrated(random_checkpoint(with_gates(graph)), pixels, KEEP_RATE)
+    models = {f"{name} dense": dense, f"{name} gated": gated}
+    with pinned(1):
+        contenders = [
+            contender
+            for contender in _contenders(models, 1, 1, skipped, say)
+            if contender.runtime in (f"manidp {available_isas()[0]}", "ONNX Runtime")
+        ]
+        pin(1)
+        times = interleaved(contenders, pixels, 1, len(pixels), rounds)
+        rows = list(_rows(contenders, times, models, pixels, None, 1, 1, peak))
+    return {"network": name, "keep_rate": KEEP_RATE, "dense_macs": ungated_macs(graph), "images": len(pixels),
+            "rounds": rounds, "rows": [asdict(row) for row in rows]}  # fmt: skip
+
+
+def random_checkpoint(graph: Any, seed: int = 0) -> Checkpoint:
+    """Weights that keep values near 1 whatever the graph; saliencies vary around 1 from image to image."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in graph.parameters.items():
+        if name.endswith(("moving_variance", "gamma", "fc2.bias")):
+            value = rng.uniform(0.5, 1.5, shape)
+        elif name.endswith("threshold"):
+            value = np.zeros(())
+        elif len(shape) > 1:
+            value = rng.normal(size=shape) * np.sqrt((0.2 if ".fc" in name else 2) / np.prod(shape[1:]))
+        else:
+            value = rng.normal(size=shape) * 0.2
+        weights[name] = np.asarray(value, dtype=np.float32)
+    preprocessing = Preprocessing(CIFAR10_PREPROCESSING.mean, CIFAR10_PREPROCESSING.std, graph.input.dims[1:])
+    return Checkpoint(graph, weights, preprocessing, tuple(f"class {i}" for i in range(graph.num_classes)))
+
+
+def calibrated(model: Checkpoint, pixels: Batch, keep_rate: float) -> Checkpoint:
+    """The same model with thresholds under which these images keep ``keep_rate`` of all gated channels.
+
+    Each gate's threshold is one quantile of its saliencies as they are with everything open; the quantile is found by
+    bisection, since what earlier gates close changes the later saliencies.
+    """
+    saliencies = Engine(model).run(pixels).gates
+    low, high = 0.0, 1.0
+    for _ in range(9):
+        rate = (low + high) / 2
+        thresholds = {
+            f"{name}.threshold": np.array(np.quantile(value, 1 - rate), dtype=np.float32)
+            for name, value in saliencies.items()
+        }
+        trial = Checkpoint(model.graph, {**model.weights, **thresholds}, model.preprocessing, model.classes)
+        kept = Engine(trial).run(pixels).gate_values > 0
+        low, high = (low, rate) if kept.mean() > keep_rate else (rate, high)
+    return trial
+
+
+@contextmanager
+def pinned(threads: int) -> Iterator[None]:
+    """This thread, and those it starts meanwhile, stay on ``threads`` cores; where the system can do that."""
+    if not CORES:
+        yield
+        return
+    if threads > len(CORES):
+        raise ManiDPError(f"{threads} threads were asked for; this process may use {len(CORES)} cores")
+    pin(threads)
+    try:
+        yield
+    finally:
+        pin(len(CORES))
+
+
+def pin(threads: int) -> None:
+    """To be said again once the peers are open: some pin the thread that opens them, to one core."""
+    if CORES:
+        os.sched_setaffinity(0, CORES[:threads])

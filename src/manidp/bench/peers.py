@@ -1,0 +1,140 @@
+"""Other runtimes: each opens a model at a batch size and a number of threads, and then maps a batch to logits.
+
+A runtime that knows nothing of gates computes every channel of a gated model and multiplies by the gate ("masked").
+Every peer is an optional dependency; all of them come with the extra ``bench``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.checkpoint import Checkpoint
+from manidp.errors import MissingExtraError, UnsupportedError
+
+Batch = NDArray[np.float32]
+Run = Callable[[Batch], Batch]  # normalised images (B, C, H, W) -> logits (B, classes)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to run, and the precision it is computed in."""
+
+    run: Run
+    precision: str = "float32"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``open(checkpoint, batch, threads)`` opens a model for batches of that size; ``package`` is where it is from."""
+
+    name: str
+    open: Callable[[Checkpoint, int, int], Opened]
+    package: str
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(f"{name} is not installed: pip install 'manidp[bench]'") from error
+
+
+def _onnx(checkpoint: Checkpoint, batch: int | None = None) -> bytes:
+    """The model as ONNX; with a fixed batch size if one is given."""
+    with _extra("onnx"):
+        from manidp.onnx import onnx_model
+    model = onnx_model(checkpoint)
+    if batch is not None:
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = batch
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def _onnxruntime(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
+    with _extra("onnxruntime"):
+        import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(_onnx(checkpoint, batch), options, providers=["CPUExecutionProvider"])
+    name = checkpoint.graph.input.name
+    return Opened(lambda images: np.asarray(session.run(["logits"], {name: images})[0]))
+
+
+def _openvino(precision: str | None) -> Callable[[Checkpoint, int, int], Opened]:
+    def open_(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
+        with _extra("openvino"):
+            import openvino
+        settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
+                                    "ENABLE_CPU_PINNING": False}  # fmt: skip
+        if precision is not None:
+            settings["INFERENCE_PRECISION_HINT"] = precision
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(_onnx(checkpoint, batch)), "CPU", settings)
+        request = compiled.create_infer_request()
+
+        def run(images: Batch) -> Batch:
+            request.infer([images], share_inputs=True)
+            return np.array(request.get_output_tensor(0).data)
+
+        return Opened(run, compiled.get_property("INFERENCE_PRECISION_HINT").to_string().replace("f32", "float32"))
+
+    return open_
+
+
+def _ncnn(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
+    """Takes one image at a time, whatever the batch."""
+    if checkpoint.graph.gates:
+        raise UnsupportedError("its converter does not know all operations of a gate")
+    with _extra("ncnn"):
+        import ncnn
+        import pnnx
+    net = ncnn.Net()
+    net.opt.num_threads = threads
+    for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage"):
+        setattr(net.opt, option, False)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "model.onnx")
+        source.write_bytes(_onnx(checkpoint, 1))
+        converted = subprocess.run([pnnx.EXEC_PATH, source, "fp16=0"], cwd=folder, capture_output=True, check=False)
+        parts = [Path(folder, f"model.ncnn.{part}") for part in ("param", "bin")]
+        if converted.returncode or not all(part.exists() for part in parts):
+            raise UnsupportedError(f"its converter failed with exit code {converted.returncode}")
+        net.load_param(str(parts[0]))
+        net.load_model(str(parts[1]))
+
+    def run(images: Batch) -> Batch:
+        logits = []
+        for image in images:
+            extractor = net.create_extractor()
+            extractor.input("in0", ncnn.Mat(image))
+            logits.append(np.array(extractor.extract("out0")[1]))
+        return np.stack(logits)
+
+    return Opened(run)
+
+
+def _torch(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
+    with _extra("torch"):
+        from manidp.torch.inference import compiled
+    return Opened(compiled(checkpoint, threads))
+
+
+PEERS = (
+    Peer("ONNX Runtime", _onnxruntime, "onnxruntime"),
+    Peer("OpenVINO float32", _openvino("f32"), "openvino"),
+    Peer("ncnn", _ncnn, "ncnn"),
+    Peer("torch.compile", _torch, "torch"),
+    Peer("OpenVINO, its default", _openvino(None), "openvino"),
+)

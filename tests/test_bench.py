@@ -1,0 +1,154 @@
+"""The bench: every peer gives the engine's answers, turns are fair, what is recorded can be rendered and drawn."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import manidp
+from manidp.bench import measure
+from manidp.bench.measure import Contender, calibrated, interleaved, random_checkpoint
+from manidp.bench.peers import PEERS, Batch, Opened, Peer
+from manidp.errors import ManiDPError, MissingExtraError, UnsupportedError
+from manidp.graph import resnet, with_gates
+from manidp.images import draw_sample, load_sample
+from manidp.macs import dense_macs
+from manidp.runtime.codegen import ISAS
+from manidp.runtime.engine import Engine, available_isas
+from manidp.runtime.peak import multiply_add_peak
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["dense", "gated"])
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if peer.package != "torch"], ids=lambda peer: peer.name)
+def test_a_peer_gives_the_engines_logits(peer: Peer, gated: bool) -> None:
+    model = manidp.load_model("manidp-res20" if gated else "dense-res20")
+    pixels = model.preprocessing.apply(load_sample().images[:6])
+    try:
+        opened = peer.open(model, 3, 1)
+    except MissingExtraError as error:
+        pytest.skip(str(error))
+    except UnsupportedError:
+        assert gated
+        assert peer.name == "ncnn"
+        return
+    wanted = Engine(model).run(pixels).logits
+    logits = np.concatenate([opened.run(pixels[:3]), opened.run(pixels[3:])])
+    assert logits.shape == wanted.shape
+    if opened.precision == "float32":
+        np.testing.assert_allclose(logits, wanted, atol=2e-4 * np.abs(wanted).max())
+
+
+def test_a_peer_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'manidp\[bench\]'"):
+        PEERS[0].open(manidp.load_model("dense-res20"), 1, 1)
+
+
+def test_every_contender_takes_every_image_of_a_round_once_in_each_round() -> None:
+    pixels = np.arange(30, dtype=np.float32).reshape(30, 1, 1, 1)
+    seen: dict[str, list[float]] = {"a": [], "b": []}
+
+    def contender(name: str) -> Contender:
+        def run(batch: Batch) -> Batch:
+            seen[name] += batch.ravel().tolist()
+            return batch
+
+        return Contender(name, "model", "everything", "float32", run)
+
+    times = interleaved([contender("a"), contender("b")], pixels, 5, 10, 4)
+    assert [len(each) for each in times] == [4, 4]
+    assert all((each > 0).all() for each in times)
+    assert seen["a"] == seen["b"]  # the same images for both, in the same order
+    assert seen["a"][:10] == seen["a"][10:20]  # a round to warm up, then the first that counts
+    assert len(seen["a"]) == 10 * (1 + 4)
+
+
+def test_the_peak_is_about_lanes_times_clock() -> None:
+    peaks = [multiply_add_peak(ISAS[isa], rounds=5) for isa in available_isas()]
+    for isa, peak in zip(available_isas(), peaks, strict=True):
+        # one or two vector multiply-adds a cycle (where the set has none, they take two instructions), 1 to 7 GHz
+        assert 0.25e9 < peak / ISAS[isa].lanes < 14e9
+
+
+def test_calibration_keeps_the_share_asked_for() -> None:
+    graph = with_gates(resnet(8, image=(3, 8, 8)))
+    pixels = np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)
+    model = calibrated(random_checkpoint(graph), pixels, 0.58)
+    result = Engine(model).run(pixels)
+    assert abs((result.gate_values > 0).mean() - 0.58) < 0.01
+    assert (result.macs < dense_macs(graph)).all()
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    """The whole bench in small: two peers, one of them broken, 20 images."""
+    images = load_sample()
+    chosen = draw_sample(images, 2, 0)
+    few = type(images)(images.images[chosen], images.labels[chosen], images.classes)
+
+    def broken(*_: Any) -> Opened:
+        raise RuntimeError("no such instruction")
+
+    peers = (PEERS[0], Peer("broken", broken, "broken"))
+    models = {name: manidp.load_model(name) for name in ("dense-res20", "manidp-res20")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "PEERS", peers)
+        patch.setattr(measure, "GROWN", {"resnet-8": lambda: resnet(8)})
+        return measure.bench(models, few, threads=1, batch=6, rounds=3, growth=True, say=lambda _: None)
+
+
+def test_rows_tell_accuracy_of_all_images_and_macs_of_what_was_computed(found: Any) -> None:
+    assert [(mode["batch"], mode["threads"]) for mode in found["modes"]] == [(1, 1), (6, 1)]
+    sample = load_sample()
+    chosen = draw_sample(sample, 2, 0)
+    for mode in found["modes"]:
+        assert {row["runtime"] for row in mode["rows"]} == {f"manidp {i}" for i in available_isas()} | {PEERS[0].name}
+        for row in mode["rows"]:
+            model = manidp.load(row["model"])
+            result = model.run(sample.images[chosen])
+            assert row["total"] == len(chosen)  # 20 images in batches of 6: none is left out
+            assert row["correct"] == (result.logits.argmax(1) == sample.labels[chosen]).sum()
+            skips = row["computes"] == "kept channels"
+            assert row["macs"] == (result.macs.mean() if skips else dense_macs(model.graph))
+            assert row["lower_quartile"] <= row["median"] <= row["upper_quartile"]
+            assert row["other_answers"] == 0
+            assert row["largest_difference"] < 1e-4
+    assert found["skipped"] == {
+        f"broken, {name}": "RuntimeError: no such instruction"
+        for name in ("dense-res20", "manidp-res20", "resnet-8 dense", "resnet-8 gated")
+    }
+    assert found["start_up"]["import_seconds"] < found["start_up"]["start_to_result_seconds"]
+    assert [grown["network"] for grown in found["growth"]] == ["resnet-8"]
+
+
+def test_what_was_measured_can_be_rendered_and_drawn(found: Any, tmp_path: Path) -> None:
+    path = Path(__file__).parent.parent / "benchmarks" / "render_readme.py"
+    spec = importlib.util.spec_from_file_location("render_readme", path)
+    assert spec is not None
+    assert spec.loader is not None
+    render = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(render)
+    record = json.loads(json.dumps({"data": "a few"} | found))
+    gated = next(row for row in record["modes"][0]["rows"] if row["computes"] == "kept channels")
+    assert f"{gated['median']:.3f} ms" in render.table(record)
+    assert "resnet-8" in render.full(record)
+    dense = next(r for r in record["modes"][0]["rows"] if r["runtime"] == "ONNX Runtime" and "dense" in r["model"])
+    ratio = render.ratios(record["modes"][0], f"manidp {available_isas()[0]}")["dense"]
+    assert ratio == pytest.approx(dense["median"] / gated["median"])
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from manidp.bench.plot import draw
+
+    draw(record, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_more_threads_than_cores_are_refused() -> None:
+    if not measure.CORES:
+        pytest.skip("this system cannot pin threads")
+    with pytest.raises(ManiDPError, match="may use"), measure.pinned(len(measure.CORES) + 1):
+        pass
