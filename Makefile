@@ -38,8 +38,8 @@ model: $(VENV)/.dev data  ## Train both bundled models again (hours; goes on whe
 cards: $(VENV)/.base  ## Write the bundled card of our own model, and its digests, from the bundled checkpoint
 	$(VENV)/bin/python models/make_cards.py
 
-table: $(VENV)/.base data  ## Measure both models on all test images and write the README's table
-	$(MANIDP) evaluate --data cifar10 --model dense-res20 --beside manidp-res20 --json > benchmarks/evaluation.json
+table: $(VENV)/.dev data  ## Measure beside other runtimes on all test images; write the README's table (10 minutes, machine idle)
+	$(MANIDP) bench --data cifar10 --growth --out benchmarks/bench.json --plot docs/speed.png
 	$(VENV)/bin/python benchmarks/render_readme.py
 
 figure: $(VENV)/.dev data  ## Draw the README's picture from the bundled model and all test images
@@ -52,7 +52,7 @@ $(VENV)/.base: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.base
 	$(VENV)/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)/bin/python -m pip install --quiet --editable '.[torch,plots,onnx,dev]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[torch,bench,dev]'
 	touch $@
 
 test-mindspore: .venv-mindspore/.ready  ## The tests that need MindSpore, in its own environment (numpy < 2)

@@ -1,4 +1,4 @@
-"""Write the README's table from benchmarks/evaluation.json, the recorded output of `manidp evaluate --json`.
+"""Write the README's table and benchmarks/README.md from benchmarks/bench.json, the record of `manidp bench`.
 
 `make table` measures and renders; `python benchmarks/render_readme.py` renders only; a test asserts none is due.
 """
@@ -9,35 +9,137 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RECORD = ROOT / "benchmarks" / "evaluation.json"
+RECORD = ROOT / "benchmarks" / "bench.json"
 README = ROOT / "README.md"
+FULL = ROOT / "benchmarks" / "README.md"
+MORE = "; quartiles, other vector widths, larger networks: [benchmarks](benchmarks/README.md)"
 BETWEEN = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- /table -->)", re.DOTALL)
 
 
 def table(record: dict[str, Any]) -> str:
-    """The table and the line about the machine, as markdown."""
+    """The README's table, what it says in one sentence, and the line about the machine, as markdown."""
+    single, many = record["modes"][0], record["modes"][-1]
+    own = _own(record)
     lines = [
-        "| model | right, of all CIFAR-10 test images | multiply-adds an image (mean) | time an image |",
-        "|---|---|---|---|",
+        f"| computes | runtime | right, of all {record['images']:,} test images | multiply-adds an image "
+        f"| 1 image, 1 thread | batches of {many['batch']}, {many['threads']} threads |",
+        "|---|---|---|---|---|---|",
     ]
-    for row in record["models"]:
-        share = row["mean_macs"] / row["dense_macs"]
-        saved = "" if share == 1 else f" ({1 - share:.1%} fewer)"
+    for row in single["rows"]:
+        if row["runtime"].startswith("manidp") and row["runtime"] != own:
+            continue
+        beside = _same(many, row)
+        strong = "**" if row["computes"] == "kept channels" else ""
+        runtime = row["runtime"] + ("" if row["precision"] == "float32" else " ({row['precision']})")
         lines.append(
-            f"| `{row['model']}` | {row['correct']:,} of {row['total']:,} = {row['correct'] / row['total']:.2%} "
-            f"| {row['mean_macs'] / 1e6:.2f} M{saved} | {row['milliseconds_per_image']:.3f} ms |"
+            f"| `{row['model']}`: {row['computes']} | {strong}{runtime}{strong} "
+            f"| {row['correct']:,} = {row['correct'] / row['total']:.2%} | {row['macs'] / 1e6:.2f} M "
+            f"| {strong}{row['median']:.3f} ms{strong} | {strong}{1e3 / beside['median']:,.0f} images/s{strong} |"
         )
-    machine, row = record["machine"], record["models"][0]
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("manidp", "numpy", "llvmlite") if name in machine)
+    lines += ["", _claim(record), "", _machine(record), ""]
+    return "\n".join(lines)
+
+
+def _own(record: dict[str, Any]) -> str:
+    """The engine at the width it picks by itself: the first it lists."""
+    name: str = record["modes"][0]["rows"][0]["runtime"]
+    return name
+
+
+def _same(mode: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = next(
+        other for other in mode["rows"] if (other["runtime"], other["model"]) == (row["runtime"], row["model"])
+    )
+    return found
+
+
+def ratios(mode: dict[str, Any], own: str) -> dict[str, float]:
+    """How many times faster the gated engine is than the fastest dense float32 peer, and than masked ONNX Runtime."""
+    gated = next(row for row in mode["rows"] if row["runtime"] == own and row["computes"] == "kept channels")
+    peers = [row for row in mode["rows"] if not row["runtime"].startswith("manidp") and row["precision"] == "float32"]
+    dense = min(row["median"] for row in peers if row["computes"] == "everything")
+    masked = [row["median"] for row in peers if row["runtime"] == "ONNX Runtime" and row["computes"] != "everything"]
+    return {"dense": dense / gated["median"]} | ({"masked": masked[0] / gated["median"]} if masked else {})
+
+
+def _claim(record: dict[str, Any]) -> str:
+    single, many = record["modes"][0], record["modes"][-1]
+    one, all_ = ratios(single, _own(record)), ratios(many, _own(record))
+    return (
+        f"One image at a time on one thread, the gated network takes 1/{one['dense']:.2f} of the time of the fastest "
+        f"dense float32 runtime and 1/{one['masked']:.2f} of masked ONNX Runtime; in batches on "
+        f"{many['threads']} threads 1/{all_['dense']:.2f} and 1/{all_['masked']:.2f}."
+    )
+
+
+def _machine(record: dict[str, Any]) -> str:
+    machine, mode = record["machine"], record["modes"][0]
+    versions = ", ".join(
+        f"{name} {version}" for name, version in machine.items() if name not in ("cpu", "cores", "system", "python")
+    )
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}; Python {machine['python']}, {versions}. "
+        f"Medians of {mode['rounds']} rounds, contenders in turn on the same images; multiply-adds count the "
+        f"gates' own. `make table` repeats it{MORE}."
+    )
+
+
+def full(record: dict[str, Any]) -> str:
+    """All that was measured, as markdown."""
+    lines = ["# What was measured", "", "Rendered from `bench.json` by `render_readme.py`; `make table` measures anew."]
+    lines += ["", _machine(record).replace(MORE, "")]
+    peaks = ", ".join(f"{isa} {peak / 1e9:.1f}" for isa, peak in record["peak"].items())
+    start = record["start_up"]
     lines += [
         "",
-        f"Time: this library's engine, one image at a time, {row['threads']} thread of {machine['cpu']} "
-        f"({machine['system']}), {row['precision']}, median of {row['rounds']} rounds over the test set, the models in "
-        f"turn; Python {machine['python']}, {versions}. Multiply-adds: the gates' own are counted; "
-        f"without gates the network takes {row['dense_macs']:,}.",
+        f"One core does at most, in billion multiply-adds a second, by instruction set: {peaks}. *Of peak* is the "
+        "network's multiply-adds a second over that, for other runtimes over the widest; it can pass 100 %, since "
+        "Winograd's algorithm needs fewer multiplications than a convolution has multiply-adds.",
         "",
+        f"Import {start['import_seconds']:.2f} s; load, machine code included, {start['load_seconds']:.2f} s; process "
+        f"start to first result {start['start_to_result_seconds']:.2f} s; {start['resident_mebibytes']:.0f} MiB "
+        "resident (medians of 7 processes).",
     ]
-    return "\n".join(lines)
+    for single in record["single_images"]:
+        lines += [
+            "",
+            f"Single images, `{single['model']}`, {len(single['macs']):,} test images: "
+            f"{single['fixed_microseconds']:.0f} µs and {single['microseconds_per_million_macs']:.2f} µs for each "
+            f"million multiply-adds; correlation of time and multiply-adds {single['correlation']:.2f}.",
+        ]
+    lines += ["", "![Accuracy against time, and time against multiply-adds](../docs/speed.png)"]
+    for mode in record["modes"]:
+        plural = "s" if mode["threads"] > 1 else ""
+        lines += _section(f"{mode['batch']} at a time on {mode['threads']} thread{plural}", mode, record)
+    for grown in record["growth"]:
+        note = (
+            f"{grown['network']}, random weights, {grown['keep_rate']:.0%} of gated channels kept, one at a time "
+            "on one thread"
+        )
+        lines += _section(note, grown, record)
+    if record["skipped"]:
+        lines += ["", "## Left out", "", *(f"- {name}: {reason}" for name, reason in record["skipped"].items())]
+    return "\n".join([*lines, ""])
+
+
+def _section(title: str, mode: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    found = ratios(mode, _own(record))
+    said = f"Gated engine against the fastest dense float32 peer: {found['dense']:.2f}x"
+    said += f"; against masked ONNX Runtime: {found['masked']:.2f}x." if "masked" in found else "."
+    lines = ["", f"## {title}", "", f"n = {mode['rounds']} rounds. {said}", ""]
+    lines += [
+        "| runtime | model | computes | precision | right | M multiply-adds | ms an image (quartiles) | of peak "
+        "| logits off by | other classes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in mode["rows"]:
+        right = "" if row["correct"] is None else f"{row['correct']:,} of {row['total']:,}"
+        lines.append(
+            f"| {row['runtime']} | {row['model']} | {row['computes']} | {row['precision']} | {right} "
+            f"| {row['macs'] / 1e6:.2f} | {row['median']:.3f} "
+            f"({row['lower_quartile']:.3f}, {row['upper_quartile']:.3f}) | {row['share_of_peak']:.0%} | {row['largest_difference']:.1e} | {row['other_answers']} |"
+        )
+    return lines
 
 
 def rendered(readme: str, record: dict[str, Any]) -> str:
@@ -48,4 +150,6 @@ def rendered(readme: str, record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text(), json.loads(RECORD.read_text())))
+    found = json.loads(RECORD.read_text())
+    README.write_text(rendered(README.read_text(), found))
+    FULL.write_text(full(found))

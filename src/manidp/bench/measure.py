@@ -19,7 +19,7 @@ import llvmlite.binding as llvm
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.bench.peers import PEERS, Batch, Run
+from manidp.bench.peers import PEERS, Batch, Peer, Run
 from manidp.checkpoint import Checkpoint
 from manidp.errors import ManiDPError, MissingExtraError, UnsupportedError
 from manidp.graph import imagenet_resnet, resnet, with_gates
@@ -111,7 +111,7 @@ def _mode(
     pixels = any_model.preprocessing.apply(images.images)
     a_round = min(len(pixels) // batch, max(100 // batch, 5)) * batch
     with pinned(threads):
-        contenders = list(_contenders(models, batch, threads, skipped, say))
+        contenders = list(_contenders(models, _own(), PEERS, batch, threads, skipped, say))
         pin(threads)
         say(f"{batch} at a time on {threads}: {len(contenders)} contenders")
         times = interleaved(contenders, pixels, batch, a_round, rounds)
@@ -121,16 +121,17 @@ def _mode(
 
 
 def _contenders(
-    models: Mapping[str, Checkpoint], batch: int, threads: int, skipped: dict[str, str], say: Say
-) -> Iterator[Contender]:
-    """The engine at each vector width, then every peer that is installed; ``skipped`` takes the reasons of others."""
+    models: Mapping[str, Checkpoint], own: Sequence[tuple[str, str]], peers: Sequence[Peer], batch: int, threads: int,
+    skipped: dict[str, str], say: Say,
+) -> Iterator[Contender]:  # fmt: skip
+    """The engine in its ``own`` ways, then every peer that is installed; ``skipped`` takes the reasons of others."""
     for name, model in models.items():
         gated = bool(model.graph.gates)
-        for precision, isa in _own():
+        for precision, isa in own:
             engine = Engine(model, precision=precision, threads=threads, isa=isa)
             computes = "kept channels" if gated else "everything"
             yield Contender(f"manidp {isa}", name, computes, precision, _logits(engine))
-        for peer in PEERS:
+        for peer in peers:
             say(f"{peer.name}, {name}")
             try:
                 opened = peer.open(model, batch, threads)
@@ -273,11 +274,7 @@ def _grown(name: str, peak: Mapping[str, float], rounds: int, skipped: dict[str,
     gated = calibrated(random_checkpoint(with_gates(graph)), pixels, KEEP_RATE)
     models = {f"{name} dense": dense, f"{name} gated": gated}
     with pinned(1):
-        contenders = [
-            contender
-            for contender in _contenders(models, 1, 1, skipped, say)
-            if contender.runtime in (f"manidp {available_isas()[0]}", "ONNX Runtime")
-        ]
+        contenders = list(_contenders(models, _own()[:1], PEERS[:1], 1, 1, skipped, say))
         pin(1)
         times = interleaved(contenders, pixels, 1, len(pixels), rounds)
         rows = list(_rows(contenders, times, models, pixels, None, 1, 1, peak))
