@@ -29,10 +29,14 @@ model: $(VENV)/.dev data  ## Train both bundled models again (hours; goes on whe
 	$(MANIDP) train --data cifar10 --out runs/dense-res20 --recipe models/dense-res20/recipe.toml --resume
 	cp runs/dense-res20/model.safetensors src/manidp/data/dense-res20.safetensors
 	cp runs/dense-res20/log.jsonl models/dense-res20/log.jsonl
-	$(MANIDP) train --data cifar10 --out runs/manidp-res20 --recipe models/manidp-res20/recipe.toml --resume \
+	$(MANIDP) train --data cifar10 --out runs/manidp-res20-first --recipe models/manidp-res20/recipe.toml --resume \
 		--from dense-res20 --gates --teacher dense-res20
+	cp runs/manidp-res20-first/model.safetensors runs/manidp-res20-first.safetensors
+	$(MANIDP) train --data cifar10 --out runs/manidp-res20 --recipe models/manidp-res20/second.toml --resume \
+		--from runs/manidp-res20-first.safetensors --teacher runs/manidp-res20-first.safetensors --teacher dense-res20
 	cp runs/manidp-res20/model.safetensors src/manidp/data/manidp-res20.safetensors
-	cp runs/manidp-res20/log.jsonl models/manidp-res20/log.jsonl
+	cp runs/manidp-res20-first/log.jsonl models/manidp-res20/log.jsonl
+	cp runs/manidp-res20/log.jsonl models/manidp-res20/second.jsonl
 	$(MAKE) cards
 
 cards: $(VENV)/.base  ## Write the bundled card of our own model, and its digests, from the bundled checkpoint

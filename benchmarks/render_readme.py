@@ -137,7 +137,8 @@ def _section(title: str, mode: dict[str, Any], record: dict[str, Any]) -> list[s
         lines.append(
             f"| {row['runtime']} | {row['model']} | {row['computes']} | {row['precision']} | {right} "
             f"| {row['macs'] / 1e6:.2f} | {row['median']:.3f} "
-            f"({row['lower_quartile']:.3f}, {row['upper_quartile']:.3f}) | {row['share_of_peak']:.0%} | {row['largest_difference']:.1e} | {row['other_answers']} |"
+            f"({row['lower_quartile']:.3f}, {row['upper_quartile']:.3f}) | {row['share_of_peak']:.0%} "
+            f"| {row['largest_difference']:.1e} | {row['other_answers']} |"
         )
     return lines
 

@@ -256,7 +256,8 @@ def test_training_starts_from_a_name_on_the_hub(
     assert code == 0, err
     tuned = load_checkpoint(out / "model.safetensors")
     parent = find_model("manidp-res20")
-    assert tuned.provenance["from"] == tuned.provenance["teacher"] == {"name": uid, "sha256": parent.sha256}
+    origin = {"name": uid, "sha256": parent.sha256}
+    assert (tuned.provenance["from"], tuned.provenance["teacher"]) == (origin, [origin])
     weight = "stage_1.0.conv_a.weight"
     assert np.abs(tuned.weights[weight] - parent.checkpoint.weights[weight]).max() < 1e-3
     code, _, err = run(capsys, "train", "--from", "mindspore/1.7/manidp_cifar10", *arguments)

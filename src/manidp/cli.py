@@ -238,7 +238,10 @@ def train(
         str, typer.Option(help="Without --from: resnet-20, resnet-32, ... resnet-<6n+2>.")
     ] = "resnet-20",
     gates: Annotated[bool, typer.Option("--gates", help="Give the network ManiDP's gates, if it has none.")] = False,
-    teacher: Annotated[str | None, typer.Option(help="Model to distil from; set distillation above 0.")] = None,
+    teachers: Annotated[
+        list[str] | None,
+        typer.Option("--teacher", help="Model to distil from; set distillation above 0. Several: their mean."),
+    ] = None,
     test: Annotated[Path | None, typer.Option(help="Test set for the final figures: a folder like DATA.")] = None,
     holdout: Annotated[
         int, typer.Option(help="Keep so many training images out of training, for the final figures.", min=0)
@@ -257,7 +260,7 @@ def train(
 
     job = Job(
         data=data, out=out, recipe=recipe, settings=tuple(settings or ()), start=start, network=network, gates=gates,
-        teacher=teacher, test=test, holdout=holdout, device=device, threads=threads, resume=resume,
+        teachers=tuple(teachers or ()), test=test, holdout=holdout, device=device, threads=threads, resume=resume,
         tensorboard=tensorboard,
     )  # fmt: skip
     with _progress() as bar:

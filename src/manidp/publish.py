@@ -145,10 +145,11 @@ def _trained(provenance: Mapping[str, Any]) -> Iterator[str]:
         value = provenance.get(key)
         if value:
             known = True
-            facts = value.items() if isinstance(value, Mapping) else [("", value)]
-            yield f"- {titles.get(key, key.replace('_', ' '))}: " + ", ".join(
-                f"{name} {_plain(fact)}".strip() for name, fact in facts if fact is not None
-            )
+            for one in value if isinstance(value, list) else [value]:
+                facts = one.items() if isinstance(one, Mapping) else [("", one)]
+                yield f"- {titles.get(key, key.replace('_', ' '))}: " + ", ".join(
+                    f"{name} {_plain(fact)}".strip() for name, fact in facts if fact is not None
+                )
     if not known:
         yield "Not on record."
 

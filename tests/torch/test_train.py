@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from manidp.errors import TrainingError
 from manidp.graph import resnet, with_gates
 from manidp.images import ImageSet, Preprocessing
+from manidp.torch.losses import distillation_loss
 from manidp.torch.network import Network
 from manidp.torch.recipe import Recipe, parse_setting, read_recipe
 from manidp.torch.train import EpochRecord, Training, evaluate
@@ -164,18 +165,31 @@ def test_distillation_follows_the_teacher(tmp_path: Path) -> None:
     teacher.finish()
     liar = ImageSet(image_set().images, 1 - image_set().labels, ("left", "right"))
     recipe = replace(RECIPE, distillation=1.0, augment=False, epochs=6)
-    student = Training(Network(GRAPH, seed=5), liar, PREPROCESSING, recipe, tmp_path / "s", teacher=teacher.network)
+    student = Training(Network(GRAPH, seed=5), liar, PREPROCESSING, recipe, tmp_path / "s", teachers=[teacher.network])
     list(student.epochs())
     student.finish()
     # Labels were turned round; only the teacher knows better.
     assert evaluate(student.network, image_set(), PREPROCESSING).accuracy > 0.8
 
 
+def test_of_several_teachers_the_mean_is_followed(tmp_path: Path) -> None:
+    teachers = [Network(GRAPH, seed=seed) for seed in (1, 2)]
+    training, _ = trained(tmp_path, replace(RECIPE, distillation=1.0, precision="float32"), teachers=teachers)
+    images = torch.from_numpy(PREPROCESSING.apply(image_set().images[:8]))
+    labels = torch.from_numpy(image_set().labels[:8])
+    with torch.no_grad():
+        output = training.network(images)
+        mean = (teachers[0](images).logits + teachers[1](images).logits) / 2
+        wanted = distillation_loss(output.logits, mean, RECIPE.temperature)
+        found = training._loss(output, images, labels)[0]
+    torch.testing.assert_close(found, wanted)
+
+
 def test_distillation_needs_both_a_teacher_and_a_share(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="teacher"):
         trained(tmp_path, replace(RECIPE, distillation=0.5))
     with pytest.raises(TrainingError, match="teacher"):
-        trained(tmp_path, RECIPE, teacher=Network(GRAPH))
+        trained(tmp_path, RECIPE, teachers=[Network(GRAPH)])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -283,12 +283,14 @@ def _grown(name: str, peak: Mapping[str, float], rounds: int, skipped: dict[str,
 
 
 def random_checkpoint(graph: Any, seed: int = 0) -> Checkpoint:
-    """Weights that keep values near 1 whatever the graph; saliencies vary around 1 from image to image."""
+    """Weights that keep values near 1 whatever the depth; saliencies vary around 1 from image to image."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in graph.parameters.items():
-        if name.endswith(("moving_variance", "gamma", "fc2.bias")):
+        if name.endswith(("moving_variance", "fc2.bias")):
             value = rng.uniform(0.5, 1.5, shape)
+        elif name.endswith("gamma"):
+            value = rng.uniform(0.2, 0.6, shape)  # else a residual network doubles its values with every block
         elif name.endswith("threshold"):
             value = np.zeros(())
         elif len(shape) > 1:

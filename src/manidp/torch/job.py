@@ -38,7 +38,7 @@ class Job:
     start: str | None = None
     network: str = "resnet-20"
     gates: bool = False
-    teacher: str | None = None
+    teachers: tuple[str, ...] = ()
     test: Path | None = None
     holdout: int = 0
     device: str = "cpu"
@@ -72,12 +72,14 @@ def run_job(job: Job, progress: Progress | None = None) -> Iterator[str | EpochR
     graph = _graph(job, parent, sets.train)
     recipe = _recipe(job, parent, graph)
     network = network_inheriting(graph, parent, seed=recipe.seed) if parent else Network(graph, seed=recipe.seed)
-    source = find_model(job.teacher) if job.teacher else None
-    teacher = source.checkpoint if source else None
-    if teacher and teacher.graph.num_classes != graph.num_classes:
-        raise TrainingError(f"the teacher knows {teacher.graph.num_classes} classes; the data has {graph.num_classes}")
+    teachers = [find_model(name) for name in job.teachers]
+    for teacher in teachers:
+        known = teacher.checkpoint.graph.num_classes
+        if known != graph.num_classes:
+            raise TrainingError(f"teacher {teacher.name} knows {known} classes; the data has {graph.num_classes}")
     training = Training(
-        network, sets.train, preprocessing, recipe, job.out, teacher=network_from(teacher) if teacher else None,
+        network, sets.train, preprocessing, recipe, job.out,
+        teachers=[network_from(teacher.checkpoint) for teacher in teachers],
         device=job.device, resume=job.resume, progress=progress,
     )  # fmt: skip
     writer = _tensorboard(job)
@@ -110,7 +112,7 @@ def run_job(job: Job, progress: Progress | None = None) -> Iterator[str | EpochR
         },
         "recipe": asdict(recipe),
         "from": _origin(start),
-        "teacher": _origin(source),
+        "teacher": [_origin(teacher) for teacher in teachers] or None,
         "data": {"name": sets.train_name, "images": len(sets.train), "sha256": _digest(sets.train)},
         "training": {"device": job.device, "threads": torch.get_num_threads(), "epochs": len(training.records)},
         "measured": measured,

@@ -18,8 +18,8 @@ class Recipe:
     ``keep_rate`` (share of channels, 0..1) or ``macs_budget`` (mean multiply-adds an image) is the target of gated
     training, reached at ``reach`` x ``epochs`` and held from there on; a graph with gates needs exactly one of them.
     ``ema`` averages weights and statistics over steps (0: off). ``distillation`` is the share of the loss that
-    follows the teacher. The gates' learning rate is the network's; weight decay spares them. ``compiled`` runs network
-    and teacher through torch.compile: about 1.4 times the images a second on a CPU, but it needs a C++ compiler.
+    follows the teachers. The gates' learning rate is the network's; weight decay spares them. ``compiled`` runs network
+    and teachers through torch.compile: about 1.4 times the images a second on a CPU, but it needs a C++ compiler.
     """
 
     epochs: int = 100

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,8 @@ class Training:
     """One training run in a folder; iterate over ``epochs()``, then ``finish()`` gives the network's weights.
 
     network: as made from the graph and perhaps loaded with weights. folder: holds ``state.safetensors`` (to resume
-    from) and ``log.jsonl`` (a record a line). teacher: run without gradient on the same crops. progress: called with
-    steps done and steps in all.
+    from) and ``log.jsonl`` (a record a line). teachers: run without gradient on the same crops; the network follows the
+    mean of their logits. progress: called with steps done and steps in all.
     Raises TrainingError if the folder holds another run's state and ``resume`` is set, or any and it is not.
     """
 
@@ -87,7 +87,7 @@ class Training:
         recipe: Recipe,
         folder: Path,
         *,
-        teacher: Network | None = None,
+        teachers: Sequence[Network] = (),
         device: str = "cpu",
         resume: bool = False,
         progress: Progress | None = None,
@@ -95,13 +95,12 @@ class Training:
         recipe.check(network.graph)
         if len(data) < 2:
             raise TrainingError(f"training needs at least two images; got {len(data)}")
-        if (recipe.distillation > 0) != (teacher is not None):
+        if (recipe.distillation > 0) != bool(teachers):
             raise TrainingError("distillation needs a teacher checkpoint and a weight above 0; only one was given")
         self.recipe, self.folder, self.device, self.progress = recipe, folder, device, progress
         self.network = _placed(network, device)
-        self.teacher = _placed(teacher, device).eval() if teacher else None
         self.forward = _callable(network, recipe)
-        self.teach = _callable(self.teacher, recipe) if self.teacher else None
+        self.teachers = [_callable(_placed(teacher, device).eval(), recipe) for teacher in teachers]
         self.images = _Batches(data, preprocessing, recipe, device)
         self.optimizer = torch.optim.SGD(
             _groups(network, recipe), lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True
@@ -197,10 +196,10 @@ class Training:
         recipe, logits = self.recipe, output.logits.float()
         each = F.cross_entropy(logits, labels, reduction="none")
         task = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-        if self.teach is not None:
+        if self.teachers:
             with torch.no_grad(), self._autocast():
-                teacher_logits = self.teach(images).logits.float()
-            follow = distillation_loss(logits, teacher_logits, recipe.temperature)
+                taught = torch.stack([teacher(images).logits.float() for teacher in self.teachers]).mean(0)
+            follow = distillation_loss(logits, taught, recipe.temperature)
             task = (1 - recipe.distillation) * task + recipe.distillation * follow
         sparsity = similarity = torch.zeros((), device=logits.device)
         if output.records:
