@@ -47,6 +47,7 @@ table: $(VENV)/.dev data  ## Measure beside other runtimes on all test images; w
 	$(VENV)/bin/python benchmarks/render_readme.py
 
 figure: $(VENV)/.dev data  ## Draw the README's picture from the bundled model and all test images
+	mkdir -p build
 	$(MANIDP) report build/report.html --data cifar10 --overview docs/overview.png
 
 $(VENV)/.base: pyproject.toml

@@ -30,7 +30,9 @@ def table(record: dict[str, Any]) -> str:
             continue
         beside = _same(many, row)
         strong = "**" if row["computes"] == "kept channels" else ""
-        runtime = row["runtime"] + ("" if row["precision"] == "float32" else " ({row['precision']})")
+        if row["computes"].startswith("all") and row["runtime"] != "ONNX Runtime":
+            continue
+        runtime = row["runtime"] + ("" if row["precision"] == "float32" else f" ({row['precision']})")
         lines.append(
             f"| `{row['model']}`: {row['computes']} | {strong}{runtime}{strong} "
             f"| {row['correct']:,} = {row['correct'] / row['total']:.2%} | {row['macs'] / 1e6:.2f} M "

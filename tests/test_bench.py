@@ -60,7 +60,7 @@ def test_every_contender_takes_every_image_of_a_round_once_in_each_round() -> No
 
         return Contender(name, "model", "everything", "float32", run)
 
-    times = interleaved([contender("a"), contender("b")], pixels, 5, 10, 4)
+    times = interleaved([contender("a"), contender("b")], pixels, 5, 10, 4, threads=1)
     assert [len(each) for each in times] == [4, 4]
     assert all((each > 0).all() for each in times)
     assert seen["a"] == seen["b"]  # the same images for both, in the same order

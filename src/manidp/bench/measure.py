@@ -112,9 +112,8 @@ def _mode(
     a_round = min(len(pixels) // batch, max(100 // batch, 5)) * batch
     with pinned(threads):
         contenders = list(_contenders(models, _own(), PEERS, batch, threads, skipped, say))
-        pin(threads)
         say(f"{batch} at a time on {threads}: {len(contenders)} contenders")
-        times = interleaved(contenders, pixels, batch, a_round, rounds)
+        times = interleaved(contenders, pixels, batch, a_round, rounds, threads)
         rows = _rows(contenders, times, models, pixels, images.labels, batch, threads, peak)
     return {"batch": batch, "threads": threads, "rounds": rounds, "images_a_round": a_round,
             "rows": [asdict(row) for row in rows]}  # fmt: skip
@@ -127,6 +126,7 @@ def _contenders(
     """The engine in its ``own`` ways, then every peer that is installed; ``skipped`` takes the reasons of others."""
     for name, model in models.items():
         gated = bool(model.graph.gates)
+        pin(threads)
         for precision, isa in own:
             engine = Engine(model, precision=precision, threads=threads, isa=isa)
             computes = "kept channels" if gated else "everything"
@@ -134,6 +134,7 @@ def _contenders(
         for peer in peers:
             say(f"{peer.name}, {name}")
             try:
+                pin(threads)
                 opened = peer.open(model, batch, threads)
                 opened.run(np.zeros((batch, *model.graph.input.dims), dtype=np.float32))
             except (MissingExtraError, UnsupportedError) as error:
@@ -156,7 +157,7 @@ def _logits(engine: Engine) -> Run:
 
 
 def interleaved(
-    contenders: Sequence[Contender], pixels: Batch, batch: int, a_round: int, rounds: int
+    contenders: Sequence[Contender], pixels: Batch, batch: int, a_round: int, rounds: int, threads: int
 ) -> list[NDArray[np.float64]]:
     """Milliseconds an image of each contender, (rounds,) each; a first round warms up and is not counted."""
     times = np.empty((len(contenders), rounds))
@@ -166,6 +167,7 @@ def interleaved(
         parts = [pixels[at : at + batch] for at in range(start, start + a_round, batch)]
         for i in order.permutation(len(contenders)):
             run = contenders[i].run
+            pin(threads)
             started = time.perf_counter()
             for part in parts:
                 run(part)
@@ -230,7 +232,7 @@ def _single_images(models: Mapping[str, Checkpoint], images: ImageSet, say: Say)
 
 
 _FIRST_IMAGE = """
-import resource, time
+import time
 started = time.perf_counter()
 import manidp
 imported = time.perf_counter()
@@ -238,7 +240,12 @@ engine = manidp.load("manidp-res20")
 loaded = time.perf_counter()
 from manidp.images import load_sample
 engine.run(load_sample().images[:1])
-print(imported - started, loaded - imported, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+try:  # not ru_maxrss: that begins with what the parent held
+    with open("/proc/self/status") as status:
+        resident = next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
+except OSError:
+    resident = float("nan")
+print(imported - started, loaded - imported, resident)
 """
 
 
@@ -275,8 +282,7 @@ def _grown(name: str, peak: Mapping[str, float], rounds: int, skipped: dict[str,
     models = {f"{name} dense": dense, f"{name} gated": gated}
     with pinned(1):
         contenders = list(_contenders(models, _own()[:1], PEERS[:1], 1, 1, skipped, say))
-        pin(1)
-        times = interleaved(contenders, pixels, 1, len(pixels), rounds)
+        times = interleaved(contenders, pixels, 1, len(pixels), rounds, 1)
         rows = list(_rows(contenders, times, models, pixels, None, 1, 1, peak))
     return {"network": name, "keep_rate": KEEP_RATE, "dense_macs": ungated_macs(graph), "images": len(pixels),
             "rounds": rounds, "rows": [asdict(row) for row in rows]}  # fmt: skip
@@ -338,6 +344,6 @@ def pinned(threads: int) -> Iterator[None]:
 
 
 def pin(threads: int) -> None:
-    """To be said again once the peers are open: some pin the thread that opens them, to one core."""
+    """Said again before every turn: some peers leave the thread that calls them on one core, and so its children."""
     if CORES:
         os.sched_setaffinity(0, CORES[:threads])

@@ -12,6 +12,7 @@ from manidp.files import replacing
 
 try:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullFormatter
 except ImportError as error:
     raise MissingExtraError("this needs matplotlib; install it with: pip install 'manidp[plots]'") from error
 
@@ -32,7 +33,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for computes, colour in COLOURS.items():
         left.plot([], [], "o", color=colour, label=computes)
     left.set(xscale="log", xlabel="ms an image, one at a time on one thread", ylabel="right, %")
-    left.margins(x=0.15, y=0.35)
+    left.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.3, 0.5, 0.7, 1, 2, 3, 5, 10]))
+    left.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    left.xaxis.set_minor_formatter(NullFormatter())
+    left.margins(x=0.15, y=0.45)
     left.legend(fontsize=7, loc="lower right", title="computes", title_fontsize=7)
     for single in found["single_images"]:
         macs = np.array(single["macs"]) / 1e6
