@@ -1,6 +1,7 @@
 """Training: learns, meets its target, resumes to the last bit, stops on NaN, refuses what does not fit."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +171,19 @@ def test_distillation_follows_the_teacher(tmp_path: Path) -> None:
     student.finish()
     # Labels were turned round; only the teacher knows better.
     assert evaluate(student.network, image_set(), PREPROCESSING).accuracy > 0.8
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile itself uses what torch deprecates
+def test_a_compiled_training_does_what_a_plain_one_does(tmp_path: Path) -> None:
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("torch.compile needs a C++ compiler")
+    recipe = replace(GATED, epochs=1)
+    plain, [expected] = trained(tmp_path / "plain", recipe, gates=True)
+    compiled, [record] = trained(tmp_path / "compiled", replace(recipe, compiled=True), gates=True)
+    assert record.loss == pytest.approx(expected.loss, rel=1e-3)
+    wanted = plain.network.weights()
+    for name, value in compiled.network.weights().items():
+        np.testing.assert_allclose(value, wanted[name], atol=1e-3, err_msg=name)
 
 
 def test_of_several_teachers_the_mean_is_followed(tmp_path: Path) -> None:
