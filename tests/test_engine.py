@@ -11,6 +11,7 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from engine_cases import (
@@ -45,7 +46,8 @@ from manidp.macs import macs_per_image
 from manidp.runtime import codegen
 from manidp.runtime.codegen import ISAS
 from manidp.runtime.engine import Engine, Program, available_isas, emulating_isas
-from manidp.runtime.plan import Convolve, Plan
+from manidp.runtime.ir import FLOAT, HALF
+from manidp.runtime.plan import WINOGRAD, Convolve, Plan, make_plan
 from manidp.runtime.reference import run
 from test_reference import GOLDEN, read_ckpt
 
@@ -111,6 +113,30 @@ def test_networks_of_other_kinds(isa: str) -> None:
     images = np.random.default_rng(3).normal(size=(2, 3, 21, 30)).astype(np.float32)
     weights = with_thresholds(graph, random_weights(graph), images, {gate.name: 0.6 for gate in graph.gates})
     check(graph, weights, images, isa)
+
+
+@pytest.mark.parametrize("side", WINOGRAD)
+def test_winograds_products_make_a_convolution(side: int) -> None:
+    """at [(g w g') * (bt d bt')] at' is d convolved with w, whatever the numbers."""
+    rng, way = np.random.default_rng(side), WINOGRAD[side]
+    d, w = rng.normal(size=(way.points, way.points)), rng.normal(size=(3, 3))
+    bt, g, at = (np.array(matrix) for matrix in (way.bt, way.g, way.at))
+    wanted = np.tensordot(sliding_window_view(d, (3, 3)), w, axes=2)
+    np.testing.assert_allclose(at @ ((g @ w @ g.T) * (bt @ d @ bt.T)) @ at.T, wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "lanes", "side"), [(32, 16, 4), (16, 16, 4), (8, 16, 2), (8, 4, 4), (2, 4, 2)])
+def test_the_tile_is_the_one_that_needs_the_fewest_vectors(size: int, lanes: int, side: int) -> None:
+    nodes = (
+        Input(name="image", dims=(3, size, size)),
+        Conv(name="conv", inputs=("image",), channels=4),
+        GlobalPool(name="pool", inputs=("conv",)),
+    )
+    graph = Graph(nodes, "pool")
+    for element, wanted in ((FLOAT, side), (HALF, 2)):
+        plan = make_plan(graph, random_weights(graph), lanes=lanes, element=element, scale=np.ones(3), shift=np.ones(3))
+        (step,) = [step for step in plan.steps if isinstance(step, Convolve)]
+        assert step.winograd == wanted
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden set at {GOLDEN}")

@@ -10,10 +10,10 @@ at a time. The loop that takes the time is the *tile*, K outputs x V vectors of 
                 a[k][v] += weight[lo[k]][li[j]][tap] * x[v]
 
 Weights are broadcast one by one from where they lie, so any set of channels can be skipped without packing anything.
-A Winograd convolution multiplies transformed 4x4 inputs instead of taps: 16 products make 4 outputs, not 36. It goes
-column by column of the 4x4, so that what it transforms and multiplies stays in the first-level cache; the four
-products of a column are reduced to two in registers. What tiles make goes to a scratch area, and ``finish`` makes
-outputs from it: rest of the inverse transform, bias, activation, gate, residual, pooled sums for the next gate, store.
+A Winograd convolution multiplies transformed inputs instead of taps: on tiles of 4x4 outputs, 36 products make 16
+outputs, not 144. ``transform`` puts the points of the kept inputs of a block into a scratch area; the products of each
+point are a 1x1 convolution, done by the same tile. What tiles make goes to a scratch area, too, and ``finish`` makes
+outputs from it: the inverse transform, bias, activation, gate, residual, pooled sums for the next gate, store.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ import numpy as np
 from manidp.graph import Pool
 from manidp.runtime.ir import FLOAT, HALF, Element, Function
 from manidp.runtime.plan import (
-    AT,
-    BT,
-    POINTS,
+    WINOGRAD,
     Channels,
     Convolve,
     Decide,
@@ -44,6 +42,7 @@ from manidp.runtime.plan import (
     ResetPooled,
     Unpool,
     VectorOp,
+    Winograd,
 )
 
 
@@ -95,17 +94,16 @@ class Tile:
         return (self.outputs + 1) // 2
 
 
-def tile_shape(positions: int, most_outputs: int, winograd: bool, isa: Isa) -> Tile:
+def tile_shape(positions: int, most_outputs: int, isa: Isa) -> Tile:
     """The tile that needs fewest cycles at two multiply-adds and two loads a cycle, padding of blocks counted."""
     best: tuple[float, Tile] | None = None
     needed = -(-positions // isa.lanes)
-    sums = 2 if winograd else 1  # a Winograd tile works on two points at a time
     for vectors in range(1, 9):
-        outputs = min((isa.registers - 2 - vectors) // vectors // sums, most_outputs)
+        outputs = min((isa.registers - 2 - vectors) // vectors, most_outputs)
         if outputs < 1:
             continue
         blocks = -(-needed // vectors)
-        multiplied, loaded = sums * outputs * vectors, sums * (outputs + vectors) + 1
+        multiplied, loaded = outputs * vectors, outputs + vectors + 1
         cost = max(multiplied, loaded) / multiplied * blocks * vectors / needed + 0.5 / multiplied + 0.02 * vectors
         if best is None or cost < best[0]:
             best = cost, Tile(outputs, vectors, blocks)
@@ -119,16 +117,17 @@ class _Group:
 
     inputs: int
     outputs: int
+    row: int
     kernel: int
     padding: int
-    winograd: bool
+    winograd: int
     tile: Tile
     lanes: int
 
     @property
     def geometry(self) -> _Group:
-        """The same without the numbers of channels, which most functions are told when called."""
-        return replace(self, inputs=0, outputs=0)
+        """The same without what most functions are told when called: how many channels, how far apart their weights."""
+        return replace(self, inputs=0, outputs=0, row=0)
 
     @property
     def block(self) -> int:
@@ -136,33 +135,26 @@ class _Group:
         return self.tile.vectors * self.lanes
 
     @property
-    def columns(self) -> int:
-        return len(BT) if self.winograd else 1
+    def way(self) -> Winograd:
+        return WINOGRAD[self.winograd]
 
     @property
-    def row(self) -> int:
-        """Weights from one output to the next."""
-        return self.inputs * (len(BT) if self.winograd else self.kernel**2)
+    def points(self) -> int:
+        """Products that tiles make of each output and position."""
+        return self.way.points**2 if self.winograd else 1
+
+    @property
+    def channel(self) -> int:
+        """Elements of scratch for one channel of a block, what Winograd transformed or what tiles made.
+
+        An odd number of vectors, so that neighbouring channels do not fall into the same lines of the cache.
+        """
+        return (self.points * self.tile.vectors | 1) * self.lanes
 
     @property
     def transformed(self) -> int:
-        """Floats of scratch for one column of the transformed inputs."""
-        return 2 * self.pair if self.winograd else 0
-
-    @property
-    def pair(self) -> int:
-        """Floats of scratch for two of a column's four points."""
-        return 2 * self.inputs * self.block
-
-    @property
-    def interleaved(self) -> bool:
-        """Whether a vector of transformed inputs holds two points of each of half the positions."""
-        return self.winograd and self.tile.vectors == 1
-
-    @property
-    def values(self) -> int:
-        """Vectors that tiles make of each output and vector of positions."""
-        return self.columns * len(AT) if self.winograd else 1
+        """Elements of scratch for the transformed inputs."""
+        return self.inputs * self.channel if self.winograd else 0
 
 
 @dataclass(frozen=True)
@@ -183,7 +175,10 @@ class Mask:
         return None if self.lanes is None else f"<{', '.join(f'i1 {int(lane)}' for lane in self.lanes)}>"
 
 
-_TILE = "ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, i64 %no, ptr %products, i64 %block, i64 %row, i64 %stride"
+_TILE = (
+    "ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, i64 %no, ptr %products, i64 %block, i64 %row, i64 %stride, "
+    "i64 %channel, i64 %points, i64 %step"
+)
 
 
 class Generator:
@@ -344,13 +339,14 @@ class Generator:
         group = _Group(
             inputs=step.inputs.count // node.groups,
             outputs=outputs,
+            row=step.row,
             kernel=node.kernel,
             padding=node.padding,
             winograd=step.winograd,
-            tile=tile_shape(frame.rows * frame.pitch, most, step.winograd, self.isa),
+            tile=tile_shape(frame.rows * frame.pitch, most, self.isa),
             lanes=self.lanes,
         )
-        products = (outputs + group.tile.outputs) * group.values * group.block
+        products = (outputs + group.tile.outputs) * group.channel
         self.scratch = max(self.scratch, (group.transformed + products) * self.element.size // 4)
         operands = self._operands(f, finish)
         extra = "".join(f", ptr %p{i}" for i in range(len(operands)))
@@ -386,33 +382,26 @@ class Generator:
         """Block by block, and in each block the outputs in tiles of as even a size as can be."""
         tiles = g(f"udiv i64 {g(f'add i64 %no, {group.tile.outputs - 1}')}, {group.tile.outputs}")
         products = g.at("%scratch", group.transformed)
-
         multiply = self._tiles(group, source, frame)
         finishing = self._finish(group, frame, finish, extra)
+        x, stride = ("%scratch", group.channel) if group.winograd else ("%x", source.channel)
 
-        def one_column(block: str, column: int) -> None:
-            x, stride = "%x", source.channel
+        def one_block(block: str) -> list[str]:
             if group.winograd:
-                x, stride = "%scratch", group.pair
-                transform = self._transform(group, source, frame, column)
-                g.do(f"call void @{transform}(ptr %x, ptr {x}, ptr %li, i64 %ni, i64 {block}, i64 {stride})")
-            weights = g.at("%weights", column * group.outputs * group.row)
-            of_column = g.at(products, column * len(AT) * group.block)
+                transform = self._transform(group, source, frame)
+                g.do(f"call void @{transform}(ptr %x, ptr %scratch, ptr %li, i64 %ni, i64 {block})")
 
             def one_tile(index: str) -> list[str]:
                 first = g(f"udiv i64 {g.scaled(index, '%no')}, {tiles}")
                 end = g(f"udiv i64 {g.scaled(g(f'add i64 {index}, 1'), '%no')}, {tiles}")
                 outputs = f"ptr {g.floats.at('%lo', first)}, i64 {g(f'sub i64 {end}, {first}')}"
-                into = g.at(of_column, g.scaled(first, group.values * group.block))
-                g.do(f"call void @{multiply}(ptr {x}, ptr {weights}, ptr %li, i64 %ni, {outputs}, ptr {into}, "
-                     f"i64 {block}, i64 {group.row}, i64 {stride})")  # fmt: skip
+                into = g.at(products, g.scaled(first, group.channel))
+                g.do(f"call void @{multiply}(ptr {x}, ptr %weights, ptr %li, i64 %ni, {outputs}, ptr {into}, "
+                     f"i64 {0 if group.winograd else block}, i64 {group.row}, i64 {stride}, "
+                     f"i64 {group.channel}, i64 {group.points}, i64 {group.inputs})")  # fmt: skip
                 return []
 
             g.loop(tiles, one_tile)
-
-        def one_block(block: str) -> list[str]:
-            for column in range(group.columns):
-                one_column(block, column)
             g.do(f"call void @{finishing}(ptr {products}, ptr %bias, ptr %lo, i64 %no, i64 {block}{extra})")
             return []
 
@@ -420,60 +409,75 @@ class Generator:
 
     def _tiles(self, group: _Group, source: Layout, frame: Layout) -> str:
         """The function that picks the tile for a number of outputs."""
-        tile = self._winograd_tile if group.winograd else self._direct_tile
+        tile, kernel = group.tile, 1 if group.winograd else group.kernel
+        lines, taps = [0], [(0, [Mask()] * tile.vectors)]  # a point of a Winograd convolution is a 1x1 convolution
+        if not group.winograd:
+            lines = [self._tap(source, frame, tile, u - group.padding, 0)[0] for u in range(kernel)]
+            taps = [self._tap(source, frame, tile, 0, v - group.padding) for v in range(kernel)]
+        key = ("tile", bool(group.winograd), tile.outputs, tile.vectors, tuple(lines), str(taps))
 
         def write(g: Function) -> None:
-            arms = {n: g.new_label("tile") for n in range(group.tile.least, group.tile.outputs + 1)}
+            arms = {n: g.new_label("tile") for n in range(tile.least, tile.outputs + 1)}
             cases = " ".join(f"i64 {n}, label %{arm}" for n, arm in arms.items())
-            g.do(f"switch i64 %no, label %{arms[group.tile.least]} [{cases}]")
+            g.do(f"switch i64 %no, label %{arms[tile.least]} [{cases}]")
             for n, arm in arms.items():
                 g.begin(arm)
-                name = tile(group, source, frame, n)
-                g.do(f"call void @{name}(ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, i64 %no, ptr %products, "
-                     "i64 %block, i64 %row, i64 %stride)")  # fmt: skip
+                one = self._tile(tile, n, lines, taps, packed=bool(group.winograd))
+                g.do(f"call void @{self._shared((*key, n), _TILE, one)}(ptr %x, ptr %weights, ptr %li, i64 %ni, "
+                     "ptr %lo, i64 %no, ptr %products, i64 %block, i64 %row, i64 %stride, i64 %channel, "
+                     "i64 %points, i64 %step)")  # fmt: skip
                 g.do("br label %after")
             g.begin("after")
 
-        return self._shared(("tiles", group.geometry, source, frame), _TILE, write)
+        return self._shared(key, _TILE, write)
 
-    def _direct_tile(self, group: _Group, source: Layout, frame: Layout, outputs: int) -> str:
-        """The function that multiplies and adds: ``outputs`` of a block, from all kept inputs."""
-        tile, lanes, kernel = group.tile, self.lanes, group.kernel
-        taps = [self._tap(source, frame, tile, 0, v - group.padding) for v in range(kernel)]
-        lines = [self._tap(source, frame, tile, u - group.padding, 0)[0] for u in range(kernel)]
+    def _tile(
+        self, tile: Tile, outputs: int, lines: list[int], taps: list[tuple[int, list[Mask]]], *, packed: bool
+    ) -> Callable[[Function], None]:
+        """Writes the function that multiplies and adds: ``outputs`` of a block, from all kept inputs, at each point.
+
+        ``packed``: kept inputs lie one after the other, as ``_transform`` leaves them, not where their numbers say.
+        """
+        lanes, vectors, kernel = self.lanes, tile.vectors, len(taps)
 
         def write(g: Function) -> None:
             rows = self._rows_of_weights(g, tile, outputs)
-            start = g.at("%x", g.scaled("%block", group.block))
+            start = g.at("%x", g.scaled("%block", vectors * lanes))
             masks = [[mask(g, "%block") for mask in these] for _, these in taps]
 
-            def one_input(j: str, *sums: str) -> list[str]:
-                i = g.index("%li", j)
-                x = g.at(start, g.scaled(i, "%stride"))
+            def one_point(point: str) -> list[str]:
+                here, at_point = g.scaled(point, vectors * lanes), g.scaled(point, "%step")
 
-                def one_line(u: str, *sums: str) -> list[str]:
-                    line = g.at(x, g.number(lines, u))
-                    first = g(f"add i64 {g.scaled(i, kernel**2)}, {g.scaled(u, kernel)}")
-                    totals = list(sums)
-                    for t, (offset, _) in enumerate(taps):
-                        values = [
-                            g.zero_unless(mask, g.load(line, offset + v * lanes)) for v, mask in enumerate(masks[t])
-                        ]
-                        for k in range(outputs):
-                            weight = g.splat(g.scalar(g.at(rows[k], first), t))
-                            for v, value in enumerate(values):
-                                at = k * tile.vectors + v
-                                totals[at] = g.fma(value, weight, totals[at])
-                    return totals
+                def one_input(j: str, *sums: str) -> list[str]:
+                    i = g.index("%li", j)
+                    x = g.at(start, here, g.scaled(j if packed else i, "%stride"))
 
-                return g.loop(kernel, one_line, *((g.vector, total) for total in sums))
+                    def one_line(u: str, *sums: str) -> list[str]:
+                        line = g.at(x, g.number(lines, u))
+                        first = g(f"add i64 {g.scaled(i, kernel**2)}, {g.scaled(u, kernel)}")
+                        first = g(f"add i64 {at_point}, {first}")
+                        totals = list(sums)
+                        for t, (offset, _) in enumerate(taps):
+                            values = [
+                                g.zero_unless(mask, g.load(line, offset + v * lanes)) for v, mask in enumerate(masks[t])
+                            ]
+                            for k in range(outputs):
+                                weight = g.splat(g.scalar(g.at(rows[k], first), t))
+                                for v, value in enumerate(values):
+                                    totals[k * vectors + v] = g.fma(value, weight, totals[k * vectors + v])
+                        return totals
 
-            zeros = [(g.vector, "zeroinitializer")] * (outputs * tile.vectors)
-            for at, total in enumerate(g.loop("%ni", one_input, *zeros)):
-                g.store(total, "%products", at * lanes)
+                    return g.loop(kernel, one_line, *((g.vector, total) for total in sums))
 
-        key = ("tile", "direct", outputs, tile.vectors, tile.least, tuple(lines), str(taps))
-        return self._shared(key, _TILE, write)
+                zeros = [(g.vector, "zeroinitializer")] * (outputs * vectors)
+                for at, total in enumerate(g.loop("%ni", one_input, *zeros)):
+                    k, v = divmod(at, vectors)
+                    g.store(total, g.at("%products", g.scaled("%channel", k), here), v * lanes)
+                return []
+
+            g.loop("%points", one_point)
+
+        return write
 
     def _rows_of_weights(self, g: Function, tile: Tile, outputs: int) -> list[str]:
         """Pointers to the weights of the outputs of a tile; one that is not full does its last output again."""
@@ -483,83 +487,37 @@ class Generator:
             positions = [g(f"call i64 @llvm.umin.i64(i64 {last}, i64 {k})") for k in positions]
         return [g.at("%weights", g.scaled(g.index("%lo", position), "%row")) for position in positions]
 
-    def _winograd_tile(self, group: _Group, source: Layout, frame: Layout, outputs: int) -> str:
-        """The same for one column of a Winograd convolution: products 1 and 2 first, then 0 and 3.
+    def _transform(self, group: _Group, source: Layout, frame: Layout) -> str:
+        """The function that makes bt d bt' of every kept input, d the inputs around a tile's outputs.
 
-        With sum and difference of the first two in its registers, the tile goes on to AT times all four. With only
-        one vector of positions, the two products are interleaved, so that one load broadcasts weights for both.
+        It goes by pairs of columns, as many as the registers hold.
         """
-        tile, vectors, block, lanes = group.tile, group.tile.vectors, group.block, self.lanes
-        halves = range(2)
+        way, size = group.way, range(group.way.points)
+        arguments = "ptr %x, ptr %into, ptr %li, i64 %ni, i64 %block"
 
         def write(g: Function) -> None:
-            rows = self._rows_of_weights(g, tile, outputs)
-            of_a_point = outputs * vectors
-
-            def one_pair(pair: str, *before: str) -> list[str]:
-                """The second time, what came before are products 1 and 2; the first time, zeros."""
-                inputs, sums = g.at("%x", g.scaled(pair, "%stride")), list(before)
-                if group.interleaved:
-                    sums = [g.fma(total, g.constant(1, -1), g.swap(total)) for total in before]
-                else:
-                    two = list(zip(before[:of_a_point], before[of_a_point:], strict=True))
-                    sums = [g.arithmetic(operation, a, b) for operation in ("fadd", "fsub") for a, b in two]
-
-                def one_input(j: str, *sums: str) -> list[str]:
-                    first = g(f"add i64 {g.scaled(g.index('%li', j), len(BT))}, {second}")
-                    x = g.at(inputs, g.scaled(j, 2 * block))
-                    values = [[g.load(x, point * block + v * lanes) for v in range(vectors)] for point in halves]
-                    totals = list(sums)
-                    for k in range(outputs):
-                        weights = g.at(rows[k], first)
-                        both = g.splat_pair(weights) if group.interleaved else ""
-                        for point in halves:
-                            weight = both or g.splat(g.scalar(weights, point))
-                            for v, value in enumerate(values[point]):
-                                at = (point * outputs + k) * vectors + v
-                                totals[at] = g.fma(value, weight, totals[at])
-                    return totals
-
-                second = g.scaled(pair, 2)
-                return g.loop("%ni", one_input, *((g.vector, total) for total in sums))
-
-            sums = g.loop(2, one_pair, *[(g.vector, "zeroinitializer")] * (2 * of_a_point))
-            if group.interleaved:
-                two = list(zip(sums[:outputs], sums[outputs:], strict=True))
-                sums = [g.separate(a, b)[half] for half in halves for a, b in two]
-            for at, total in enumerate(sums):
-                half, k, v = at // of_a_point, at // vectors % outputs, at % vectors
-                g.store(total, "%products", (k * group.values + half) * block + v * lanes)
-
-        return self._shared(("tile", "winograd", outputs, vectors, tile.least), _TILE, write)
-
-    def _transform(self, group: _Group, source: Layout, frame: Layout, column: int) -> str:
-        """The function that makes one column of BT d B of every kept input, d the 4x4 inputs around 2x2 outputs."""
-        size = range(len(BT))
-        used = [j for j in size if BT[column][j]]
-
-        def write(g: Function) -> None:
-            start = g.scaled("%block", group.block)
-
             def one_input(k: str) -> list[str]:
-                x = g.at("%x", g.scaled(g.index("%li", k), source.channel), start)
-                into = g.at("%into", g.scaled(k, 2 * group.block))
-                for v in range(group.tile.vectors):
-                    d = {(i, j): self._neighbour(g, x, source, frame, group.tile, v, i - 1, j - 1)
-                         for i in size for j in used}  # fmt: skip
-                    rows = [g.combine([BT[column][j] for j in used], [d[i, j] for j in used]) for i in size]
-                    points = [g.combine(BT[point], rows) for point in POINTS]
-                    if group.interleaved:
-                        points = [*g.interleave(*points[:2]), *g.interleave(*points[2:])]
-                    for place, point in enumerate(points):
-                        pair, second = divmod(place, 2)
-                        g.store(point, g.at(into, g.scaled("%pair", pair)), second * group.block + v * self.lanes)
+                map_ = g.at("%x", g.scaled(g.index("%li", k), source.channel))
+                channel = g.at("%into", g.scaled(k, group.channel))
+
+                def one_vector(v: str, block: str) -> None:
+                    x, into = g.at(map_, g.scaled(block, self.lanes)), g.at(channel, g.scaled(v, self.lanes))
+                    for first in range(0, way.points, 2):
+                        pair = way.bt[first : first + 2]
+                        used = [j for j in size if any(row[j] for row in pair)]
+                        of_pair = [[row[j] for j in used] for row in pair]
+                        d = [[self._neighbour(g, x, block, source, frame, i - 1, j - 1) for j in used] for i in size]
+                        columns = zip(*(g.multiply(of_pair, row) for row in d), strict=True)
+                        for column, values in enumerate(columns, first):
+                            for point, value in enumerate(g.multiply(way.bt, values)):
+                                g.store(value, into, (column * way.points + point) * group.block)
+
+                _vectors(g, group.tile, _single(frame, self.lanes), one_vector)
                 return []
 
             g.loop("%ni", one_input)
 
-        arguments = "ptr %x, ptr %into, ptr %li, i64 %ni, i64 %block, i64 %pair"
-        return self._shared(("transform", group.geometry, source, frame, column), arguments, write)
+        return self._shared(("transform", group.geometry, source, frame), arguments, write)
 
     def _tap(self, source: Layout, frame: Layout, tile: Tile, down: int, right: int) -> tuple[int, list[Mask]]:
         """Where the elements ``down`` and ``right`` of the block's own lie, and the lanes that do not wrap around."""
@@ -572,49 +530,51 @@ class Generator:
         phase = row_phase * source.phases + column_phase
         return phase * source.plane + rows * source.pitch + columns, masks
 
-    def _neighbour(
-        self, g: Function, x: str, source: Layout, frame: Layout, tile: Tile, vector: int, down: int, right: int
-    ) -> str:
-        """The elements ``down`` and ``right`` of a vector's own, zeros outside the map."""
-        offset, masks = self._tap(source, frame, tile, down, right)
+    def _neighbour(self, g: Function, x: str, block: str, source: Layout, frame: Layout, down: int, right: int) -> str:
+        """The elements ``down`` and ``right`` of those of a block of one vector, zeros outside the map."""
+        tile = _single(frame, self.lanes)
+        offset, (same_row,) = self._tap(source, frame, tile, down, right)
         (_, rows), (_, columns) = source.reach(down), source.reach(right)
 
         def inside(row: int, column: int) -> bool:
             return 0 <= row + rows < source.rows and 0 <= column + columns < source.pitch
 
-        mask = self._mask(frame, 0, tile, vector, inside)
+        mask = self._mask(frame, 0, tile, 0, inside)
         if mask.table:
-            mask = masks[vector]  # what lies above and below the map is zero anyway
-        offset += vector * self.lanes
+            mask = same_row  # what lies above and below the map is zero anyway
         before, shift = divmod(offset, self.lanes)
         if not shift or not self.isa.permutes or mask.table:
-            return g.zero_unless(mask(g, "%block"), g.load(x, offset))
+            return g.zero_unless(mask(g, block), g.load(x, offset))
         # loads that cross cache lines are slow: put the lanes together from aligned vectors
         kept = mask.lanes or (True,) * self.lanes
         lanes = [shift + lane if kept[lane] else None for lane in range(self.lanes)]
         sides = [any(lane is not None and (lane >= self.lanes) == side for lane in lanes) for side in (False, True)]
         low, high = (g.load(x, (before + side) * self.lanes) if sides[side] else "poison" for side in range(2))
-        return g.zero_unless(mask(g, "%block"), g.shuffle(g.vector, low, lanes, high))
+        return g.zero_unless(mask(g, block), g.shuffle(g.vector, low, lanes, high))
 
     def _finish(self, group: _Group, frame: Layout, finish: Finish, extra: str) -> str:
         """The function that makes outputs of a block from what tiles made, and does what follows."""
-        tile = group.tile
+        tile = _single(frame, self.lanes)
 
         def write(g: Function) -> None:
-            start = g.scaled("%block", group.block)
-
             def one_output(k: str) -> list[str]:
                 channel = g.index("%lo", k)
-                element = _Element(self, g, frame, finish, channel, start)
                 bias = g.splat_float("%bias", channel)
-                products = g.at("%products", g.scaled(k, group.values * group.block))
-                for v in range(tile.vectors):
-                    y = [g.load(products, n * group.block + v * self.lanes) for n in range(group.values)]
+                products = g.at("%products", g.scaled(k, group.channel))
+
+                def one_vector(v: str, block: str) -> None:
+                    element = _Element(self, g, frame, finish, channel, g.scaled(block, self.lanes))
+                    here = g.at(products, g.scaled(v, self.lanes))
+                    y = [g.load(here, n * group.block) for n in range(group.points)]
                     if group.winograd:
-                        y = [g.combine(half, y[i :: len(AT)]) for i in range(len(AT)) for half in AT]
+                        at, size = group.way.at, group.way.points
+                        columns = [g.multiply(at, y[first : first + size]) for first in range(0, size**2, size)]
+                        y = [value for row in zip(*columns, strict=True) for value in g.multiply(at, row)]
                     for phase, value in enumerate(y):
-                        element.make(phase, v, tile, "%block", g.arithmetic("fadd", value, bias))
-                element.pool()
+                        element.make(phase, tile, block, g.arithmetic("fadd", value, bias))
+                    element.pool()
+
+                _vectors(g, group.tile, tile, one_vector)
                 return []
 
             g.loop("%no", one_output)
@@ -646,7 +606,7 @@ class Generator:
         source = self.plan.maps[step.source].layout if step.source else None
         operands = self._operands(f, finish)
         extra = "".join(f", ptr %p{i}" for i in range(len(operands)))
-        tile = Tile(1, 1, -(-frame.rows * frame.pitch // self.lanes))
+        tile = _single(frame, self.lanes)
 
         def write(g: Function) -> None:
             def one_channel(j: str) -> list[str]:
@@ -663,7 +623,7 @@ class Generator:
                             y = self._window(g, source, frame, tile, pool, g.at(x, start), block)
                         else:
                             y = g.load(g.at(x, start), phase * source.plane)
-                        element.make(phase, 0, tile, block, y)
+                        element.make(phase, tile, block, y)
                     element.pool()
                     return []
 
@@ -791,46 +751,55 @@ class Generator:
              f"ptr {everything}, i64 {source.channels})")  # fmt: skip
 
     def _copy(self, source: Layout, target: Layout, given: Element, wanted: Element) -> str:
-        """The function that copies channels from one phase into several or from several into one.
+        """The function that copies channels from few phases into more or from more into few.
 
-        ``given`` and ``wanted`` are the elements of source and target.
+        The one number of phases divides the other. ``given`` and ``wanted`` are the elements of source and target.
         """
-        apart = source.phases == 1  # several, in whichever of the two layouts has them
-        many, one = (target, source) if apart else (source, target)
-        of_many, of_one = (wanted, given) if apart else (given, wanted)
+        apart = source.phases < target.phases  # more, in whichever of the two layouts has them
+        more, few = (target, source) if apart else (source, target)
+        of_more, of_few = (wanted, given) if apart else (given, wanted)
+        ratio = more.phases // few.phases
 
         def write(g: Function) -> None:
             def one_channel(j: str) -> list[str]:
                 channel = g.index("%list", j)
                 x = g.at("%x", g.scaled(channel, source.channel), element=given)
                 into = g.at("%into", g.scaled(channel, target.channel), element=wanted)
-                first_one, first_many = (x, into) if apart else (into, x)
+                first_few, first_more = (x, into) if apart else (into, x)
+                for phase in range(few.phases**2):
+                    one_phase(phase, first_few, first_more)
+                return []
+
+            def one_phase(phase: int, first_few: str, first_more: str) -> None:
+                """A phase of the few is a map that the other layout has in ``ratio`` phases."""
+                height, width = few.valid(phase)
+                part = replace(more, height=height, width=width, phases=ratio)
+                down, right = divmod(phase, few.phases)
 
                 def one_row(y: int, row: str) -> None:
-                    in_one = g.scaled(g(f"add i64 {g.scaled(row, many.phases)}, {y}"), one.pitch)
-                    line = g.at(first_one, in_one, element=of_one)
-                    above = y * many.phases * many.plane
-                    planes = g.at(first_many, above, g.scaled(row, many.pitch), element=of_many)
-                    for first, length in _pieces(many, self.lanes):
+                    in_few = g.scaled(g(f"add i64 {g.scaled(row, ratio)}, {y}"), few.pitch)
+                    line = g.at(first_few, phase * few.plane, in_few, element=of_few)
+                    above = (down + y * few.phases) * more.phases + right
+                    planes = g.at(first_more, above * more.plane, g.scaled(row, more.pitch), element=of_more)
+                    for first, length in _pieces(part, self.lanes):
                         whole = f"<{length} x {wanted.name}>"
-                        at = g.at(line, first * many.phases, element=of_one)
+                        at = g.at(line, first * ratio, element=of_few)
                         joined = g.convert(g.get(at, given, length), given, wanted, length) if apart else "poison"
-                        for phase in range(min(many.phases, length)):
-                            lanes = range(phase, length, many.phases)
-                            place = g.at(planes, phase * many.plane + first, element=of_many)
+                        for column in range(min(ratio, length)):
+                            lanes = range(column, length, ratio)
+                            place = g.at(planes, column * few.phases * more.plane + first, element=of_more)
                             if apart:
                                 g.put(g.shuffle(whole, joined, lanes), place, wanted, len(lanes))
                                 continue
                             value = g.convert(g.get(place, given, len(lanes)), given, wanted, len(lanes))
-                            spread = [i // many.phases if i in lanes else None for i in range(length)]
+                            spread = [i // ratio if i in lanes else None for i in range(length)]
                             value = g.shuffle(f"<{len(lanes)} x {wanted.name}>", value, spread)
                             chosen = [i + length if i in lanes else i for i in range(length)]
                             joined = g.shuffle(whole, joined, chosen, value)
                         if not apart:
                             g.put(joined, at, wanted, length)
 
-                _rows(g, many, one_row)
-                return []
+                _rows(g, part, one_row)
 
             g.loop("%n", one_channel)
 
@@ -976,7 +945,7 @@ _START = {"average": 0.0, "max": -np.inf}  # of pooled sums and maxima
 
 
 class _Element:
-    """What becomes of the values of one channel and block: operations, store, pooled sums."""
+    """What becomes of the values of one channel and vector: operations, store, pooled sums."""
 
     def __init__(
         self, generator: Generator, g: Function, frame: Layout, finish: Finish, channel: str, start: str
@@ -999,9 +968,9 @@ class _Element:
         self.sums = [(kind, g.floats.at(next(pointers), g.scaled(channel, g.lanes))) for kind, _ in finish.pooled]
         self.totals: dict[str, str] = {}
 
-    def make(self, phase: int, vector: int, tile: Tile, block: str, y: str) -> None:
+    def make(self, phase: int, tile: Tile, block: str, y: str) -> None:
         """Do it for one vector of a phase."""
-        g, offset = self.g, phase * self.frame.plane + vector * self.g.lanes
+        g, offset = self.g, phase * self.frame.plane
         for op, operands in zip(self.finish.ops, self.operands, strict=True):
             if op.kind == "activate":
                 y = g.activate(str(op.operand), g.spoil(y))
@@ -1013,7 +982,7 @@ class _Element:
                 y = g.arithmetic("fadd" if op.kind == "add" else "fmul", y, g.load(operands[0], offset))
         if not self.finish.ops or self.finish.ops[-1].kind != "activate":  # activations do not overflow
             y = g.spoil(y)
-        mask = self.generator._mask(self.frame, phase, tile, vector, None)(g, block)
+        mask = self.generator._mask(self.frame, phase, tile, 0, None)(g, block)
         if self.into:
             g.store(y, self.into, offset, mask)
         for kind, _ in self.sums:
@@ -1037,6 +1006,25 @@ def _signature(finish: Finish) -> object:
     """What the code of a finish depends on, names and places aside."""
     ops = tuple((op.kind, op.operand if op.kind == "activate" else None) for op in finish.ops)
     return ops, finish.stored, tuple(kind for kind, _ in finish.pooled)
+
+
+def _single(frame: Layout, lanes: int) -> Tile:
+    """A map walked vector by vector."""
+    return Tile(1, 1, -(-frame.rows * frame.pitch // lanes))
+
+
+def _vectors(g: Function, tile: Tile, single: Tile, write: Callable[[str, str], None]) -> None:
+    """``write(v, its number in the map)`` for the vectors of %block that lie in the map."""
+    first = g.scaled("%block", tile.vectors)
+    count: str | int = tile.vectors
+    if single.blocks % tile.vectors:
+        count = g(f"call i64 @llvm.umin.i64(i64 {count}, i64 {g(f'sub i64 {single.blocks}, {first}')})")
+
+    def one_vector(v: str) -> list[str]:
+        write(v, g(f"add i64 {first}, {v}"))
+        return []
+
+    g.loop(count, one_vector)
 
 
 def _dense(layout: Layout) -> Layout:

@@ -15,12 +15,11 @@ Body = Callable[..., Sequence[str]]
 
 @dataclass(frozen=True)
 class Element:
-    """A type of number as LLVM names it: ``suffix`` in the names of intrinsics, ``pair`` a type of twice its size."""
+    """A type of number as LLVM names it; ``suffix`` in the names of intrinsics."""
 
     name: str
     suffix: str
     size: int
-    pair: str
 
     def literal(self, value: float) -> str:
         """A number as LLVM writes it."""
@@ -29,8 +28,8 @@ class Element:
         return f"0x{np.float64(np.float32(value)).view(np.uint64):016X}"
 
 
-FLOAT = Element("float", "f32", 4, "double")
-HALF = Element("half", "f16", 2, "float")
+FLOAT = Element("float", "f32", 4)
+HALF = Element("half", "f16", 2)
 
 
 class Function:
@@ -191,31 +190,6 @@ class Function:
         one = self(f"insertelement {self.vector} poison, {self.element.name} {value}, i64 0")
         return self(f"shufflevector {self.vector} {one}, {self.vector} poison, <{self.lanes} x i32> zeroinitializer")
 
-    def splat_pair(self, pointer: str) -> str:
-        """The two elements at a pointer, again and again."""
-        pair = self.element.pair
-        pairs = f"<{self.lanes // 2} x {pair}>"
-        both = self(f"load {pair}, ptr {pointer}, align {self.element.size}")
-        one = self(f"insertelement {pairs} poison, {pair} {both}, i64 0")
-        every = self(f"shufflevector {pairs} {one}, {pairs} poison, <{self.lanes // 2} x i32> zeroinitializer")
-        return self(f"bitcast {pairs} {every} to {self.vector}")
-
-    def interleave(self, a: str, b: str) -> tuple[str, str]:
-        """Two vectors of pairs: lanes 0, 1, 4, 5, ... of both, and lanes 2, 3, 6, 7, ... (one instruction each)."""
-        fours, other = range(0, self.lanes, 4), self.lanes
-        low = [lane for four in fours for lane in (four, four + other, four + 1, four + other + 1)]
-        return self.shuffle(self.vector, a, low, b), self.shuffle(self.vector, a, [lane + 2 for lane in low], b)
-
-    def separate(self, a: str, b: str) -> tuple[str, str]:
-        """What ``interleave`` was given."""
-        fours, other = range(0, self.lanes, 4), self.lanes
-        first = [lane for four in fours for lane in (four, four + 2, four + other, four + other + 2)]
-        return self.shuffle(self.vector, a, first, b), self.shuffle(self.vector, a, [lane + 1 for lane in first], b)
-
-    def swap(self, a: str) -> str:
-        """The two lanes of each pair exchanged."""
-        return self.shuffle(self.vector, a, [lane ^ 1 for lane in range(self.lanes)])
-
     def constant(self, *values: float) -> str:
         """The values again and again."""
         lanes = [f"{self.element.name} {self.element.literal(value)}" for value in values]
@@ -266,27 +240,47 @@ class Function:
 
     def combine(self, coefficients: Sequence[float], values: Sequence[str]) -> str:
         """The sum of coefficient * value, terms with coefficient 0 left out."""
-        terms = sorted(
-            ((c, v) for c, v in zip(coefficients, values, strict=True) if c != 0), key=lambda term: term[0] < 0
-        )
-        (first, total), rest = terms[0], terms[1:]
+        terms = [(c, v) for c, v in zip(coefficients, values, strict=True) if c != 0]
+        (first, total), *rest = sorted(terms, key=lambda term: (term[0] != 1, term[0] < 0))
         if first != 1:
             total = self.arithmetic("fmul", total, self.constant(first))
         for coefficient, value in rest:
-            if abs(coefficient) == 1:
-                total = self.arithmetic("fadd" if coefficient > 0 else "fsub", total, value)
-            else:
-                total = self.fma(value, self.constant(coefficient), total)
+            total = self.add_multiple(total, coefficient, value)
         return total
+
+    def add_multiple(self, total: str, coefficient: float, value: str) -> str:
+        if abs(coefficient) == 1:
+            return self.arithmetic("fadd" if coefficient > 0 else "fsub", total, value)
+        return self.fma(value, self.constant(coefficient), total)
+
+    def multiply(self, matrix: Sequence[Sequence[float]], values: Sequence[str]) -> list[str]:
+        """Matrix times values; sums and differences serve all neighbouring pairs that differ in signs only."""
+        coefficients, terms = np.array(matrix, dtype=np.float64), list(values)
+        for j in range(0, len(terms) - 1, 2):
+            a, b = coefficients.T[j : j + 2]
+            if np.array_equal(abs(a), abs(b)):
+                terms[j : j + 2] = [self.arithmetic(way, *terms[j : j + 2]) for way in ("fadd", "fsub")]
+                coefficients.T[j : j + 2] = (a + b) / 2, (a - b) / 2
+        made: list[str] = []
+        for i in range(0, len(coefficients), 2):
+            rows = coefficients[i : i + 2]
+            if len(rows) == 2 and np.array_equal(*abs(rows)):
+                same, other = (rows[0] + rows[1]) / 2, (rows[0] - rows[1]) / 2
+                sizes = set(abs(other[other != 0]))
+                size = sizes.pop() if len(sizes) == 1 else 1.0
+                total, difference = self.combine(same, terms), self.combine(other / size, terms)
+                made += [self.add_multiple(total, sign * size, difference) for sign in (1, -1)]
+            else:
+                made += [self.combine(row, terms) for row in rows]
+        return made
 
     def activate(self, kind: str, y: str) -> str:
         if kind == "relu":
-            return self.maximum(y, self.constant(0))
+            return self.maximum(self.constant(0), y)  # in this order NaN goes through, to be seen in the logits
         if kind == "relu6":
-            return self.minimum(self.maximum(y, self.constant(0)), self.constant(6))
+            return self.minimum(self.constant(6), self.maximum(self.constant(0), y))
         if kind in ("hardsigmoid", "hardswish"):
-            shifted = self.arithmetic("fadd", y, self.constant(3))
-            clipped = self.minimum(self.maximum(shifted, self.constant(0)), self.constant(6))
+            clipped = self.activate("relu6", self.arithmetic("fadd", y, self.constant(3)))
             sixth = self.arithmetic("fmul", clipped, self.constant(1 / 6))
             return sixth if kind == "hardsigmoid" else self.arithmetic("fmul", y, sixth)
         return self.convert(self.floats._sigmoid(kind, self.widen(y)), FLOAT, self.element, self.lanes)

@@ -2,8 +2,8 @@
 
 Feature maps lie channel by channel in *phases*: with S phases, element (y, x) of a channel is found in phase
 (y mod S, x mod S) at row y // S, column x // S. A strided convolution reads S = stride, a Winograd convolution reads
-and writes S = 2, so that both load neighbouring outputs' inputs from neighbouring addresses. Between the planes lie
-gaps of zeros, which serve as the padding above and below; nothing ever writes to them.
+and writes S = side of its tiles of outputs, so that both load neighbouring outputs' inputs from neighbouring addresses.
+Between the planes lie gaps of zeros, which serve as the padding above and below; nothing ever writes to them.
 
 Convolutions and pools start a step; the pointwise nodes that follow are fused into it as far as each value has one
 reader. Which channels a step may leave out comes from ``Graph.wanted_by`` and ``Graph.zeroed_by`` alone.
@@ -41,11 +41,51 @@ from manidp.runtime.ir import FLOAT, Element
 Array = NDArray[Any]
 Key = tuple[str, int]  # a feature map: name of the value, number of phases
 
-# Winograd's F(2x2, 3x3): output = AT [(G weight G') * (BT input B)] A on tiles of 4x4 inputs and 2x2 outputs.
-BT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
-G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
-AT = ((1, 1, 1, 0), (0, 1, -1, -1))
-POINTS = (1, 2, 0, 3)  # order in which the products of a column are made; the weights of the last change their sign
+
+@dataclass(frozen=True)
+class Winograd:
+    """F(m x m, 3x3): output = at [(g weight g') * (bt input bt')] at' on tiles of m outputs and m + 2 inputs a side.
+
+    The m + 2 points come in pairs x, -x first, 0 and infinity last: rows (columns of ``at``) of a pair differ only in
+    signs, so that what belongs to a pair is made of one sum and one difference.
+    """
+
+    bt: tuple[tuple[float, ...], ...]
+    g: tuple[tuple[float, ...], ...]
+    at: tuple[tuple[float, ...], ...]
+
+    @property
+    def points(self) -> int:
+        """Points a side, so that points^2 products make m^2 outputs."""
+        return len(self.bt)
+
+
+WINOGRAD = {
+    2: Winograd(
+        bt=((0, 1, 1, 0), (0, -1, 1, 0), (1, 0, -1, 0), (0, -1, 0, 1)),
+        g=((1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (1, 0, 0), (0, 0, 1)),
+        at=((1, 1, 1, 0), (1, -1, 0, 1)),
+    ),
+    4: Winograd(
+        bt=(
+            (0, -4, -4, 1, 1, 0),
+            (0, 4, -4, -1, 1, 0),
+            (0, -2, -1, 2, 1, 0),
+            (0, 2, -1, -2, 1, 0),
+            (4, 0, -5, 0, 1, 0),
+            (0, 4, 0, -5, 0, 1),
+        ),
+        g=(
+            (-1 / 6, -1 / 6, -1 / 6),
+            (-1 / 6, 1 / 6, -1 / 6),
+            (1 / 24, 1 / 12, 1 / 6),
+            (1 / 24, -1 / 12, 1 / 6),
+            (1 / 4, 0, 0),
+            (0, 0, 1),
+        ),
+        at=((1, 1, 1, 1, 1, 0), (1, -1, 2, -2, 0, 0), (1, 1, 4, 4, 0, 0), (1, -1, 8, -8, 0, 1)),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -132,12 +172,17 @@ class Relayout:
 
 @dataclass(frozen=True)
 class Convolve:
-    """A convolution and what follows it; ``weights`` and ``bias`` are offsets among the constants."""
+    """A convolution and what follows it; ``weights`` and ``bias`` are offsets among the constants.
+
+    The weights of one output are ``row`` elements behind those of the one before.
+    ``winograd`` is the side of its tiles of outputs, 0 for a direct convolution.
+    """
 
     node: Conv
     source: Key
-    winograd: bool
+    winograd: int
     weights: int
+    row: int
     bias: int
     inputs: Channels
     outputs: Channels
@@ -436,16 +481,21 @@ class _Planner:
             weight, bias = weight * scale[:, None, None, None], bias * scale + shift
         winograd = self._winograd(node)
         if winograd:
-            points = weight.reshape(*weight.shape[:2], 9) @ np.kron(G, G).T  # the same as G weight G'
-            points = points.reshape(*weight.shape[:2], 4, 4).transpose(3, 0, 1, 2)  # column first
-            weight = points[..., POINTS] * (1, 1, 1, -1)
+            way = WINOGRAD[winograd]
+            points = weight.reshape(*weight.shape[:2], 9) @ np.kron(way.g, way.g).T  # the same as g weight g'
+            points = points.reshape(*weight.shape[:2], way.points, way.points)
+            # of each output point by point, column first, so that a tile reads as many streams as it has outputs;
+            # in an odd number of cache lines, so that the streams do not fall into the same lines of the cache
+            weight = points.transpose(0, 3, 2, 1).reshape(node.channels, -1)
+            line = 64 // self.element.size
+            weight = np.pad(weight, ((0, 0), (0, (-(-weight.shape[1] // line) | 1) * line - weight.shape[1])))
         most = np.finfo(f"f{self.element.size}").max
         if (np.abs(weight) > most).any():
             raise UnsupportedError(f"node '{node.name}': weights up to {most:.6g} can be run in this precision")
-        packed = self.constants.add(weight, self.element), self.constants.add(bias)
+        packed = self.constants.add(weight, self.element), weight[0].size, self.constants.add(bias)
         inputs = Channels(self.graph.shapes[node.inputs[0]][0], self.graph.zeroed_by.get(node.inputs[0]))
-        phases = 2 if winograd else 1
-        source = self._read(node.inputs[0], 2 if winograd else node.stride)
+        phases = winograd or 1
+        source = self._read(node.inputs[0], winograd or node.stride)
         self._finish(
             index,
             task,
@@ -453,8 +503,17 @@ class _Planner:
             lambda channels, finish: Convolve(node, source, winograd, *packed, inputs, channels, finish),
         )
 
-    def _winograd(self, node: Conv) -> bool:
-        return (node.kernel, node.stride, node.padding, node.groups) == (3, 1, 1, 1)
+    def _winograd(self, node: Conv) -> int:
+        """The side of a tile's outputs that needs the fewest vectors of products; 0 if it cannot be Winograd's."""
+        if (node.kernel, node.stride, node.padding, node.groups) != (3, 1, 1, 1):
+            return 0
+
+        def vectors(side: int) -> int:
+            height, width = (-(-length // side) for length in self.graph.shapes[node.name][1:])
+            return int(WINOGRAD[side].points ** 2 * -(-height * width // self.lanes))
+
+        # the larger the tile, the more it amplifies rounding: too much for float16
+        return min(WINOGRAD if self.element == FLOAT else (2,), key=vectors)
 
     def _finish(self, index: int, task: _Task, phases: int, step: Callable[[Channels, Finish], Step]) -> None:
         """Emit the step, and the one that does the rest for channels whose gate is closed."""
@@ -648,7 +707,7 @@ class _Planner:
         """The number of phases that the first reader of a map wants."""
         for reader in self.graph.readers[node.name]:
             if isinstance(reader, Conv):
-                return 2 if self._winograd(reader) else reader.stride
+                return self._winograd(reader) or reader.stride
             if isinstance(reader, Pool):
                 return reader.stride
         return 1
@@ -658,7 +717,8 @@ class _Planner:
         stored = self.phases[name]
         key = (name, phases)
         if stored != phases and key not in self.copied:
-            source = self._read(name, 1) if stored > 1 < phases else (name, stored)
+            divides = max(stored, phases) % min(stored, phases) == 0
+            source = (name, stored) if divides else self._read(name, 1)
             gate = self.graph.wanted_by.get(name)
             if gate is None and not self._needs_zeros(name):
                 gate = self.graph.zeroed_by.get(name)
