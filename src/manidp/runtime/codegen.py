@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from manidp.graph import Pool
 from manidp.runtime.ir import FLOAT, HALF, Element, Function
@@ -44,6 +45,9 @@ from manidp.runtime.plan import (
     VectorOp,
     Winograd,
 )
+
+Numbers = NDArray[np.int64]
+Lanes = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -164,20 +168,30 @@ class Mask:
     lanes: tuple[bool, ...] | None = None
     table: str = ""
 
+    @property
+    def word(self) -> int:
+        """A bit a lane, the first lane lowest."""
+        return sum(lane << place for place, lane in enumerate(self.lanes or ()))
+
     def __call__(self, f: Function, block: str) -> str | None:
         """The mask as a value, None for all lanes."""
         if self.table:
             integer = f"i{max(8, f.lanes)}"
             word = f(f"load {integer}, ptr {f(f'getelementptr {integer}, ptr {self.table}, i64 {block}')}")
-            if f.lanes < 8:
-                word = f(f"trunc {integer} {word} to i{f.lanes}")
-            return f(f"bitcast i{f.lanes} {word} to <{f.lanes} x i1>")
+            return _mask_of(f, word, integer)
         return None if self.lanes is None else f"<{', '.join(f'i1 {int(lane)}' for lane in self.lanes)}>"
+
+
+def _mask_of(f: Function, word: str, integer: str) -> str:
+    """The lanes whose bits are set in an integer of this type."""
+    if integer != f"i{f.lanes}":
+        word = f(f"trunc {integer} {word} to i{f.lanes}")
+    return f(f"bitcast i{f.lanes} {word} to <{f.lanes} x i1>")
 
 
 _TILE = (
     "ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, i64 %no, ptr %products, i64 %block, i64 %row, i64 %stride, "
-    "i64 %channel, i64 %points, i64 %step"
+    "i64 %channel, i64 %points, i64 %step, ptr %table"
 )
 
 
@@ -382,7 +396,7 @@ class Generator:
         """Block by block, and in each block the outputs in tiles of as even a size as can be."""
         tiles = g(f"udiv i64 {g(f'add i64 %no, {group.tile.outputs - 1}')}, {group.tile.outputs}")
         products = g.at("%scratch", group.transformed)
-        multiply = self._tiles(group, source, frame)
+        multiply, table = self._tiles(group, source, frame)
         finishing = self._finish(group, frame, finish, extra)
         x, stride = ("%scratch", group.channel) if group.winograd else ("%x", source.channel)
 
@@ -398,7 +412,7 @@ class Generator:
                 into = g.at(products, g.scaled(first, group.channel))
                 g.do(f"call void @{multiply}(ptr {x}, ptr %weights, ptr %li, i64 %ni, {outputs}, ptr {into}, "
                      f"i64 {0 if group.winograd else block}, i64 {group.row}, i64 {stride}, "
-                     f"i64 {group.channel}, i64 {group.points}, i64 {group.inputs})")  # fmt: skip
+                     f"i64 {group.channel}, i64 {group.points}, i64 {group.inputs}, ptr {table})")  # fmt: skip
                 return []
 
             g.loop(tiles, one_tile)
@@ -407,14 +421,25 @@ class Generator:
 
         g.loop(group.tile.blocks, one_block)
 
-    def _tiles(self, group: _Group, source: Layout, frame: Layout) -> str:
-        """The function that picks the tile for a number of outputs."""
+    def _tiles(self, group: _Group, source: Layout, frame: Layout) -> tuple[str, str]:
+        """The function that picks the tile for a number of outputs, and the table that it is to be called with.
+
+        In the table lie the places of the kernel's lines and taps and the masks of the taps, where these are the same
+        for all blocks: so layers that differ in nothing else share their tiles.
+        """
         tile, kernel = group.tile, 1 if group.winograd else group.kernel
         lines, taps = [0], [(0, [Mask()] * tile.vectors)]  # a point of a Winograd convolution is a 1x1 convolution
         if not group.winograd:
             lines = [self._tap(source, frame, tile, u - group.padding, 0)[0] for u in range(kernel)]
             taps = [self._tap(source, frame, tile, 0, v - group.padding) for v in range(kernel)]
-        key = ("tile", bool(group.winograd), tile.outputs, tile.vectors, tuple(lines), str(taps))
+        places = [*lines, *(offset for offset, _ in taps)]
+        masks = [mask for _, these in taps for mask in these]
+        words = [mask.word for mask in masks if mask.lanes]
+        numbers = ", ".join(f"i64 {number}" for number in (*places, *words))
+        values = f"[{len(places) + len(words)} x i64] [{numbers}]"
+        table = self.tables.setdefault(values, f"@table{len(self.tables)}") if any(places) or words else "null"
+        unknown = tuple((mask.lanes and "in the table") or mask.table for mask in masks)
+        key = ("tile", bool(group.winograd), tile.outputs, tile.vectors, kernel, any(places), unknown)
 
         def write(g: Function) -> None:
             arms = {n: g.new_label("tile") for n in range(tile.least, tile.outputs + 1)}
@@ -422,28 +447,35 @@ class Generator:
             g.do(f"switch i64 %no, label %{arms[tile.least]} [{cases}]")
             for n, arm in arms.items():
                 g.begin(arm)
-                one = self._tile(tile, n, lines, taps, packed=bool(group.winograd))
+                one = self._tile(tile, n, kernel, masks, apart=any(places), packed=bool(group.winograd))
                 g.do(f"call void @{self._shared((*key, n), _TILE, one)}(ptr %x, ptr %weights, ptr %li, i64 %ni, "
                      "ptr %lo, i64 %no, ptr %products, i64 %block, i64 %row, i64 %stride, i64 %channel, "
-                     "i64 %points, i64 %step)")  # fmt: skip
+                     "i64 %points, i64 %step, ptr %table)")  # fmt: skip
                 g.do("br label %after")
             g.begin("after")
 
-        return self._shared(key, _TILE, write)
+        return self._shared(key, _TILE, write), table
 
     def _tile(
-        self, tile: Tile, outputs: int, lines: list[int], taps: list[tuple[int, list[Mask]]], *, packed: bool
+        self, tile: Tile, outputs: int, kernel: int, masks: list[Mask], *, apart: bool, packed: bool
     ) -> Callable[[Function], None]:
         """Writes the function that multiplies and adds: ``outputs`` of a block, from all kept inputs, at each point.
 
-        ``packed``: kept inputs lie one after the other, as ``_transform`` leaves them, not where their numbers say.
+        ``masks`` are those of the first tap's vectors, then of the second's, ... ``apart``: taps lie at the places in
+        %table, else all in one. ``packed``: kept inputs lie one after the other, as ``_transform`` leaves them, not
+        where their numbers say.
         """
-        lanes, vectors, kernel = self.lanes, tile.vectors, len(taps)
+        lanes, vectors = self.lanes, tile.vectors
 
         def write(g: Function) -> None:
+            def number(position: str | int) -> str:
+                return g(f"load i64, ptr {g(f'getelementptr i64, ptr %table, i64 {position}')}")
+
             rows = self._rows_of_weights(g, tile, outputs)
             start = g.at("%x", g.scaled("%block", vectors * lanes))
-            masks = [[mask(g, "%block") for mask in these] for _, these in taps]
+            offsets = [number(kernel + t) if apart else "0" for t in range(kernel)]
+            words = iter(range(2 * kernel, 2 * kernel + len(masks)))
+            shown = [_mask_of(g, number(next(words)), "i64") if mask.lanes else mask(g, "%block") for mask in masks]
 
             def one_point(point: str) -> list[str]:
                 here, at_point = g.scaled(point, vectors * lanes), g.scaled(point, "%step")
@@ -453,13 +485,15 @@ class Generator:
                     x = g.at(start, here, g.scaled(j if packed else i, "%stride"))
 
                     def one_line(u: str, *sums: str) -> list[str]:
-                        line = g.at(x, g.number(lines, u))
+                        line = g.at(x, number(u)) if apart else x
                         first = g(f"add i64 {g.scaled(i, kernel**2)}, {g.scaled(u, kernel)}")
                         first = g(f"add i64 {at_point}, {first}")
                         totals = list(sums)
-                        for t, (offset, _) in enumerate(taps):
+                        for t, offset in enumerate(offsets):
+                            tap = g.at(line, offset)
                             values = [
-                                g.zero_unless(mask, g.load(line, offset + v * lanes)) for v, mask in enumerate(masks[t])
+                                g.zero_unless(mask, g.load(tap, v * lanes))
+                                for v, mask in enumerate(shown[t * vectors : (t + 1) * vectors])
                             ]
                             for k in range(outputs):
                                 weight = g.splat(g.scalar(g.at(rows[k], first), t))
@@ -523,8 +557,8 @@ class Generator:
         """Where the elements ``down`` and ``right`` of the block's own lie, and the lanes that do not wrap around."""
         (row_phase, rows), (column_phase, columns) = source.reach(down), source.reach(right)
 
-        def same_row(row: int, column: int) -> bool:
-            return 0 <= column + columns < source.pitch
+        def same_row(_: Numbers, column: Numbers) -> Lanes:
+            return _within(column + columns, source.pitch)
 
         masks = [self._mask(frame, 0, tile, v, same_row) for v in range(tile.vectors)]
         phase = row_phase * source.phases + column_phase
@@ -536,8 +570,8 @@ class Generator:
         offset, (same_row,) = self._tap(source, frame, tile, down, right)
         (_, rows), (_, columns) = source.reach(down), source.reach(right)
 
-        def inside(row: int, column: int) -> bool:
-            return 0 <= row + rows < source.rows and 0 <= column + columns < source.pitch
+        def inside(row: Numbers, column: Numbers) -> Lanes:
+            return _within(row + rows, source.rows) & _within(column + columns, source.pitch)
 
         mask = self._mask(frame, 0, tile, 0, inside)
         if mask.table:
@@ -647,9 +681,9 @@ class Generator:
                 down, right = u - pool.padding, v - pool.padding
                 offset, (mask,) = self._tap(source, frame, tile, down, right)
 
-                def inside(row: int, column: int, down: int = down, right: int = right) -> bool:
+                def inside(row: Numbers, column: Numbers, down: int = down, right: int = right) -> Lanes:
                     y, x = row * pool.stride + down, column * pool.stride + right
-                    return 0 <= y < source.height and 0 <= x < source.width
+                    return _within(y, source.height) & _within(x, source.width)
 
                 if pool.kind == "max":
                     mask = self._mask(frame, 0, tile, 0, inside)
@@ -663,21 +697,19 @@ class Generator:
         return total if pool.kind == "max" else g.arithmetic("fmul", total, g.constant(1 / pool.kernel**2))
 
     def _mask(
-        self, frame: Layout, phase: int, tile: Tile, vector: int, valid: Callable[[int, int], bool] | None
+        self, frame: Layout, phase: int, tile: Tile, vector: int, valid: Callable[[Numbers, Numbers], Lanes] | None
     ) -> Mask:
-        """The lanes of a block's vector for which ``valid(row, column)`` holds; those outside the map do not matter.
+        """The lanes of a block's vector for which ``valid(rows, columns)`` holds; those outside the map do not matter.
 
         With ``valid`` None, those that are inside the map.
         """
-        rows, columns = frame.valid(phase)
-        blocks, lanes = np.arange(tile.blocks)[:, None], np.arange(self.lanes)
-        row, column = np.divmod((blocks * tile.vectors + vector) * self.lanes + lanes, frame.pitch)
-        inside = (row < rows) & (column < columns)
-        if valid is None:
-            set_, cleared = inside, ~inside
-        else:
-            good = np.array([[valid(r, c) for c in range(columns)] for r in range(rows)]).reshape(rows, columns)
-            holds = good[np.minimum(row, rows - 1), np.minimum(column, columns - 1)] if good.size else inside
+        height, width = frame.valid(phase)
+        first = np.arange(tile.blocks)[:, None] * tile.vectors + vector
+        row, column = np.divmod(first * self.lanes + np.arange(self.lanes), frame.pitch)
+        inside = (row < height) & (column < width)
+        set_, cleared = inside, ~inside
+        if valid is not None:
+            holds = valid(row, column)
             set_, cleared = inside & holds, inside & ~holds
         ever_set, ever_cleared = np.any(set_, axis=0), np.any(cleared, axis=0)
         if not ever_cleared.any():
@@ -685,7 +717,7 @@ class Generator:
         if not (ever_set & ever_cleared).any():
             return Mask(tuple(not lane for lane in ever_cleared.tolist()))
         integer = f"i{max(8, self.lanes)}"
-        words = ", ".join(f"{integer} {word}" for word in (~cleared @ (1 << lanes)).tolist())
+        words = ", ".join(f"{integer} {word}" for word in (~cleared @ (1 << np.arange(self.lanes))).tolist())
         return Mask(table=self.tables.setdefault(f"[{tile.blocks} x {integer}] [{words}]", f"@table{len(self.tables)}"))
 
     # Images and copies from one layout into another
@@ -713,26 +745,29 @@ class Generator:
 
     def _normalise(self, channels: int, target: Layout) -> str:
         def write(g: Function) -> None:
-            def one_row(y: int, row: str) -> None:
-                pixels = g.scaled(g(f"add i64 {g.scaled(row, target.phases)}, {y}"), target.width * channels)
-                line = g(f"getelementptr inbounds i8, ptr %x, i64 {pixels}")
-                for first, length in _pieces(target, self.lanes):
-                    at = g(f"getelementptr inbounds i8, ptr {line}, i64 {first * target.phases * channels}")
-                    piece = f"<{length * channels} x i8>"
-                    values = g(f"load {piece}, ptr {at}, align 1")
-                    for channel in range(channels):
-                        scale, shift = g.floats.scalar("%scale", channel), g.floats.scalar("%shift", channel)
-                        for phase in range(min(target.phases, length)):
-                            lanes = range(phase * channels + channel, length * channels, target.phases * channels)
-                            part = g.shuffle(piece, values, lanes)
-                            part = g(f"uitofp <{len(lanes)} x i8> {part} to <{len(lanes)} x float>")
-                            part = g.scale_and_shift(part, scale, shift, len(lanes))
-                            part = g.convert(part, FLOAT, self.element, len(lanes))
-                            plane = channel * target.channel + (y * target.phases + phase) * target.plane
-                            address = g.at("%into", plane + first, g.scaled(row, target.pitch))
-                            g.put(part, address, self.element, len(lanes))
+            def one_channel(channel: str) -> list[str]:
+                scale, shift = (g.floats.scalar(factor, channel) for factor in ("%scale", "%shift"))
+                map_ = g.at("%into", g.scaled(channel, target.channel))
 
-            _rows(g, target, one_row)
+                def one_line(y: str, phase_row: str, row: str) -> None:
+                    line = g(f"getelementptr inbounds i8, ptr %x, i64 {g.scaled(y, target.width * channels)}")
+                    line = g(f"getelementptr inbounds i8, ptr {line}, i64 {channel}")
+                    phase = g.at(map_, g.scaled(phase_row, target.phases * target.plane), g.scaled(row, target.pitch))
+                    for first, length in _pieces(target, self.lanes):
+                        at = g(f"getelementptr inbounds i8, ptr {line}, i64 {first * target.phases * channels}")
+                        piece = f"<{(length - 1) * channels + 1} x i8>"
+                        values = g(f"load {piece}, ptr {at}, align 1")
+                        for column in range(min(target.phases, length)):
+                            chosen = range(column * channels, length * channels, target.phases * channels)
+                            part, lanes = g.shuffle(piece, values, chosen), len(chosen)
+                            part = g(f"uitofp <{lanes} x i8> {part} to <{lanes} x float>")
+                            part = g.convert(g.scale_and_shift(part, scale, shift, lanes), FLOAT, self.element, lanes)
+                            g.put(part, g.at(phase, column * target.plane + first), self.element, lanes)
+
+                _lines(g, target, one_line)
+                return []
+
+            g.loop(channels, one_channel)
 
         return self._shared(("normalise", channels, target), "ptr %x, ptr %into, ptr %scale, ptr %shift", write)
 
@@ -776,11 +811,11 @@ class Generator:
                 part = replace(more, height=height, width=width, phases=ratio)
                 down, right = divmod(phase, few.phases)
 
-                def one_row(y: int, row: str) -> None:
-                    in_few = g.scaled(g(f"add i64 {g.scaled(row, ratio)}, {y}"), few.pitch)
-                    line = g.at(first_few, phase * few.plane, in_few, element=of_few)
-                    above = (down + y * few.phases) * more.phases + right
-                    planes = g.at(first_more, above * more.plane, g.scaled(row, more.pitch), element=of_more)
+                def one_line(y: str, phase_row: str, row: str) -> None:
+                    line = g.at(first_few, phase * few.plane, g.scaled(y, few.pitch), element=of_few)
+                    plane = g.scaled(phase_row, few.phases * more.phases * more.plane)
+                    corner = (down * more.phases + right) * more.plane
+                    planes = g.at(first_more, corner, plane, g.scaled(row, more.pitch), element=of_more)
                     for first, length in _pieces(part, self.lanes):
                         whole = f"<{length} x {wanted.name}>"
                         at = g.at(line, first * ratio, element=of_few)
@@ -799,7 +834,7 @@ class Generator:
                         if not apart:
                             g.put(joined, at, wanted, length)
 
-                _rows(g, part, one_row)
+                _lines(g, part, one_line)
 
             g.loop("%n", one_channel)
 
@@ -941,6 +976,10 @@ class Generator:
              f"float {FLOAT.literal(gate.saliency_max)})")  # fmt: skip
 
 
+def _within(positions: Numbers, size: int) -> Lanes:
+    return (positions >= 0) & (positions < size)
+
+
 _START = {"average": 0.0, "max": -np.inf}  # of pooled sums and maxima
 
 
@@ -1038,15 +1077,11 @@ def _pieces(layout: Layout, lanes: int) -> list[tuple[int, int]]:
     return [(first // layout.phases, min(step, layout.width - first)) for first in range(0, layout.width, step)]
 
 
-def _rows(g: Function, layout: Layout, write: Callable[[int, str], None]) -> None:
-    """``write(phase row, row)`` for every row of the map, the incomplete last round included."""
-    rounds, rest = divmod(layout.height, layout.phases)
+def _lines(g: Function, layout: Layout, write: Callable[[str, str, str], None]) -> None:
+    """``write(line of the map, its phase row, its row there)`` for every line."""
 
-    def one_round(row: str) -> list[str]:
-        for y in range(layout.phases):
-            write(y, row)
+    def one_line(y: str) -> list[str]:
+        write(y, g(f"urem i64 {y}, {layout.phases}"), g(f"udiv i64 {y}, {layout.phases}"))
         return []
 
-    g.loop(rounds, one_round)
-    for y in range(rest):
-        write(y, str(rounds))
+    g.loop(layout.height, one_line)

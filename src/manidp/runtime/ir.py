@@ -104,20 +104,22 @@ class Function:
         some = self(f"icmp sgt i64 {count}, 0")
         self.do(f"br i1 {some}, label %{start}, label %{after}")
         self.begin(start)
-        index = f"%{start}.i"
+        counter, index = f"%{start}.i", f"%{start}.index"
         values = [f"%{start}.{n}" for n in range(len(carried))]
         head = len(self.lines)
         updated = list(body(index, *values))
-        following = self(f"add nsw i64 {index}, 1")
+        following = self(f"add nsw i64 {counter}, 1")
         again = self(f"icmp slt i64 {following}, {count}")
         self.do(f"br i1 {again}, label %{start}, label %{after}")
         last = self.label
         self.lines[head:head] = [
-            f"  {index} = phi i64 [0, %{before}], [{following}, %{last}]",
+            f"  {counter} = phi i64 [0, %{before}], [{following}, %{last}]",
             *(
                 f"  {value} = phi {kind} [{first}, %{before}], [{update}, %{last}]"
                 for value, (kind, first), update in zip(values, carried, updated, strict=True)
             ),
+            # opaque: LLVM's search for the cheapest addresses in a loop takes long, and gains nothing
+            f'  {index} = call i64 asm "", "=r,0"(i64 {counter})',
         ]
         self.begin(after)
         return [
