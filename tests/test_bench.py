@@ -84,6 +84,10 @@ def test_calibration_keeps_the_share_asked_for() -> None:
     assert (result.macs < dense_macs(graph)).all()
 
 
+def broken(*_: Any) -> Opened:
+    raise RuntimeError("no such instruction")
+
+
 @pytest.fixture(scope="module")
 def found() -> Any:
     """The whole bench in small: two peers, one of them broken, 20 images."""
@@ -91,15 +95,11 @@ def found() -> Any:
     chosen = draw_sample(images, 2, 0)
     few = type(images)(images.images[chosen], images.labels[chosen], images.classes)
 
-    def broken(*_: Any) -> Opened:
-        raise RuntimeError("no such instruction")
-
     peers = (PEERS[0], Peer("broken", broken, "broken"))
     models = {name: manidp.load_model(name) for name in ("dense-res20", "manidp-res20")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "PEERS", peers)
         patch.setattr(measure, "GROWN", {"resnet-8": lambda: resnet(8)})
-        return measure.bench(models, few, threads=1, batch=6, rounds=3, growth=True, say=lambda _: None)
+        return measure.bench(models, few, threads=1, batch=6, rounds=3, growth=True, say=lambda _: None, peers=peers)
 
 
 def test_rows_tell_accuracy_of_all_images_and_macs_of_what_was_computed(found: Any) -> None:

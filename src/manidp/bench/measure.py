@@ -11,8 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -79,6 +82,7 @@ def bench(
     rounds: int,
     growth: bool,
     say: Say,
+    peers: Sequence[Peer] = PEERS,
 ) -> dict[str, Any]:
     """Everything that `manidp bench` shows, as JSON data; ``models`` all read images of one size.
 
@@ -88,13 +92,18 @@ def bench(
     with pinned(1):
         say("the processor's peak")
         peak = {isa: multiply_add_peak(ISAS[isa]) for _, isa in _own()}
-    modes = dict.fromkeys([(1, 1), (batch, 1), (batch, threads)])
+    modes = []
+    for of_batch, of_threads in dict.fromkeys([(1, 1), (batch, 1), (batch, threads)]):
+        say(f"{of_batch} at a time on {of_threads}, every contender")
+        mode, reasons = _apart(models, images, of_batch, of_threads, rounds, peak, peers)
+        modes.append(mode)
+        skipped |= reasons
     return {
-        "machine": describe(*dict.fromkeys(peer.package for peer in PEERS)),
+        "machine": describe(*dict.fromkeys(peer.package for peer in peers)),
         "features": sorted(name for name, there in llvm.get_host_cpu_features().items() if there),
         "peak": peak,
         "images": len(images),
-        "modes": [_mode(models, images, *mode, rounds, peak, skipped, say) for mode in modes],
+        "modes": modes,
         "skipped": skipped,
         "single_images": _single_images(models, images, say),
         "start_up": _start_up(say),
@@ -102,26 +111,39 @@ def bench(
     }
 
 
+def _apart(
+    models: Mapping[str, Checkpoint], images: ImageSet, batch: int, threads: int, rounds: int,
+    peak: Mapping[str, float], peers: Sequence[Peer],
+) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
+    """``_mode`` in a process of its own: some peers count their cores once and for all, at their first use."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        try:
+            return process.submit(_mode, models, images, batch, threads, rounds, peak, peers).result()
+        except BrokenProcessPool as error:
+            raise ManiDPError(f"the process that measured {batch} at a time on {threads} threads has died") from error
+
+
 def _mode(
     models: Mapping[str, Checkpoint], images: ImageSet, batch: int, threads: int, rounds: int,
-    peak: Mapping[str, float], skipped: dict[str, str], say: Say,
-) -> dict[str, Any]:  # fmt: skip
+    peak: Mapping[str, float], peers: Sequence[Peer],
+) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
+    """The figures, and who could not be measured and why."""
+    skipped: dict[str, str] = {}
     batch = min(batch, len(images))
     any_model = next(iter(models.values()))
     pixels = any_model.preprocessing.apply(images.images)
     a_round = min(len(pixels) // batch, max(100 // batch, 5)) * batch
     with pinned(threads):
-        contenders = list(_contenders(models, _own(), PEERS, batch, threads, skipped, say))
-        say(f"{batch} at a time on {threads}: {len(contenders)} contenders")
+        contenders = list(_contenders(models, _own(), peers, batch, threads, skipped))
         times = interleaved(contenders, pixels, batch, a_round, rounds, threads)
         rows = _rows(contenders, times, models, pixels, images.labels, batch, threads, peak)
-    return {"batch": batch, "threads": threads, "rounds": rounds, "images_a_round": a_round,
-            "rows": [asdict(row) for row in rows]}  # fmt: skip
+        figures = {"batch": batch, "threads": threads, "rounds": rounds, "images_a_round": a_round}
+        return {**figures, "rows": [asdict(row) for row in rows]}, skipped
 
 
 def _contenders(
     models: Mapping[str, Checkpoint], own: Sequence[tuple[str, str]], peers: Sequence[Peer], batch: int, threads: int,
-    skipped: dict[str, str], say: Say,
+    skipped: dict[str, str],
 ) -> Iterator[Contender]:  # fmt: skip
     """The engine in its ``own`` ways, then every peer that is installed; ``skipped`` takes the reasons of others."""
     for name, model in models.items():
@@ -132,7 +154,6 @@ def _contenders(
             computes = "kept channels" if gated else "everything"
             yield Contender(f"manidp {isa}", name, computes, precision, _logits(engine))
         for peer in peers:
-            say(f"{peer.name}, {name}")
             try:
                 pin(threads)
                 opened = peer.open(model, batch, threads)
@@ -281,7 +302,7 @@ def _grown(name: str, peak: Mapping[str, float], rounds: int, skipped: dict[str,
     gated = calibrated(random_checkpoint(with_gates(graph)), pixels, KEEP_RATE)
     models = {f"{name} dense": dense, f"{name} gated": gated}
     with pinned(1):
-        contenders = list(_contenders(models, _own()[:1], PEERS[:1], 1, 1, skipped, say))
+        contenders = list(_contenders(models, _own()[:1], PEERS[:1], 1, 1, skipped))
         times = interleaved(contenders, pixels, 1, len(pixels), rounds, 1)
         rows = list(_rows(contenders, times, models, pixels, None, 1, 1, peak))
     return {"network": name, "keep_rate": KEEP_RATE, "dense_macs": ungated_macs(graph), "images": len(pixels),

@@ -9,8 +9,10 @@ from __future__ import annotations
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,36 +74,34 @@ def _onnxruntime(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
     return Opened(lambda images: np.asarray(session.run(["logits"], {name: images})[0]))
 
 
-def _openvino(precision: str | None) -> Callable[[Checkpoint, int, int], Opened]:
-    def open_(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
-        with _extra("openvino"):
-            import openvino
-        settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
-                                    "ENABLE_CPU_PINNING": False}  # fmt: skip
-        if precision is not None:
-            settings["INFERENCE_PRECISION_HINT"] = precision
-        core = openvino.Core()
-        compiled = core.compile_model(core.read_model(_onnx(checkpoint, batch)), "CPU", settings)
-        request = compiled.create_infer_request()
+def _openvino(checkpoint: Checkpoint, batch: int, threads: int, precision: str | None = None) -> Opened:
+    """``precision``: f32, or None for what OpenVINO chooses itself."""
+    with _extra("openvino"):
+        import openvino
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
+                                "ENABLE_CPU_PINNING": False}  # fmt: skip
+    if precision is not None:
+        settings["INFERENCE_PRECISION_HINT"] = precision
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(_onnx(checkpoint, batch)), "CPU", settings)
+    request = compiled.create_infer_request()
 
-        def run(images: Batch) -> Batch:
-            request.infer([images], share_inputs=True)
-            return np.array(request.get_output_tensor(0).data)
+    def run(images: Batch) -> Batch:
+        request.infer([images], share_inputs=True)
+        return np.array(request.get_output_tensor(0).data)
 
-        return Opened(run, compiled.get_property("INFERENCE_PRECISION_HINT").to_string().replace("f32", "float32"))
-
-    return open_
+    return Opened(run, compiled.get_property("INFERENCE_PRECISION_HINT").to_string().replace("f32", "float32"))
 
 
 def _ncnn(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
-    """Takes one image at a time, whatever the batch."""
+    """Takes one image at a time; of a batch, each thread takes its own, which is faster than all on each image."""
     if checkpoint.graph.gates:
         raise UnsupportedError("its converter does not know all operations of a gate")
     with _extra("ncnn"):
         import ncnn
         import pnnx
     net = ncnn.Net()
-    net.opt.num_threads = threads
+    net.opt.num_threads = threads if batch == 1 else 1
     for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage"):
         setattr(net.opt, option, False)
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +114,7 @@ def _ncnn(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
         net.load_param(str(parts[0]))
         net.load_model(str(parts[1]))
 
-    def run(images: Batch) -> Batch:
+    def one_after_the_other(images: Batch) -> Batch:
         logits = []
         for image in images:
             extractor = net.create_extractor()
@@ -122,7 +122,10 @@ def _ncnn(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
             logits.append(np.array(extractor.extract("out0")[1]))
         return np.stack(logits)
 
-    return Opened(run)
+    if batch == 1 or threads == 1:
+        return Opened(one_after_the_other)
+    pool = ThreadPoolExecutor(threads)
+    return Opened(lambda images: np.concatenate([*pool.map(one_after_the_other, np.array_split(images, threads))]))
 
 
 def _torch(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
@@ -133,8 +136,8 @@ def _torch(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
 
 PEERS = (
     Peer("ONNX Runtime", _onnxruntime, "onnxruntime"),
-    Peer("OpenVINO float32", _openvino("f32"), "openvino"),
+    Peer("OpenVINO float32", partial(_openvino, precision="f32"), "openvino"),
     Peer("ncnn", _ncnn, "ncnn"),
     Peer("torch.compile", _torch, "torch"),
-    Peer("OpenVINO, its default", _openvino(None), "openvino"),
+    Peer("OpenVINO, its default", _openvino, "openvino"),
 )
