@@ -18,7 +18,7 @@ outputs from it: the inverse transform, bias, activation, gate, residual, pooled
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -241,7 +241,6 @@ class Generator:
                 self.names[key],
                 arguments,
                 lanes=self.lanes,
-                tables=self.tables,
                 element=element or self.element,
                 careful=self.careful,
             )
@@ -256,7 +255,6 @@ class Generator:
             "run",
             "ptr %images, i64 %bytes, ptr %results, ptr %state, i64 %count, ptr %w, ptr %k",
             lanes=self.lanes,
-            tables=self.tables,
             linkage="dso_local",
         )
         graph = self.plan.graph
@@ -435,9 +433,7 @@ class Generator:
         places = [*lines, *(offset for offset, _ in taps)]
         masks = [mask for _, these in taps for mask in these]
         words = [mask.word for mask in masks if mask.lanes]
-        numbers = ", ".join(f"i64 {number}" for number in (*places, *words))
-        values = f"[{len(places) + len(words)} x i64] [{numbers}]"
-        table = self.tables.setdefault(values, f"@table{len(self.tables)}") if any(places) or words else "null"
+        table = self._table("i64", [*places, *words]) if any(places) or words else "null"
         unknown = tuple((mask.lanes and "in the table") or mask.table for mask in masks)
         key = ("tile", bool(group.winograd), tile.outputs, tile.vectors, kernel, any(places), unknown)
 
@@ -605,7 +601,7 @@ class Generator:
                         columns = [g.multiply(at, y[first : first + size]) for first in range(0, size**2, size)]
                         y = [value for row in zip(*columns, strict=True) for value in g.multiply(at, row)]
                     for phase, value in enumerate(y):
-                        element.make(phase, tile, block, g.arithmetic("fadd", value, bias))
+                        element.make(phase, block, g.arithmetic("fadd", value, bias))
                     element.pool()
 
                 _vectors(g, group.tile, tile, one_vector)
@@ -657,7 +653,7 @@ class Generator:
                             y = self._window(g, source, frame, tile, pool, g.at(x, start), block)
                         else:
                             y = g.load(g.at(x, start), phase * source.plane)
-                        element.make(phase, tile, block, y)
+                        element.make(phase, block, y)
                     element.pool()
                     return []
 
@@ -717,8 +713,12 @@ class Generator:
         if not (ever_set & ever_cleared).any():
             return Mask(tuple(not lane for lane in ever_cleared.tolist()))
         integer = f"i{max(8, self.lanes)}"
-        words = ", ".join(f"{integer} {word}" for word in (~cleared @ (1 << np.arange(self.lanes))).tolist())
-        return Mask(table=self.tables.setdefault(f"[{tile.blocks} x {integer}] [{words}]", f"@table{len(self.tables)}"))
+        return Mask(table=self._table(integer, (~cleared @ (1 << np.arange(self.lanes))).tolist()))
+
+    def _table(self, integer: str, numbers: Sequence[int]) -> str:
+        """Name of the constant array of these numbers."""
+        values = ", ".join(f"{integer} {number}" for number in numbers)
+        return self.tables.setdefault(f"[{len(numbers)} x {integer}] [{values}]", f"@table{len(self.tables)}")
 
     # Images and copies from one layout into another
 
@@ -1007,7 +1007,7 @@ class _Element:
         self.sums = [(kind, g.floats.at(next(pointers), g.scaled(channel, g.lanes))) for kind, _ in finish.pooled]
         self.totals: dict[str, str] = {}
 
-    def make(self, phase: int, tile: Tile, block: str, y: str) -> None:
+    def make(self, phase: int, block: str, y: str) -> None:
         """Do it for one vector of a phase."""
         g, offset = self.g, phase * self.frame.plane
         for op, operands in zip(self.finish.ops, self.operands, strict=True):
@@ -1021,7 +1021,7 @@ class _Element:
                 y = g.arithmetic("fadd" if op.kind == "add" else "fmul", y, g.load(operands[0], offset))
         if not self.finish.ops or self.finish.ops[-1].kind != "activate":  # activations do not overflow
             y = g.spoil(y)
-        mask = self.generator._mask(self.frame, phase, tile, 0, None)(g, block)
+        mask = self.generator._mask(self.frame, phase, _single(self.frame, g.lanes), 0, None)(g, block)
         if self.into:
             g.store(y, self.into, offset, mask)
         for kind, _ in self.sums:

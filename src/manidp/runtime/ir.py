@@ -45,7 +45,6 @@ class Function:
         arguments: str,
         *,
         lanes: int,
-        tables: dict[str, str],
         element: Element = FLOAT,
         careful: bool = False,
         linkage: str = "internal",
@@ -54,7 +53,6 @@ class Function:
         self.numbers = itertools.count(1)
         self.label = "entry"
         self.lanes = lanes
-        self.tables = tables  # constant arrays of the module: contents -> name
         self.element = element
         self.careful = careful
 
@@ -86,15 +84,6 @@ class Function:
 
     def new_label(self, name: str) -> str:
         return f"{name}{next(self.numbers)}"
-
-    def number(self, numbers: Sequence[int], index: str) -> str:
-        """One of some fixed numbers, by an index that is known at run time only."""
-        if len(set(numbers)) == 1:
-            return str(numbers[0])
-        table = f"[{len(numbers)} x i64]"
-        values = f"{table} [{', '.join(f'i64 {n}' for n in numbers)}]"
-        name = self.tables.setdefault(values, f"@table{len(self.tables)}")
-        return self(f"load i64, ptr {self(f'getelementptr i64, ptr {name}, i64 {index}')}")
 
     def loop(self, count: str | int, body: Body, *carried: tuple[str, str]) -> list[str]:
         """For i from 0 to count - 1: carried = body(i, *carried). ``carried`` are (type, first value)."""
