@@ -124,8 +124,8 @@ def _ncnn(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
 
     if batch == 1 or threads == 1:
         return Opened(one_after_the_other)
-    pool = ThreadPoolExecutor(threads)
-    return Opened(lambda images: np.concatenate([*pool.map(one_after_the_other, np.array_split(images, threads))]))
+    pool, shares = ThreadPoolExecutor(threads), min(threads, batch)
+    return Opened(lambda images: np.concatenate([*pool.map(one_after_the_other, np.array_split(images, shares))]))
 
 
 def _torch(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
