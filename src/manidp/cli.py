@@ -235,7 +235,7 @@ def train(
         str | None, typer.Option("--from", help="Start from this model: fine-tuning, or gates for a dense network.")
     ] = None,
     network: Annotated[
-        str, typer.Option(help="Without --from: resnet-20, resnet-32, ... resnet-<6n+2>.")
+        str, typer.Option(help="Without --from: resnet-20, ... resnet-<6n+2>; resnet-20x2: twice as wide.")
     ] = "resnet-20",
     gates: Annotated[bool, typer.Option("--gates", help="Give the network ManiDP's gates, if it has none.")] = False,
     teachers: Annotated[

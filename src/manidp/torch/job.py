@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -160,10 +161,13 @@ def _graph(job: Job, parent: Checkpoint | None, data: ImageSet) -> Graph:
     if parent is not None:
         graph = with_classes(parent.graph, len(data.classes))
     else:
-        family, _, depth = job.network.partition("-")
-        if family != "resnet" or not depth.isdecimal():
-            raise TrainingError(f"known networks are resnet-20, resnet-32, ... resnet-<6n+2>; got {job.network}")
-        graph = resnet(int(depth), num_classes=len(data.classes))
+        named = re.fullmatch(r"resnet-([0-9]{1,4})(?:x([1-9][0-9]?))?", job.network)
+        if named is None:
+            raise TrainingError(
+                f"known networks are resnet-20, resnet-32, ... resnet-<6n+2>, and twice as wide resnet-20x2; "
+                f"got {job.network}"
+            )
+        graph = resnet(int(named[1]), num_classes=len(data.classes), width=16 * int(named[2] or 1))
     return with_gates(graph) if job.gates and not graph.gates else graph
 
 
@@ -177,6 +181,7 @@ def _recipe(job: Job, parent: Checkpoint | None, graph: Graph) -> Recipe:
         before = parent.provenance.get("recipe")
         if isinstance(before, dict):
             inherited = {name: before.get(name) for name in ("keep_rate", "macs_budget")} | {"reach": 0.0}
+            inherited |= {"closing": before.get("closing", {})}
     recipe = replace(Recipe(), **inherited | given)
     recipe.check(graph)
     return recipe
