@@ -26,7 +26,7 @@ def table(record: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in single["rows"]:
-        if row["runtime"].startswith("manidp") and row["runtime"] != own:
+        if row["runtime"].startswith("manidp") and row["runtime"] != own and row["precision"] == "float32":
             continue
         beside = _same(many, row)
         strong = "**" if row["computes"] == "kept channels" else ""
@@ -64,13 +64,29 @@ def ratios(mode: dict[str, Any], own: str) -> dict[str, float]:
     return {"dense": dense / gated["median"]} | ({"masked": masked[0] / gated["median"]} if masked else {})
 
 
+def half_ratio(mode: dict[str, Any]) -> float | None:
+    """How many times faster the gated engine is in float16 than the fastest dense peer of any precision, if it ran."""
+    own = [row for row in mode["rows"] if row["runtime"].startswith("manidp") and row["precision"] == "float16"]
+    peers = [row for row in mode["rows"] if not row["runtime"].startswith("manidp")]
+    dense: float = min(row["median"] for row in peers if row["computes"] == "everything")
+    gated = [row["median"] for row in own if row["computes"] == "kept channels"]
+    return dense / gated[0] if gated else None
+
+
 def _claim(record: dict[str, Any]) -> str:
     single, many = record["modes"][0], record["modes"][-1]
     one, all_ = ratios(single, _own(record)), ratios(many, _own(record))
+    half = [ratio for mode in (single, many) if (ratio := half_ratio(mode)) is not None]
     return (
         f"One image at a time on one thread, the gated network takes 1/{one['dense']:.2f} of the time of the fastest "
         f"dense float32 runtime and 1/{one['masked']:.2f} of masked ONNX Runtime; in batches on "
         f"{many['threads']} threads 1/{all_['dense']:.2f} and 1/{all_['masked']:.2f}."
+        + (
+            f" In float16 it takes 1/{half[0]:.2f} and 1/{half[1]:.2f} of the time of the fastest dense runtime of any "
+            "precision."
+            if half
+            else ""
+        )
     )
 
 
@@ -128,6 +144,8 @@ def _section(title: str, mode: dict[str, Any], record: dict[str, Any]) -> list[s
     found = ratios(mode, _own(record))
     said = f"Gated engine against the fastest dense float32 peer: {found['dense']:.2f}x"
     said += f"; against masked ONNX Runtime: {found['masked']:.2f}x." if "masked" in found else "."
+    half = half_ratio(mode)
+    said += f" In float16, against the fastest dense peer of any precision: {half:.2f}x." if half is not None else ""
     lines = ["", f"## {title}", "", f"n = {mode['rounds']} rounds. {said}", ""]
     lines += [
         "| runtime | model | computes | precision | right | M multiply-adds | ms an image (quartiles) | of peak "
