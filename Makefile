@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 MANIDP := $(VENV)/bin/manidp
-TRAIN := $(MANIDP) train --data cifar10 --resume
 
 .PHONY: help run test check data model cards table figure test-mindspore clean
 
@@ -26,24 +25,18 @@ check: $(VENV)/.dev  ## Formatting, lint, types, layers
 data: $(VENV)/.base  ## Bring CIFAR-10 into ./cifar10 and verify it
 	$(MANIDP) data cifar10
 
-model: $(VENV)/.dev data  ## Train both bundled models again (many hours; goes on where it stopped)
-	$(TRAIN) --out runs/dense-res20 --recipe models/dense-res20/recipe.toml
+model: $(VENV)/.dev data  ## Train both bundled models again (hours; goes on where it stopped)
+	$(MANIDP) train --data cifar10 --out runs/dense-res20 --recipe models/dense-res20/recipe.toml --resume
 	cp runs/dense-res20/model.safetensors src/manidp/data/dense-res20.safetensors
-	$(TRAIN) --out runs/resnet-20x2 --recipe models/resnet-20x2/recipe.toml --network resnet-20x2
-	$(TRAIN) --out runs/manidp-res20-first --recipe models/manidp-res20/first.toml --from dense-res20 --gates \
-		--teacher dense-res20
+	cp runs/dense-res20/log.jsonl models/dense-res20/log.jsonl
+	$(MANIDP) train --data cifar10 --out runs/manidp-res20-first --recipe models/manidp-res20/recipe.toml --resume \
+		--from dense-res20 --gates --teacher dense-res20
 	cp runs/manidp-res20-first/model.safetensors runs/manidp-res20-first.safetensors
-	$(TRAIN) --out runs/manidp-res20-second --recipe models/manidp-res20/second.toml \
+	$(MANIDP) train --data cifar10 --out runs/manidp-res20 --recipe models/manidp-res20/second.toml --resume \
 		--from runs/manidp-res20-first.safetensors --teacher runs/manidp-res20-first.safetensors --teacher dense-res20
-	cp runs/manidp-res20-second/model.safetensors runs/manidp-res20-second.safetensors
-	$(TRAIN) --out runs/manidp-res20 --recipe models/manidp-res20/third.toml \
-		--from runs/manidp-res20-second.safetensors --teacher runs/resnet-20x2/model.safetensors --teacher dense-res20
 	cp runs/manidp-res20/model.safetensors src/manidp/data/manidp-res20.safetensors
-	cp runs/dense-res20/log.jsonl models/dense-res20/
-	cp runs/resnet-20x2/log.jsonl models/resnet-20x2/
-	cp runs/manidp-res20-first/log.jsonl models/manidp-res20/first.jsonl
-	cp runs/manidp-res20-second/log.jsonl models/manidp-res20/second.jsonl
-	cp runs/manidp-res20/log.jsonl models/manidp-res20/third.jsonl
+	cp runs/manidp-res20-first/log.jsonl models/manidp-res20/log.jsonl
+	cp runs/manidp-res20/log.jsonl models/manidp-res20/second.jsonl
 	$(MAKE) cards
 
 cards: $(VENV)/.base  ## Write the bundled card of our own model, and its digests, from the bundled checkpoint

@@ -278,21 +278,6 @@ def test_a_network_is_named_by_its_depth_and_width(tmp_path: Path, capsys: pytes
         assert f"got {name}" in err
 
 
-def test_what_is_trained_on_from_a_gated_model_inherits_how_its_budget_was_shared_out(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
-    class_folders(tmp_path / "set", ("frog", "ship"), 4)
-    arguments = ["--data", tmp_path / "set", "--threads", 1, "--set", "epochs=1", "--set", "batch_size=8"]
-    closing = {load_checkpoint(model).graph.gates[0].name: 0.5}
-    text = "closing={" + ", ".join(f'"{name}" = {value}' for name, value in closing.items()) + "}"
-    first, second = tmp_path / "first", tmp_path / "second"
-    run(capsys, "train", "--from", model, *arguments, "--set", "keep_rate=0.8", "--set", text, "--out", first)
-    run(capsys, "train", "--from", first / "model.safetensors", *arguments, "--out", second)
-    recipe = load_checkpoint(second / "model.safetensors").provenance["recipe"]
-    assert (recipe["keep_rate"], recipe["closing"], recipe["reach"]) == (0.8, closing, 0.0)
-
-
 def test_training_can_write_tensorboard_events(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install 'manidp[torch]'")

@@ -199,46 +199,6 @@ def test_of_several_teachers_the_mean_is_followed(tmp_path: Path) -> None:
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("target", [{"keep_rate": 0.6}, {"keep_rate": None, "macs_budget": 1.2e5}])
-def test_closing_spares_the_gate_it_names(target: dict[str, float | None], tmp_path: Path) -> None:
-    spared = with_gates(GRAPH).gates[0].name
-    shares = []
-    for closing in ({}, {spared: 0.0}):
-        recipe = replace(GATED, closing=closing, **target)  # type: ignore[arg-type]
-        training, _ = trained(tmp_path / str(len(closing)), recipe, gates=True)
-        training.finish()
-        threshold = float(training.network.state_dict()[f"{spared}.threshold"])
-        shares.append((training._saliencies()[spared] > threshold).mean())
-    assert shares[0] < 0.7
-    assert shares[1] > 0.8
-
-
-def test_reopened_gates_let_every_channel_through_and_change_nothing_else(tmp_path: Path) -> None:
-    network = Network(with_gates(GRAPH))
-    state = network.state_dict()
-    for gate in network.graph.gates:
-        state[f"{gate.name}.fc2.weight"].normal_(generator=torch.Generator().manual_seed(0), std=0.01)
-        state[f"{gate.name}.fc2.bias"][:3] = torch.tensor([-5.0, 0.1, 3.0])  # two closed for good, one wide open
-        state[f"{gate.name}.threshold"].fill_(0.5)
-    before = {name: value.clone() for name, value in state.items()}
-    recipe = replace(GATED, reopen=True, augment=False)
-    training = Training(network, image_set(), PREPROCESSING, recipe, tmp_path)
-    saliencies = training._saliencies()
-    for gate in network.graph.gates:
-        assert state[f"{gate.name}.threshold"] == 0
-        assert (saliencies[gate.name] > 0.5).all()
-        constant = saliencies[gate.name][:, :2]
-        assert (constant == constant[0, 0]).all()
-        assert 1 < constant[0, 0] < 1.5  # the mean of the others: 3, and four or five times about 1
-        for name in ("fc1.weight", "fc2.weight", "fc2.bias"):
-            now, old = state[f"{gate.name}.{name}"], before[f"{gate.name}.{name}"]
-            assert torch.equal(
-                now[..., 2:] if name == "fc2.bias" else now[2:], old[..., 2:] if name == "fc2.bias" else old[2:]
-            )
-    resumed = Training(Network(with_gates(GRAPH)), image_set(), PREPROCESSING, recipe, tmp_path, resume=True)
-    assert all(torch.equal(value, state[name]) for name, value in resumed.network.state_dict().items())
-
-
 def test_distillation_needs_both_a_teacher_and_a_share(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="teacher"):
         trained(tmp_path, replace(RECIPE, distillation=0.5))
@@ -257,17 +217,10 @@ def test_distillation_needs_both_a_teacher_and_a_share(tmp_path: Path) -> None:
         ({"epochs": 0}, False, "epochs must lie between 1"),
         ({"learning_rate": float("nan")}, False, "learning_rate must lie between"),
         ({"precision": "float16"}, False, "bfloat16 or float32"),
-        (
-            {"keep_rate": 0.5, "closing": {"stage_9.mb1": 1.0}},
-            True,
-            "names 'stage_9.mb1'; gates of this network are: st",
-        ),
-        ({"keep_rate": 0.5, "closing": {"stage_1.0.mb1": -1}}, True, "closing of stage_1.0.mb1 must lie between 0 and"),
-        ({"keep_rate": 0.5, "closing": {"stage_1.0.mb1": "1"}}, True, "closing of stage_1.0.mb1 must lie between 0"),
     ],
 )
 def test_a_recipe_that_cannot_be_followed_is_refused(
-    change: dict[str, object], gates: bool, message: str, tmp_path: Path
+    change: dict[str, float], gates: bool, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(TrainingError, match=message):
         trained(tmp_path, replace(RECIPE, **change), gates=gates)  # type: ignore[arg-type]
@@ -276,15 +229,13 @@ def test_a_recipe_that_cannot_be_followed_is_refused(
 
 def test_recipe_files_and_settings(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
-    path.write_text("epochs = 3\nlearning_rate = 1\nprecision = 'float32'\n[closing]\n'stage_1.0.mb1' = 0.5\n")
-    expected = Recipe(epochs=3, learning_rate=1, precision="float32", closing={"stage_1.0.mb1": 0.5})
-    assert replace(Recipe(), **read_recipe(path)) == expected
+    path.write_text("epochs = 3\nlearning_rate = 1\nprecision = 'float32'\n")
+    assert replace(Recipe(), **read_recipe(path)) == Recipe(epochs=3, learning_rate=1, precision="float32")
     for content, message in {
         "epoch = 3": "unknown setting 'epoch'; known are epochs",
         "epochs = 3.5": "epochs must be int; got 3.5",
         "augment = 1": "augment must be bool",
         "epochs = true": "epochs must be int",
-        "closing = 2": "closing must be dict; got 2",
         "epochs = ": "not TOML",
     }.items():
         path.write_text(content)

@@ -181,7 +181,6 @@ def _recipe(job: Job, parent: Checkpoint | None, graph: Graph) -> Recipe:
         before = parent.provenance.get("recipe")
         if isinstance(before, dict):
             inherited = {name: before.get(name) for name in ("keep_rate", "macs_budget")} | {"reach": 0.0}
-            inherited |= {"closing": before.get("closing", {})}
     recipe = replace(Recipe(), **inherited | given)
     recipe.check(graph)
     return recipe

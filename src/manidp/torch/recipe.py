@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +17,6 @@ class Recipe:
 
     ``keep_rate`` (share of channels, 0..1) or ``macs_budget`` (mean multiply-adds an image) is the target of gated
     training, reached at ``reach`` x ``epochs`` and held from there on; a graph with gates needs exactly one of them.
-    ``closing`` says of single gates how many times as many of their channels they close as the others do (1 where a
-    gate is not named), so that layers that bear it badly are spared. ``reopen`` starts with all
-    channels of already trained gates open, also those that they close for every image, so that others may be closed.
-    Departs: the reference has neither; no gradient reaches a channel that is closed for every image, it stays closed.
     ``ema`` averages weights and statistics over steps (0: off). ``distillation`` is the share of the loss that
     follows the teachers. The gates' learning rate is the network's; weight decay spares them. ``compiled`` runs network
     and teachers through torch.compile: about 1.4 times the images a second on a CPU, but it needs a C++ compiler.
@@ -39,11 +34,9 @@ class Recipe:
     temperature: float = 4.0
     keep_rate: float | None = None
     macs_budget: float | None = None
-    closing: Mapping[str, float] = field(default_factory=dict)
     reach: float = 0.65
     lambda_sparsity: float = 5e-3
     lambda_similarity: float = 1.0
-    reopen: bool = False
     augment: bool = True
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     compiled: bool = False
@@ -68,12 +61,6 @@ class Recipe:
             raise TrainingError("recipe: a network with gates needs a target, keep_rate or macs_budget, not both")
         if not graph.gates and targets:
             raise TrainingError("recipe: keep_rate and macs_budget are for a network with gates; this one has none")
-        names = [gate.name for gate in graph.gates]
-        for name, value in self.closing.items():
-            if name not in names:
-                raise TrainingError(f"recipe: closing names {name!r}; gates of this network are: {', '.join(names)}")
-            if not isinstance(value, int | float) or not 0 <= value <= 100:
-                raise TrainingError(f"recipe: closing of {name} must lie between 0 and 100; got {value!r}")
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -101,11 +88,8 @@ def parse_setting(text: str) -> dict[str, Any]:
 
 def checked_settings(settings: dict[str, Any], where: str) -> dict[str, Any]:
     """The same settings if every name and type is a field of Recipe, else TrainingError."""
-    kinds = {
-        "int": (int,), "float": (int, float), "float | None": (int, float), "bool": (bool,),
-        "Mapping[str, float]": (dict,),
-    }  # fmt: skip
-    known = {each.name: kinds.get(str(each.type), (str,)) for each in fields(Recipe)}
+    kinds = {"int": (int,), "float": (int, float), "float | None": (int, float), "bool": (bool,)}
+    known = {field.name: kinds.get(str(field.type), (str,)) for field in fields(Recipe)}
     for name, value in settings.items():
         if name not in known:
             raise TrainingError(f"{where}: unknown setting {name!r}; known are {', '.join(known)}")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from manidp.graph import Graph
 from manidp.macs import macs_per_image
-
-UNIFORM: Mapping[str, float] = MappingProxyType({})  # every gate closes the same share of its channels
 
 
 def learning_rate(step: int, steps: int, *, peak: float, warmup: int = 0) -> float:
@@ -48,41 +45,22 @@ def continuous_threshold(mean_saliency: NDArray[np.floating], rate: float) -> fl
     return float(np.interp(rate, np.append(ranks, 2.0), np.append(ordered, 0.0)))
 
 
-def thresholds_for_rate(
-    saliencies: Mapping[str, NDArray[np.floating]], rate: float, closing: Mapping[str, float] = UNIFORM
-) -> dict[str, float]:
-    """Every gate's threshold for one keep rate; saliencies (images, C_l) under the gates' names.
-
-    closing: how many times as many of its channels a gate closes as one that is not named there: that gate's own keep
-    rate is 1 - closing * (1 - rate).
-    Departs: in the reference one rate holds for all gates, though some layers bear closing far worse than others.
-    """
-    return {
-        name: threshold(value.mean(0), own_rate(rate, closing.get(name, 1.0))) for name, value in saliencies.items()
-    }
+def thresholds_for_rate(saliencies: Mapping[str, NDArray[np.floating]], rate: float) -> dict[str, float]:
+    """Every gate's threshold for one keep rate; saliencies (images, C_l) under the gates' names."""
+    return {name: threshold(value.mean(0), rate) for name, value in saliencies.items()}
 
 
-def own_rate(rate: float, closing: float) -> float:
-    """A gate's keep rate where all others' is ``rate`` (1 and above: nothing to close)."""
-    return 1 - closing * (1 - rate) if rate < 1 else rate
-
-
-def rate_for_budget(
-    graph: Graph,
-    saliencies: Mapping[str, NDArray[np.floating]],
-    budget: float,
-    closing: Mapping[str, float] = UNIFORM,
-) -> float:
+def rate_for_budget(graph: Graph, saliencies: Mapping[str, NDArray[np.floating]], budget: float) -> float:
     """The one keep rate under whose continuous thresholds these images take ``budget`` MACs on average; by bisection.
 
-    saliencies (images, C_l) under the gates' names; closing as in ``thresholds_for_rate``. Exact as far as saliencies
-    do not change with the thresholds of earlier gates; repeat on fresh ones to converge.
+    saliencies (images, C_l) under the gates' names. Exact as far as saliencies do not change with the thresholds of
+    earlier gates; repeat on fresh ones to converge.
     """
     means = {name: value.mean(0) for name, value in saliencies.items()}
     low, high = 0.0, 2.0
     for _ in range(24):
         rate = (low + high) / 2
-        chosen = continuous_thresholds(means, rate, closing)
+        chosen = continuous_thresholds(means, rate)
         kept = {name: value > np.float32(chosen[name]) for name, value in saliencies.items()}
         if macs_per_image(graph, kept).mean() > budget:
             high = rate
@@ -91,8 +69,6 @@ def rate_for_budget(
     return low
 
 
-def continuous_thresholds(
-    means: Mapping[str, NDArray[np.floating]], rate: float, closing: Mapping[str, float] = UNIFORM
-) -> dict[str, float]:
-    """Every gate's continuous threshold for one keep rate; means (C_l,) under the gates' names, closing as above."""
-    return {name: continuous_threshold(mean, own_rate(rate, closing.get(name, 1.0))) for name, mean in means.items()}
+def continuous_thresholds(means: Mapping[str, NDArray[np.floating]], rate: float) -> dict[str, float]:
+    """Every gate's continuous threshold for one keep rate; means (C_l,) under the gates' names."""
+    return {name: continuous_threshold(mean, rate) for name, mean in means.items()}

@@ -38,7 +38,6 @@ from manidp.torch.schedule import (
 
 SAMPLE = 10_000  # images whose saliencies set the thresholds: the last ones of an epoch, so that they are not stale
 FOLLOW = 20  # steps after which the thresholds follow the saliencies, where a budget is to be met
-RARELY = 0.01  # share of images: a channel that a gate keeps for fewer counts as closed for good
 PADDING = 4  # pixels around an image for the random crop
 
 
@@ -139,8 +138,9 @@ class Training:
         for _ in range(4 if self.network.graph.gates else 1 if self.average else 0):
             if self.recipe.macs_budget is not None:
                 saliencies = self._saliencies()
-                rate = rate_for_budget(self.network.graph, saliencies, self.recipe.macs_budget, self.recipe.closing)
-                self._hold(rate, saliencies)
+                rate = rate_for_budget(self.network.graph, saliencies, self.recipe.macs_budget)
+                means = {name: value.mean(0) for name, value in saliencies.items()}
+                self._set_thresholds(continuous_thresholds(means, rate))
             self._estimate_statistics()
         self.network.eval()
         return self.network.weights()
@@ -232,13 +232,13 @@ class Training:
             reach = max(1, round(recipe.reach * recipe.epochs))
             if recipe.keep_rate is not None:
                 rate = keep_rate(epoch, reach, recipe.keep_rate)
-                self._set_thresholds(thresholds_for_rate(saliencies, rate, recipe.closing))
+                self._set_thresholds(thresholds_for_rate(saliencies, rate))
             elif recipe.macs_budget is not None:
                 everything = {name: np.ones_like(value[:1], dtype=bool) for name, value in saliencies.items()}
                 full = float(macs_per_image(graph, everything)[0])
                 budget = full * keep_rate(epoch, reach, min(1.0, recipe.macs_budget / full))
-                self.rate = rate_for_budget(graph, saliencies, budget, recipe.closing)
-                self._hold(self.rate, saliencies)
+                self.rate = rate_for_budget(graph, saliencies, budget)
+                self._set_thresholds(continuous_thresholds({n: v.mean(0) for n, v in saliencies.items()}, self.rate))
         return macs
 
     def _follow(self, recent: list[dict[str, Tensor]]) -> None:
@@ -248,28 +248,8 @@ class Training:
         constant a small drift closes twice the channels that the budget asks for.
         """
         if self.rate is not None:
-            self._hold(self.rate, _joined(recent))
-
-    def _hold(self, rate: float, saliencies: Mapping[str, NDArray[np.float32]]) -> None:
-        """Set the thresholds that keep ``rate`` of the channels on these images."""
-        means = {name: value.mean(0) for name, value in saliencies.items()}
-        self._set_thresholds(continuous_thresholds(means, rate, self.recipe.closing))
-
-    @torch.no_grad()
-    def _reopen(self) -> None:
-        """Open all channels: thresholds 0, and where a gate keeps a channel for hardly any image, a constant saliency.
-
-        It is the mean over the saliencies that the gate keeps.
-        """
-        state = self.network.state_dict()
-        for name, saliency in self._saliencies().items():
-            threshold = state[f"{name}.threshold"]
-            kept = saliency > threshold.item()
-            closed = torch.from_numpy(kept.mean(0) < RARELY).to(self.device)
-            if kept.any():
-                state[f"{name}.fc2.weight"][closed] = 0
-                state[f"{name}.fc2.bias"][closed] = float(saliency[kept].mean())
-            threshold.fill_(0)
+            means = {name: value.mean(0) for name, value in _joined(recent).items()}
+            self._set_thresholds(continuous_thresholds(means, self.rate))
 
     def _set_thresholds(self, thresholds: Mapping[str, float]) -> None:
         state = self.network.state_dict()
@@ -303,8 +283,6 @@ class Training:
     def _start(self, resume: bool) -> None:
         if not self.state_path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.recipe.reopen:
-                self._reopen()
             self._save()
             return
         if not resume:
