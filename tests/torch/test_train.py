@@ -217,6 +217,7 @@ def test_distillation_needs_both_a_teacher_and_a_share(tmp_path: Path) -> None:
         ({"epochs": 0}, False, "epochs must lie between 1"),
         ({"learning_rate": float("nan")}, False, "learning_rate must lie between"),
         ({"precision": "float16"}, False, "bfloat16 or float32"),
+        ({"padding_mode": "mirror"}, False, "constant or reflect; got 'mirror'"),
     ],
 )
 def test_a_recipe_that_cannot_be_followed_is_refused(
@@ -262,6 +263,24 @@ def test_crops_and_flips_only_move_pixels(tmp_path: Path) -> None:
     assert moved > 120
     assert torch.equal(batches[0][0], next(iter(training.images.epoch(0)))[0])
     assert not torch.equal(batches[0][0], next(iter(training.images.epoch(1)))[0])
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_beyond_its_border_an_image_is_black_or_mirrored(mode: str, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, padding_mode=mode)
+    training = Training(Network(GRAPH), image_set(), PREPROCESSING, recipe, tmp_path)
+    pad = [(0, 0), (4, 4), (4, 4), (0, 0)]
+    crops = {
+        padded[y : y + 8, x : x + 8][:, ::step].tobytes()
+        for padded in np.pad(image_set().images, pad, mode)  # type: ignore[call-overload]
+        for y in range(9)
+        for x in range(9)
+        for step in (1, -1)
+    }
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PREPROCESSING.mean, PREPROCESSING.std))
+    for images, _ in training.images.epoch(0):
+        for pixels in ((images * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy():
+            assert pixels.tobytes() in crops
 
 
 def test_statistics_are_those_of_augmented_training_images(tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ class Recipe:
     ``keep_rate`` (share of channels, 0..1) or ``macs_budget`` (mean multiply-adds an image) is the target of gated
     training, reached at ``reach`` x ``epochs`` and held from there on; a graph with gates needs exactly one of them.
     ``ema`` averages weights and statistics over steps (0: off). ``distillation`` is the share of the loss that
-    follows the teachers. The gates' learning rate is the network's; weight decay spares them. ``compiled`` runs network
-    and teachers through torch.compile: about 1.4 times the images a second on a CPU, but it needs a C++ compiler.
+    follows the teachers. ``augment`` flips and crops at random; what a crop takes from beyond the border is black
+    (``padding_mode`` "constant") or the image mirrored there ("reflect"). The gates' learning rate is the network's;
+    weight decay spares them. ``compiled`` runs network and teachers through torch.compile: about 1.4 times the images a
+    second on a CPU, but it needs a C++ compiler.
     """
 
     epochs: int = 100
@@ -38,6 +40,7 @@ class Recipe:
     lambda_sparsity: float = 5e-3
     lambda_similarity: float = 1.0
     augment: bool = True
+    padding_mode: Literal["constant", "reflect"] = "constant"
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     compiled: bool = False
     seed: int = 0
@@ -56,6 +59,8 @@ class Recipe:
                 raise TrainingError(f"recipe: {name} must lie between {low} and {high:g}; got {value}")
         if self.precision not in ("bfloat16", "float32"):
             raise TrainingError(f"recipe: precision must be bfloat16 or float32; got {self.precision!r}")
+        if self.padding_mode not in ("constant", "reflect"):
+            raise TrainingError(f"recipe: padding_mode must be constant or reflect; got {self.padding_mode!r}")
         targets = sum(target is not None for target in (self.keep_rate, self.macs_budget))
         if graph.gates and targets != 1:
             raise TrainingError("recipe: a network with gates needs a target, keep_rate or macs_budget, not both")
