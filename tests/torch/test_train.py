@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -105,6 +106,7 @@ def test_the_log_has_the_run_and_a_line_an_epoch(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
+from typing import Literal
 sys.path.insert(0, {here!r})
 import torch
 torch.set_num_threads(1)
@@ -266,13 +268,13 @@ def test_crops_and_flips_only_move_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
-def test_beyond_its_border_an_image_is_black_or_mirrored(mode: str, tmp_path: Path) -> None:
+def test_beyond_its_border_an_image_is_black_or_mirrored(mode: Literal["constant", "reflect"], tmp_path: Path) -> None:
     recipe = replace(RECIPE, padding_mode=mode)
     training = Training(Network(GRAPH), image_set(), PREPROCESSING, recipe, tmp_path)
     pad = [(0, 0), (4, 4), (4, 4), (0, 0)]
     crops = {
         padded[y : y + 8, x : x + 8][:, ::step].tobytes()
-        for padded in np.pad(image_set().images, pad, mode)  # type: ignore[call-overload]
+        for padded in np.pad(image_set().images, pad, mode)
         for y in range(9)
         for x in range(9)
         for step in (1, -1)
