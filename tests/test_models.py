@@ -8,12 +8,14 @@ import pytest
 
 import manidp
 from manidp.checkpoint import Checkpoint, bundled, checkpoint_path, load_checkpoint
+from manidp.files import sha256_of
 from manidp.graph import resnet, with_gates
 from manidp.images import load_cifar10, load_sample
 from manidp.macs import ungated_macs
 from manidp.runtime import reference
 
-CIFAR10 = Path(__file__).parent.parent / "cifar10"
+ROOT = Path(__file__).parent.parent
+CIFAR10 = ROOT / "cifar10"
 
 
 def model(name: str) -> Checkpoint:
@@ -30,14 +32,16 @@ def test_the_two_models_are_there_and_are_resnet20() -> None:
 
 def test_the_gated_model_says_where_it_comes_from() -> None:
     provenance = model("manidp-res20").provenance
-    assert provenance["from"] in provenance["teacher"]
-    assert "dense-res20" in [teacher["name"] for teacher in provenance["teacher"]]
+    dense = {"name": "dense-res20", "sha256": sha256_of(checkpoint_path("dense-res20"))}
+    wide = {"name": "resnet-20x2.safetensors", "sha256": sha256_of(ROOT / "models/resnet-20x2/model.safetensors")}
+    assert provenance["teacher"] == [wide, dense]
+    assert provenance["from"]["name"] == "manidp-res20-second.safetensors"
     assert provenance["measured"]["total"] == 10_000
     assert provenance["recipe"]["epochs"] == provenance["training"]["epochs"]
 
 
 def test_the_card_in_the_catalogue_is_that_of_the_checkpoint() -> None:
-    path = Path(__file__).parent.parent / "models" / "make_cards.py"
+    path = ROOT / "models" / "make_cards.py"
     spec = importlib.util.spec_from_file_location("make_cards", path)
     assert spec is not None
     assert spec.loader is not None
