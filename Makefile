@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 MANIDP := $(VENV)/bin/manidp
+TRAIN := $(MANIDP) train --data cifar10 --resume
 
 .PHONY: help run test check data model cards table figure test-mindspore clean
 
@@ -26,23 +27,23 @@ data: $(VENV)/.base  ## Bring CIFAR-10 into ./cifar10 and verify it
 	$(MANIDP) data cifar10
 
 model: $(VENV)/.dev data  ## Train both bundled models again (hours; goes on where it stopped)
-	$(MANIDP) train --data cifar10 --out runs/dense-res20 --recipe models/dense-res20/recipe.toml --resume
+	$(TRAIN) --out runs/dense-res20 --recipe models/dense-res20/recipe.toml
 	cp runs/dense-res20/model.safetensors src/manidp/data/dense-res20.safetensors
 	cp runs/dense-res20/log.jsonl models/dense-res20/log.jsonl
-	$(MANIDP) train --data cifar10 --out runs/manidp-res20-first --recipe models/manidp-res20/recipe.toml --resume \
+	$(TRAIN) --out runs/manidp-res20-first --recipe models/manidp-res20/recipe.toml \
 		--from dense-res20 --gates --teacher dense-res20
 	cp runs/manidp-res20-first/model.safetensors runs/manidp-res20-first.safetensors
-	$(MANIDP) train --data cifar10 --out runs/manidp-res20-second --recipe models/manidp-res20/second.toml --resume \
+	$(TRAIN) --out runs/manidp-res20-second --recipe models/manidp-res20/second.toml \
 		--from runs/manidp-res20-first.safetensors --teacher runs/manidp-res20-first.safetensors --teacher dense-res20
 	cp runs/manidp-res20-second/model.safetensors runs/manidp-res20-second.safetensors
-	$(MANIDP) train --data cifar10 --out runs/resnet-20x2-first --recipe models/resnet-20x2/recipe.toml --resume \
+	$(TRAIN) --out runs/resnet-20x2-first --recipe models/resnet-20x2/recipe.toml \
 		--network resnet-20x2
-	$(MANIDP) train --data cifar10 --out runs/resnet-20x2-second --recipe models/resnet-20x2/second.toml --resume \
+	$(TRAIN) --out runs/resnet-20x2-second --recipe models/resnet-20x2/second.toml \
 		--from runs/resnet-20x2-first/model.safetensors
-	$(MANIDP) train --data cifar10 --out runs/resnet-20x2-third --recipe models/resnet-20x2/third.toml --resume \
+	$(TRAIN) --out runs/resnet-20x2-third --recipe models/resnet-20x2/third.toml \
 		--from runs/resnet-20x2-second/model.safetensors
 	cp runs/resnet-20x2-third/model.safetensors runs/resnet-20x2.safetensors
-	$(MANIDP) train --data cifar10 --out runs/manidp-res20 --recipe models/manidp-res20/third.toml --resume \
+	$(TRAIN) --out runs/manidp-res20 --recipe models/manidp-res20/third.toml \
 		--from runs/manidp-res20-second.safetensors --teacher runs/resnet-20x2.safetensors --teacher dense-res20
 	cp runs/resnet-20x2.safetensors models/resnet-20x2/model.safetensors
 	cp runs/manidp-res20/model.safetensors src/manidp/data/manidp-res20.safetensors

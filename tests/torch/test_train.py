@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from manidp.errors import TrainingError
@@ -106,7 +107,6 @@ def test_the_log_has_the_run_and_a_line_an_epoch(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from typing import Literal
 sys.path.insert(0, {here!r})
 import torch
 torch.set_num_threads(1)
@@ -251,15 +251,21 @@ def test_recipe_files_and_settings(tmp_path: Path) -> None:
             parse_setting(wrong)
 
 
+def as_pixels(images: torch.Tensor) -> NDArray[np.uint8]:
+    """What the network reads, (B, 3, H, W), back as uint8 (B, H, W, 3)."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PREPROCESSING.mean, PREPROCESSING.std))
+    pixels: NDArray[np.uint8] = ((images * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return pixels
+
+
 def test_crops_and_flips_only_move_pixels(tmp_path: Path) -> None:
     training = Training(Network(GRAPH), image_set(), PREPROCESSING, RECIPE, tmp_path)
     plain = {tuple(p) for image in image_set().images for p in image.reshape(-1, 3)} | {(0, 0, 0)}
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PREPROCESSING.mean, PREPROCESSING.std))
     batches = list(training.images.epoch(0))
     assert sum(len(labels) for _, labels in batches) == 160
     moved = 0
     for images, _ in batches:
-        pixels = ((images * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        pixels = as_pixels(images)
         assert {tuple(p) for image in pixels[:4] for p in image.reshape(-1, 3)} <= plain
         moved += sum(not (pixels[i] == image_set().images).all((1, 2, 3)).any() for i in range(len(pixels)))
     assert moved > 120
@@ -279,9 +285,8 @@ def test_beyond_its_border_an_image_is_black_or_mirrored(mode: Literal["constant
         for x in range(9)
         for step in (1, -1)
     }
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PREPROCESSING.mean, PREPROCESSING.std))
     for images, _ in training.images.epoch(0):
-        for pixels in ((images * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy():
+        for pixels in as_pixels(images):
             assert pixels.tobytes() in crops
 
 

@@ -57,10 +57,10 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise TrainingError(f"recipe: {name} must lie between {low} and {high:g}; got {value}")
-        if self.precision not in ("bfloat16", "float32"):
-            raise TrainingError(f"recipe: precision must be bfloat16 or float32; got {self.precision!r}")
-        if self.padding_mode not in ("constant", "reflect"):
-            raise TrainingError(f"recipe: padding_mode must be constant or reflect; got {self.padding_mode!r}")
+        choices = {"padding_mode": ("constant", "reflect"), "precision": ("bfloat16", "float32")}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise TrainingError(f"recipe: {name} must be {' or '.join(allowed)}; got {value!r}")
         targets = sum(target is not None for target in (self.keep_rate, self.macs_budget))
         if graph.gates and targets != 1:
             raise TrainingError("recipe: a network with gates needs a target, keep_rate or macs_budget, not both")
