@@ -1,6 +1,10 @@
 """Bringing a file from servers that behave, and from servers that do not."""
 
+import contextlib
 import hashlib
+import itertools
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -54,6 +58,7 @@ def assert_fails(server: Loopback, route: Route, part: Path, kind: str, text: st
     with pytest.raises(TransferError, match=text) as caught:
         bring(server, route, part, **{"patience": 0.5, **options})
     assert caught.value.kind == kind and time.monotonic() - start < 3
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
     assert not part.exists() or CONTENT.startswith(part.read_bytes())
     bring(server, whole(CONTENT), part)
 
@@ -183,6 +188,15 @@ def _stalls(request: Request) -> None:
     request.pause(9)
 
 
+def _says(headers: str, body: bytes = b"") -> Route:
+    return lambda request: request.send(f"HTTP/1.1 200 OK\r\n{headers}\r\n".encode("latin-1") + body)
+
+
+def _continues(request: Request) -> None:
+    while True:
+        request.send(b"HTTP/1.1 100 Continue\r\n\r\n" * 500, pause=0.01)
+
+
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 102400\r\n\r\n"
 
 
@@ -193,6 +207,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 102400\r\n\r\n"
         (status(410), "missing", "410"),
         (status(403), "refused", "the server says 403"),
         (status(304), "refused", "304"),
+        (status(103), "refused", "103"),
         (status(503), "passing", "503"),
         (status(429, Retry_After=0), "passing", "429"),
         (whole(b"x" * len(CONTENT)), "wrong", r"what came is not the file: sha256 \w+ of 102,400 bytes, expected"),
@@ -203,17 +218,33 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 102400\r\n\r\n"
         (_always_cut, "passing", "cut short, 10 of"),
         (_chunked(CONTENT[:9000], last=False), "passing", "connection failed"),
         (whole(bytes(LIMIT + 1)), "refused", "1,048,577 bytes; the limit is 1,048,576"),
+        *((_says(f"Content-Length: {length}\r\n"), "wrong", f"the server says a Content-Length of .*{length[-1:]}'$")
+          for length in ("-5", "+5", "0x5", "5_0", "5, 5", "many", "9" * 21, "5\r\nContent-Length: 6")),
+        (_says(f"Content-Length: {'9' * 5000}\r\n"), "wrong", r"a Content-Length of '9{200}'\.\.\. \(5,000 characters"),
+        (_says("Content-Length: 9" + "9" * 4299 + "\r\n"), "wrong", "Content-Length"),
+        (lambda r: r.send(b"HTTP/1.1 206 OK\r\nContent-Range: bytes 5-9/10\r\n\r\n"), "passing", "go on at byte 0"),
+        (lambda r: r.send(b"HTTP/1.1 206 OK\r\nContent-Range: many\r\n\r\n"), "passing", "go on at byte 0"),
+        (_says("Transfer-Encoding: chunked\r\n", b"-5\r\n" + CONTENT[:9]), "passing", "connection failed"),
+        (_says("Transfer-Encoding: chunked\r\n", b"\xff\x1b[31m\r\nxxxxx\r\n"), "unreachable", "connection failed"),
+        (_says("Transfer-Encoding: chunked\r\n", b"f" * 60000 + b"\r\n"), "unreachable", "connection failed"),
+        (_says("Transfer-Encoding: chunked\r\n", b"0\r\n" + b"X: y\r\n" * 9000), "wrong", "not the file"),
         (_endless, "wrong", "more than 1,048,576 bytes came"),
         (_silent, "unreachable", "stalled, 0 bytes"),
         (_stalls, "passing", "stalled, 5,000 bytes"),
         (_drip(b"", b"HTTP/1.1 200 OK" + bytes(99)), "unreachable", "stalled"),
         (_drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 99, 6), "unreachable", "stalled"),
         (_drip(HEAD, CONTENT), "passing", "stalled"),
+        (_drip(HEAD, CONTENT, 500), "passing", "stalled, .* bytes came and then less than 16,384 a second in 0.5 s"),
+        (_continues, "unreachable", "stalled, 0 bytes"),
         (_drip(HEAD + CONTENT[:9000], CONTENT[9000:]), "passing", "stalled"),
         (_drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0" * 99), "unreachable", "stalled"),
         (lambda r: r.send(b"not http at all\r\n\r\n"), "unreachable", "connection failed"),
         (lambda r: r.send(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n"), "unreachable", "100 headers"),
         (lambda r: r.send(b"HTTP/1.1 200 " + b"x" * 2**17), "unreachable", "connection failed"),
+        (lambda r: r.send(b"\x1b]0;owned\x07\x1b[31m" * 3000 + b"\r\n\r\n"), "unreachable", r"failed: '\\x1b\]0;owned"),
+        (lambda r: r.send(b"HTTP/1.1 403 \x1b[31m" + b"x" * 60000 + b"\r\n\r\n"), "refused", r"403 '\\x1b\[31mx+'\."),
+        (lambda r: r.send(b"HTTP/9.9 200 OK\r\n\r\n"), "unreachable", "connection failed: 'HTTP/9.9'"),
+        (lambda r: r.send(b"HTTP/1.1 99999999999 OK\r\n\r\n"), "unreachable", "connection failed"),
         (lambda r: None, "unreachable", "connection failed"),
         (redirect("file:///etc/passwd"), "refused", "must begin with https"),
         (redirect("http://192.0.2.1/f"), "refused", "must begin with https"),
@@ -221,6 +252,11 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 102400\r\n\r\n"
         (redirect("http://user@127.0.0.1/f"), "refused", "user name"),
         (redirect("/f"), "wrong", "more than 5 redirects"),
         (redirect(""), "wrong", "redirect to nowhere"),
+        *((redirect(location), "refused", "not? (an )?address|on the list") for location in (
+            "http://[", "//[", "http://[::1", "https://127.0.0.1:99999/", "https://127.0.0.1:x/", "https://\xe9/",
+            "data:,x", "https://", "http://a b/", "https://" + "a" * 64 + ".com/", "https://127.0.0.1:0/",
+            "/" + "x" * 50_000, "http://[v9.x]/", "https://\x1b[31m/", "ftp://127.0.0.1/", "javascript:x", "https://me:pw@h/",
+        )),
     ],
 )  # fmt: skip
 def test_a_server_that_misbehaves(server: Loopback, tmp_path: Path, route: Route, kind: str, text: str) -> None:
@@ -252,6 +288,72 @@ def test_waits_double(monkeypatch: pytest.MonkeyPatch, server: Loopback, tmp_pat
     with pytest.raises(TransferError):
         bring(server, status(500), tmp_path / "p", attempts=4, backoff=1.0)
     assert len(waits) == 3 and all(0.5 * 2**n <= wait <= 1.5 * 2**n for n, wait in enumerate(waits))
+
+
+def test_a_call_has_a_time_limit_that_grows_with_the_size(server: Loopback, tmp_path: Path) -> None:
+    """Fast enough at every moment, but too slow in all; what came is kept, and the next call goes on with it."""
+
+    def slow(request: Request) -> None:
+        at = request.offset()
+        request.answer(206 if at else 200, Content_Length=len(CONTENT) - at, Content_Range=f"bytes {at}-{at + 9}/*")
+        request.send(CONTENT[at : at + 15_000], pause=0.05, step=1000)
+
+    for route, text in (
+        (_drip(HEAD, CONTENT, 5000), r"too slow, [0-9,]+ bytes came and the 1 s for it are over"),
+        (slow, "cut short, 15,000 of|too slow"),  # many attempts make it no longer
+        (in_turn(*[redirect("/f")] * 3, _silent), "too slow, 0 bytes"),
+        (status(503, Retry_After=9), "503"),  # there is no time left to wait so long
+    ):
+        start = time.monotonic()
+        with pytest.raises(TransferError, match=text):
+            bring(server, route, tmp_path / "p", grace=0.2, mean_rate=len(CONTENT) / 0.5, attempts=9)
+        assert time.monotonic() - start < 1.5
+    assert 15_000 < (tmp_path / "p").stat().st_size < len(CONTENT)
+    bring(server, _drip_rest, tmp_path / "p", grace=0.2, mean_rate=len(CONTENT) / 9)
+    with pytest.raises(TransferError, match="too slow"):
+        server.routes["/f"] = _drip(HEAD, CONTENT, 5000)
+        quick(server, grace=0.2, mean_rate=2e6).text(f"{server.origin}/f", LIMIT)
+
+
+def _drip_rest(request: Request) -> None:
+    at = request.offset()
+    request.answer(206, Content_Length=len(CONTENT) - at, Content_Range=f"bytes {at}-{len(CONTENT) - 1}/*")
+    request.send(CONTENT[at:], pause=0.05, step=5000)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x16\x03\x03\x40\0" + bytes(999), b"HTTP/1.1 400 no\r\n", b"\x15\x03\x03\0\2\2\x28"]
+)
+def test_tls_that_goes_on_for_ever_is_ended(content: bytes, tmp_path: Path) -> None:
+    with _trickling(content) as port:
+        origin, start = f"https://127.0.0.1:{port}", time.monotonic()
+        with pytest.raises(TransferError, match=r"stalled, 0 bytes|connection failed") as caught:
+            Downloader(origins([origin]), patience=0.4, attempts=1).file(origin, tmp_path / "p", DIGEST, LIMIT)
+    assert caught.value.kind == "unreachable" and time.monotonic() - start < 2
+
+
+@contextlib.contextmanager
+def _trickling(content: bytes, every: float = 0.05) -> Iterator[int]:
+    """The port of a server that sends this byte by byte, and the last one again and again, whatever it is asked."""
+    done = threading.Event()
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            client, _ = listening.accept()
+            with client:
+                for byte in itertools.chain(content, itertools.repeat(content[-1])):
+                    client.sendall(bytes([byte]))
+                    if done.wait(every):
+                        return
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            done.set()
+            thread.join(3)
 
 
 def test_a_redirect_is_followed_only_to_hosts_on_the_list(server: Loopback, tmp_path: Path) -> None:
@@ -351,6 +453,51 @@ def test_a_proxy_of_the_environment_is_used_and_tls_reaches_through_it(
         bring(server, whole(CONTENT), tmp_path / "q", attempts=1)
 
 
+@pytest.mark.parametrize("name", ["https_proxy", "HTTPS_PROXY"])
+@pytest.mark.parametrize(
+    "value",
+    ["http://[", ":::", "::1", "http://", "http://:8080", "socks5://127.0.0.1:9", "https://127.0.0.1:9", "http://h:x",
+     "http://h:99999", "http://h:0", "http://a b", "http://\x1b[31m", "http://me:secret@[", "http://\udcff", "http://h\xe9",
+     "http://me:secret@/", "x" * 9999],
+)  # fmt: skip
+def test_a_setting_that_is_no_proxy_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    origin = "https://127.0.0.1:9"
+    with pytest.raises(TransferError, match=f"the proxy that {name} names") as caught:
+        Downloader(origins([origin]), attempts=1).file(origin, tmp_path / "p", DIGEST, LIMIT)
+    said = str(caught.value)
+    assert caught.value.kind in ("refused", "unreachable") and said.isprintable() and len(said) < 500
+    assert "secret" not in said
+
+
+def test_what_a_proxy_does_wrong_is_not_said_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failure(proxy: str) -> str:
+        monkeypatch.setenv("https_proxy", f"http://me:secret@{proxy}")
+        origin, start = "https://192.0.2.1", time.monotonic()
+        with pytest.raises(TransferError) as caught:
+            Downloader(origins([origin]), attempts=1, patience=0.4).file(origin, tmp_path / "p", DIGEST, LIMIT)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 500 and time.monotonic() - start < 2
+        assert "secret" not in str(caught.value)
+        return str(caught.value)
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        proxy = f"127.0.0.1:{taken.getsockname()[1]}"
+        expected = f"the proxy {proxy} that https_proxy names: the connection failed: Connection refused"
+        assert failure(proxy) == expected
+    for content, said in (
+        (b"HTTP/1.1 407 who \x1b[31mare you?\r\n\r\n", r"failed: 407 who \\x1b\[31mare"),
+        (b"HTTP/1.1 200 OK\r\nX: y", "stalled, 0 bytes"),
+        (b"\xff\r\n\r\n", "connection failed"),
+        (b"H", "stalled, 0 bytes"),
+    ):
+        with _trickling(content, every=0.001) as port:
+            told = failure(f"127.0.0.1:{port}")
+        assert told.startswith(f"the proxy 127.0.0.1:{port} that https_proxy names: ") and re.search(said, told), told
+
+
 BRING_UNDER_A_FILE_SIZE_LIMIT = """
 import sys, resource
 from pathlib import Path
@@ -380,6 +527,32 @@ def test_a_file_larger_than_the_disk_is_not_begun(server: Loopback, tmp_path: Pa
     assert caught.value.kind == "disk" and not list(tmp_path.iterdir())
 
 
+def test_nothing_is_written_or_read_through_a_link(server: Loopback, tmp_path: Path) -> None:
+    part, outside = tmp_path / "p", tmp_path / "outside"
+    for content in (b"mine", CONTENT[:5000], CONTENT):
+        outside.write_bytes(content)
+        part.symlink_to(outside)
+        assert_left_alone(server, part)
+        assert outside.read_bytes() == content
+        part.unlink()
+    part.symlink_to(tmp_path / "new")
+    assert_left_alone(server, part)
+    part.unlink()
+    os.mkfifo(part)
+    assert_left_alone(server, part)
+    part.unlink()
+    part.mkdir()
+    assert_left_alone(server, part)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outside", "p"]
+
+
+def assert_left_alone(server: Loopback, part: Path) -> None:
+    before = part.lstat()
+    with pytest.raises(TransferError, match="cannot be gone on with: ") as caught:
+        bring(server, whole(CONTENT), part)
+    assert caught.value.kind == "disk" and part.lstat().st_ino == before.st_ino
+
+
 def test_no_folder_to_write_to_is_an_error_of_the_disk(server: Loopback, tmp_path: Path) -> None:
     with pytest.raises(TransferError, match="cannot be written to: No such file") as caught:
         bring(server, whole(CONTENT), tmp_path / "absent" / "p")
@@ -403,6 +576,9 @@ def test_small_texts_are_limited_and_retried(server: Loopback) -> None:
         "https:///f", "https://", "https://user@example.com/", "https://example.com@evil.example/", "https://a b/",
         "https://example.com:99999/", "https://example.com:x/", "https://example.com\\@evil/", "https://exämple.com/",
         "https://example.com/f\r\nX: y", "https://[::1/", "https://example..com/", "https://.example.com/",
+        f"https://{'a' * 64}.com/", f"https://{'a.' * 130}com/", "https://example.com:0/", "http://[",
+        "https://[1.2.3.4]/", "https://[::1%eth0]/", f"https://example.com/{'x' * 5000}", "https://\ud800/", "\0",
+        "https://example.com:\u0663/",
         "https://example.com./", "https://example_com/", "https://example.com%2eevil/", "HTTP://example.com/",
     ],
 )  # fmt: skip

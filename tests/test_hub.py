@@ -392,6 +392,25 @@ def test_a_decision_says_what_and_where_from_and_does_nothing(tmp_path: Path, se
 
 
 @pytest.mark.parametrize(
+    "link",
+    ["http://[", "https://[", "//[", "https://h:x/f", "https://h:99999/f", "https://me:pw@h/f", "https://\xe9/f", "h", "://",
+     "https://" + "a" * 64 + ".com/f", "https://h/a b", "https://h/\x1b[31m", "file:///etc/passwd",
+     "https://h/" + "x" * 9999, "https://h/..", "https://h/%00", "https://h/f\x00"],
+)  # fmt: skip
+def test_a_link_that_is_no_address_is_said_in_one_line(tmp_path: Path, link: str) -> None:
+    hub = hub_with(tmp_path, offline=True, a=card_text((link, DIGEST)))
+    decision = hub.resolve("me/1.0/a")
+    with pytest.raises(HubError) as caught:
+        hub.fetch(decision)
+    said = str(caught.value)
+    assert said.isprintable() and len(said) < 800 and "If you have the file from elsewhere" in said
+    assert ("is not an address to download from" in said) != (link in ("https://h/..", "https://h/%00"))
+    (tmp_path / "f").write_bytes(CONTENT)
+    hub.add(tmp_path / "f")
+    assert hub.fetch(hub.resolve("me/1.0/a")).read_bytes() == CONTENT  # what is there needs no address
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         (card_text(("https://h/f", "e616cdcb")), "only 8 digits of the sha256"),

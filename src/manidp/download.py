@@ -1,8 +1,9 @@
 """One file from the web: only from hosts on a list, over verified TLS, resumed where it broke off, and verified.
 
 The connection is made with the standard library's http.client, so that each hop of a redirect is checked before it is
-followed and every wait has an end: a server must bring something worth having within each stretch of ``patience``
-seconds, headers included, which the timeouts of single reads (all that http libraries offer) do not ensure.
+followed and every wait has an end, from the first byte of TLS to the last of the body: a server must keep up a least
+rate, and the whole call has a time limit, neither of which the timeouts of single reads (all that http libraries
+offer) ensure. Whatever a card, a redirect, a proxy or a server says, the only error is a TransferError.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import shutil
 import socket
 import ssl
+import stat
 import threading
 import time
 import urllib.parse
@@ -27,15 +29,14 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Literal
 
-from manidp.errors import HubError
-from manidp.files import sha256_of
+from manidp.errors import HubError, quoted
+from manidp.files import open_regular, sha256_of
 from manidp.images import Progress
 
 MAX_REDIRECTS = 5
 MAX_RETRY_AFTER_S = 30.0
+MAX_ADDRESS = 4096
 CONNECT_S = 10.0
-LEAST_BYTES = 4096
-"""What a server must bring in each stretch of ``patience`` seconds."""
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -78,8 +79,10 @@ def target_of(url: str) -> Target:
     """Take an address apart. Only https has a meaning here, and http to this machine itself; else a TransferError."""
 
     def refusal(reason: str) -> TransferError:
-        return TransferError("refused", f"{url[:200]!r} is not an address to download from: {reason}")
+        return TransferError("refused", f"{quoted(url)} is not an address to download from: {reason}")
 
+    if len(url) > MAX_ADDRESS:
+        raise refusal(f"it has {len(url):,} characters; at most {MAX_ADDRESS:,} are taken")
     if not re.fullmatch(r"[\x21-\x7e]+", url):
         raise refusal("it holds characters that addresses do not have")
     try:
@@ -90,12 +93,19 @@ def target_of(url: str) -> Target:
     host = (parts.hostname or "").lower()
     if parts.scheme != "https" and not (parts.scheme == "http" and host in _LOOPBACK):
         raise refusal("it must begin with https://")
-    if not re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)*|[0-9a-f:]+", host):
+    if not _is_host(host):
         raise refusal("it names no host")
+    if port == 0:
+        raise refusal("it names port 0, where nothing is")
     if "@" in parts.netloc:
         raise refusal("it holds a user name")
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Target(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), path)
+
+
+def _is_host(name: str) -> bool:
+    """Whether this is the name of a host, or an address of IPv4 or IPv6."""
+    return re.fullmatch(r"(?=.{1,253}$)[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})*|[0-9a-f:.]{2,45}", name) is not None
 
 
 def origins(hosts: Iterable[str]) -> frozenset[str]:
@@ -117,9 +127,12 @@ class Downloader:
     """How files are brought.
 
     ``allowed``: the exact origins that may be asked, as :func:`origins` gives them; redirects are held to them too.
-    ``patience``: seconds without anything worth having after which a server has stalled. ``attempts``: how often a
-    transfer is tried while the failure may pass; the wait doubles from ``backoff`` seconds. ``offline``: nothing is
-    asked at all and no socket opened.
+    ``offline``: nothing is asked at all and no socket opened. ``attempts``: how often a transfer is tried while the
+    failure may pass; the wait doubles from ``backoff`` seconds.
+
+    ``patience``, in seconds: an answer's headers must be there within it, and in each such stretch of the body at least
+    ``least_rate`` bytes a second must come on average. A whole call, with all its attempts and redirects, may take
+    ``grace`` seconds and then as long as its bytes take at ``mean_rate`` bytes a second: a file of 4 GiB has 18 hours.
     """
 
     allowed: frozenset[str]
@@ -127,6 +140,9 @@ class Downloader:
     patience: float = 30.0
     attempts: int = 4
     backoff: float = 0.5
+    least_rate: float = 16 * 2**10
+    mean_rate: float = 64 * 2**10
+    grace: float = 120.0
 
     def refusal(self, url: str) -> str | None:
         """Why this address would not be asked, or None if it would."""
@@ -142,9 +158,14 @@ class Downloader:
     def text(self, url: str, limit: int) -> bytes:
         """A small file of at most ``limit`` bytes. Raises TransferError."""
 
+        clock = _Clock(self)
+
         def once() -> bytes:
-            with self._response(url, 0) as response:
+            with self._response(url, 0, clock) as response:
+                if not response.goes_on_at(0):
+                    raise TransferError("passing", f"{url}: the server sends a part that nobody asked for")
                 _expect_ok(response, url)
+                clock.allow(limit)
                 content = bytearray()
                 for chunk in response.body():
                     content += chunk
@@ -157,24 +178,31 @@ class Downloader:
             try:
                 return once()
             except TransferError as error:
-                self._wait_or_raise(error, wait)
+                self._wait_or_raise(error, wait, clock)
         raise AssertionError("the last attempt returns or raises")
 
     def file(self, url: str, part: Path, sha256: str, limit: int, progress: Progress | None = None) -> None:
         """Bring a file of this digest to ``part``, going on with what already stands there.
 
         At the end ``part`` is on the disk and has the digest. On TransferError it holds nothing or the beginning of
-        the file, for the next call to go on with; what has the wrong digest is deleted.
+        the file, for the next call to go on with; what has the wrong digest is deleted. A ``part`` that is a symbolic
+        link, or no regular file, is an error and is left as it is.
         """
-        if part.exists() and sha256_of(part) == sha256:  # killed just before it could be said
-            return
+        clock = _Clock(self)
+        try:
+            if sha256_of(part, follow=False) == sha256:  # killed just before it could be said
+                return
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise TransferError("disk", f"{part}: cannot be gone on with: {error.strerror or error}") from error
         for wait in self._waits():
             try:
-                resumed = self._transfer(url, part, limit, progress)
+                resumed = self._transfer(url, part, limit, progress, clock)
                 self._verify(url, part, sha256, resumed)
                 return
             except TransferError as error:
-                self._wait_or_raise(error, wait)
+                self._wait_or_raise(error, wait, clock)
 
     def _waits(self) -> Iterator[float | None]:
         """Seconds to wait after each attempt; None after the last."""
@@ -182,33 +210,37 @@ class Downloader:
             yield self.backoff * 2**attempt * random.uniform(0.5, 1.5)
         yield None
 
-    def _wait_or_raise(self, error: TransferError, wait: float | None) -> None:
+    def _wait_or_raise(self, error: TransferError, wait: float | None, clock: _Clock) -> None:
         if error.kind not in ("passing", "unreachable"):
             raise error
         if wait is None:
             tried = f" (tried {self.attempts} times)" if self.attempts > 1 else ""
             raise TransferError(error.kind, f"{error}{tried}") from error
-        time.sleep(max(wait, min(error.wait_s, MAX_RETRY_AFTER_S)))
+        wait = max(wait, min(error.wait_s, MAX_RETRY_AFTER_S))
+        if clock.left() <= wait:
+            raise error
+        time.sleep(wait)
 
-    def _transfer(self, url: str, part: Path, limit: int, progress: Progress | None) -> bool:
+    def _transfer(self, url: str, part: Path, limit: int, progress: Progress | None, clock: _Clock) -> bool:
         """One attempt; whether it went on with what was there."""
         try:
-            offset = part.stat().st_size if part.exists() else 0
-            with self._response(url, offset) as response:
-                if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and offset:
-                    part.unlink()
-                    raise TransferError("passing", f"{url}: cannot be resumed at byte {offset}")
+            offset = _size(part)
+            with self._response(url, offset, clock) as response:
+                if not response.goes_on_at(offset):
+                    part.unlink(missing_ok=True)
+                    raise TransferError("passing", f"{url}: the server does not go on at byte {offset:,}")
                 _expect_ok(response, url)
                 if response.status == HTTPStatus.OK:
                     offset = 0  # the server sends all of it
                 total = None if response.length is None else offset + response.length
                 if (total or 0) > limit:
                     raise TransferError("refused", f"{url}: {total:,} bytes; the limit is {limit:,}")
+                clock.allow(limit if total is None else total)
                 free = shutil.disk_usage(part.parent).free
                 if response.length is not None and response.length > free:
                     raise OSError(errno.ENOSPC, f"{response.length:,} bytes are to come, {free:,} are free")
                 done = offset
-                with open(part, "ab" if offset else "wb") as file:
+                with open(part, "ab" if offset else "wb", opener=_own_file) as file:
                     for chunk in response.body():
                         done += len(chunk)
                         if done > limit:
@@ -230,10 +262,10 @@ class Downloader:
         return offset > 0
 
     def _verify(self, url: str, part: Path, sha256: str, resumed: bool) -> None:
-        came, size = sha256_of(part), part.stat().st_size
+        came, size = sha256_of(part), _size(part)
         if came == sha256:
             return
-        with part.open("rb") as file:
+        with open_regular(part) as file:
             start = file.read(64)
         part.unlink()
         if resumed:  # what was there before may have been damaged, or the start of another version
@@ -244,7 +276,7 @@ class Downloader:
         )
 
     @contextlib.contextmanager
-    def _response(self, url: str, offset: int) -> Iterator[_Response]:
+    def _response(self, url: str, offset: int, clock: _Clock) -> Iterator[_Response]:
         """The answer to a GET from byte ``offset`` on, every redirect checked before it is followed."""
         for _ in range(MAX_REDIRECTS + 1):
             refusal = self.refusal(url)
@@ -253,7 +285,7 @@ class Downloader:
             if self.offline:
                 raise TransferError("refused", f"{url}: not asked, as MANIDP_OFFLINE=1")
             target = target_of(url)
-            with _Connection(target, self.patience) as connection:
+            with _Connection(target, self, clock) as connection:
                 response = connection.get(target.path, offset)
                 if response.status not in _REDIRECTS:
                     yield response
@@ -261,8 +293,50 @@ class Downloader:
                 location = response.headers.get("Location", "")
             if not location:
                 raise TransferError("wrong", f"{url}: a redirect to nowhere")
-            url = urllib.parse.urljoin(url, location)
+            try:
+                url = urllib.parse.urljoin(url, location)
+            except ValueError as error:
+                said = f"{url}: a redirect to {quoted(location)}, which is no address: {error}"
+                raise TransferError("refused", said) from error
         raise TransferError("wrong", f"{url}: more than {MAX_REDIRECTS} redirects")
+
+
+def _own_file(path: str, flags: int) -> int:
+    """An opener for ``open``: writes to a regular file only, and never to another one through a symbolic link."""
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags & ~os.O_TRUNC, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", path)
+        if flags & os.O_TRUNC:
+            os.ftruncate(descriptor, 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _size(part: Path) -> int:
+    try:
+        with open_regular(part, follow=False) as file:
+            return os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return 0
+
+
+class _Clock:
+    """The time that one call has, all its attempts together."""
+
+    def __init__(self, downloader: Downloader) -> None:
+        self._start, self._downloader = time.monotonic(), downloader
+        self.limit_s = downloader.grace
+
+    def allow(self, size: int) -> None:
+        """So many bytes are to come."""
+        self.limit_s = self._downloader.grace + size / self._downloader.mean_rate
+
+    def left(self) -> float:
+        return self._start + self.limit_s - time.monotonic()
 
 
 def _expect_ok(response: _Response, url: str) -> None:
@@ -271,27 +345,40 @@ def _expect_ok(response: _Response, url: str) -> None:
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise TransferError("wrong", f"{url}: came encoded though it was not asked to be")
         return
-    said = f"{url}: the server says {status} {response.reason}".rstrip()
+    said = f"{url}: the server says {status}" + (f" {quoted(response.reason)}" if response.reason else "")
     if status in _PASSING:
         after = response.headers.get("Retry-After", "")
-        raise TransferError("passing", said, float(after) if after.isdecimal() else 0.0)
+        raise TransferError("passing", said, float(after) if re.fullmatch("[0-9]{1,9}", after) else 0.0)
     raise TransferError("missing" if status in (404, 410) else "refused", said)
 
 
 class _Response:
-    """What a server answered, its body not yet read."""
+    """What a server answered, its body not yet read; ``length``: of the body, None while unknown, as in chunks."""
 
     def __init__(self, connection: _Connection, response: http.client.HTTPResponse) -> None:
         self._connection, self._response = connection, response
-        self.status, self.reason, self.headers = response.status, response.reason[:100], response.headers
-        self.length = response.length  # http.client's: None while unknown, as in chunked bodies
+        self.status, self.reason, self.headers = response.status, response.reason, response.headers
+        lengths = {length.strip() for length in self.headers.get_all("Content-Length", ())}
+        self.length: int | None = None
+        if lengths and not response.chunked:
+            told = " and ".join(sorted(lengths))
+            if not re.fullmatch("[0-9]{1,20}", told):
+                said = f"a Content-Length of {quoted(told)}"
+                raise TransferError("wrong", f"{connection.target.origin}: the server says {said}")
+            self.length = response.length
+
+    def goes_on_at(self, offset: int) -> bool:
+        """Whether this is of use to whoever has ``offset`` bytes: it is not a part, or it is the one that follows."""
+        if self.status == HTTPStatus.PARTIAL_CONTENT:
+            span = self.headers.get("Content-Range", "").strip()
+            return re.match(rf"bytes {offset}-[0-9]{{1,18}}/", span, re.IGNORECASE) is not None
+        return self.status != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or offset == 0
 
     def body(self) -> Iterator[bytes]:
         with self._connection.failures():
             while chunk := self._response.read1(_CHUNK):
                 self._connection.received += len(chunk)
                 yield chunk
-        self._connection.check()
 
     def expect_whole(self, received: int) -> None:
         if self.length is not None and received < self.length:
@@ -299,85 +386,145 @@ class _Response:
             raise TransferError("passing", f"{url}: cut short, {received:,} of {self.length:,} bytes came")
 
 
+@dataclass(frozen=True)
+class _Proxy:
+    """The way to all hosts but this machine; ``login`` as headers have it, ``setting``: who says so."""
+
+    host: str
+    port: int
+    login: str
+    setting: str
+
+    def __str__(self) -> str:
+        return f"the proxy {self.host}:{self.port} that {self.setting} names"
+
+
+def _proxy_to(host: str) -> _Proxy | None:
+    """The proxy that the environment, or else the system, names. Raises TransferError if that cannot be one."""
+    address = "" if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get("https", "")
+    if not address:
+        return None
+    variables = (name for name in os.environ if name.lower() == "https_proxy" and os.environ[name] == address)
+    setting = next(variables, "the system")
+
+    def refusal(reason: str) -> TransferError:
+        shown = quoted(re.sub(r"[^/]*@", "...@", address))  # a password is nobody's business
+        return TransferError(
+            "refused", f"the proxy that {setting} names must be http://HOST:PORT; got {shown}: {reason}"
+        )
+
+    try:
+        at = urllib.parse.urlsplit(address if "://" in address else f"http://{address}")
+        port = at.port
+    except ValueError as error:
+        raise refusal(quoted(str(error))) from error
+    name = (at.hostname or "").lower()
+    if at.scheme != "http" or not _is_host(name) or port == 0:
+        raise refusal("it names no host and port" if at.scheme == "http" else "another scheme")
+    user, password = (urllib.parse.unquote(part or "") for part in (at.username, at.password))
+    login = base64.b64encode(f"{user}:{password}".encode("utf-8", "surrogateescape")).decode() if user else ""
+    return _Proxy(name, port or 80, login, setting)
+
+
 class _Connection:
-    """A connection to one host, watched: it is shut when too little comes through it for too long."""
+    """A connection to one host, watched: it is shut when too little comes through it, or when the time is up."""
 
-    def __init__(self, target: Target, patience: float) -> None:
-        self.target, self.patience = target, patience
-        self.received = 0
-        self._stalled = False
+    def __init__(self, target: Target, downloader: Downloader, clock: _Clock) -> None:
+        self.target, self._downloader, self._clock = target, downloader, clock
+        self.received = 0  # of the body; nothing else is worth having
+        self._before, self._until = 0, time.monotonic() + downloader.patience
+        self._shut = ""  # why
+        self._sock: socket.socket | None = None  # http.client forgets it once it has the headers
+        self._answer: http.client.HTTPResponse | None = None
         self._done = threading.Event()
-        self._http = self._connection()
-
-    def _connection(self) -> http.client.HTTPConnection:
-        target = self.target
-        wait = min(self.patience, CONNECT_S)
-        if target.scheme == "http":
-            return http.client.HTTPConnection(target.host, target.port, timeout=wait)
-        verified = ssl.create_default_context()
-        proxy = "" if urllib.request.proxy_bypass(target.host) else urllib.request.getproxies().get("https", "")
-        if not proxy:
-            return http.client.HTTPSConnection(target.host, target.port, timeout=wait, context=verified)
-        at = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        if not at.hostname or at.scheme != "http":
-            raise TransferError("refused", "the proxy that the environment names must be http://HOST:PORT")
-        tunnel = http.client.HTTPSConnection(at.hostname, at.port or 80, timeout=wait, context=verified)
-        login = base64.b64encode(urllib.parse.unquote(f"{at.username}:{at.password or ''}").encode()).decode()
-        tunnel.set_tunnel(target.host, target.port, {"Proxy-Authorization": f"Basic {login}"} if at.username else {})
-        return tunnel
+        self._watch = threading.Thread(target=self._watch_over, daemon=True)
+        self._proxy = _proxy_to(target.host) if target.scheme == "https" else None
+        wait = min(downloader.patience, CONNECT_S)
+        first = self._proxy or target
+        self._http = http.client.HTTPConnection(first.host, first.port, timeout=wait)
+        if self._proxy:
+            login = {"Proxy-Authorization": f"Basic {self._proxy.login}"} if self._proxy.login else {}
+            self._http.set_tunnel(target.host, target.port, login)
 
     def __enter__(self) -> _Connection:
-        with self.failures():
-            self._http.connect()
-            self._http.sock.settimeout(None)  # from here on the watch ends every wait
-        self._watch = threading.Thread(target=self._watch_over, args=(self._http.sock,), daemon=True)
         self._watch.start()
+        try:
+            with self.failures(self._proxy):
+                self._http.connect()
+                self._sock = self._http.sock
+                self._sock.settimeout(None)  # from here on the watch ends every wait
+            if self.target.scheme == "https":
+                with self.failures():
+                    tls = ssl.create_default_context().wrap_socket(
+                        self._sock, server_hostname=self.target.host, do_handshake_on_connect=False
+                    )
+                    self._sock = self._http.sock = tls
+                    tls.do_handshake()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._watch.join()
-        self._http.close()
+        for opened in (self._answer, self._sock, self._http):
+            if opened is not None:
+                opened.close()
 
-    def _watch_over(self, connected: socket.socket) -> None:
-        before = 0
-        while not self._done.wait(self.patience):
-            if self.received < before + LEAST_BYTES:
-                self._stalled = True
+    def _watch_over(self) -> None:
+        least, patience = self._downloader.least_rate, self._downloader.patience
+        while not self._shut:
+            now, left = time.monotonic(), self._clock.left()
+            if left <= 0:
+                self._shut = (
+                    f"too slow, {self.received:,} bytes came and the {self._clock.limit_s:,.0f} s for it are over"
+                )
+            elif now < self._until:
+                if self._done.wait(min(self._until - now, left)):
+                    return
+            elif self.received - self._before < least * patience:
+                slow = f"less than {least:,.0f} a second in {patience:g} s"
+                self._shut = f"stalled, {self.received:,} bytes came and then {slow}"
+            else:
+                self._before, self._until = self.received, now + patience
+        while True:
+            sock = self._sock or self._http.sock
+            if sock is not None:
                 with contextlib.suppress(OSError):  # of the plain socket: TLS must not take part, it may be waiting
-                    socket.socket.shutdown(connected, socket.SHUT_RDWR)
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            if self._done.wait(0.05):  # again until it is noticed: the socket may be about to be wrapped
                 return
-            before = self.received
 
-    def check(self) -> None:
-        if self._stalled:
-            raise self._stall()
-
-    def _stall(self) -> TransferError:
-        said = f"stalled, {self.received:,} bytes came and then too little in {self.patience:g} s"
-        return TransferError("passing" if self.received else "unreachable", f"{self.target.origin}: {said}")
+    def _check(self, where: object) -> None:
+        if self._shut:
+            raise TransferError("passing" if self.received else "unreachable", f"{where}: {self._shut}")
 
     @contextlib.contextmanager
-    def failures(self) -> Iterator[None]:
+    def failures(self, where: object = None) -> Iterator[None]:
         """Failures of the network as TransferErrors."""
-        where = self.target.origin
+        where = where or self.target.origin
         try:
             yield
+            self._check(where)
         except ssl.SSLCertVerificationError as error:
             reason = error.verify_message or error.reason
             raise TransferError("refused", f"{where}: its certificate is not trusted: {reason}") from error
-        except TimeoutError as error:
-            raise self._stall() from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            self.check()
-            reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+            self._check(where)
+            reason = (isinstance(error, OSError) and error.strerror) or quoted(str(error) or type(error).__name__)
             kind: Kind = "passing" if self.received else "unreachable"
             raise TransferError(kind, f"{where}: the connection failed: {reason}") from error
 
     def get(self, path: str, offset: int) -> _Response:
-        headers = {"User-Agent": "manidp", "Accept": "*/*"}
+        target = self.target
+        default = 443 if target.scheme == "https" else 80
+        host = target.origin.partition("://")[2].removesuffix(f":{default}")
+        headers = {"Host": host, "User-Agent": "manidp", "Accept": "*/*"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
         with self.failures():
             self._http.request("GET", path, headers=headers)
-            return _Response(self, self._http.getresponse())
+            response = self._answer = self._http.getresponse()
+        self._until = time.monotonic() + self._downloader.patience
+        return _Response(self, response)

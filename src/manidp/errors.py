@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def quoted(text: str, most: int = 200) -> str:
+    """A stranger's text as a message can hold it: in quotes, escaped, cut after ``most`` characters."""
+    return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text):,} characters)"
+
+
 class ManiDPError(Exception):
     """Something given to the library is wrong; the message says what was expected, what came and what to do."""
 

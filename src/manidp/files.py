@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
@@ -35,9 +38,25 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
-def sha256_of(path: Path) -> str:
-    """The digest of a file, in lower-case hex. Raises OSError."""
-    with path.open("rb") as file:
+def open_regular(path: str | Path, *, follow: bool = True) -> BufferedReader:
+    """A regular file, open to read. Raises OSError, at once, for all else: a pipe or a device could make us wait.
+
+    ``follow``: whether ``path`` itself may be a symbolic link.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def sha256_of(path: str | Path, *, follow: bool = True) -> str:
+    """The digest of a regular file, in lower-case hex; ``follow`` as for :func:`open_regular`. Raises OSError."""
+    with open_regular(path, follow=follow) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

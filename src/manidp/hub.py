@@ -20,7 +20,6 @@ import os
 import posixpath
 import re
 import tarfile
-import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -430,7 +429,7 @@ class Hub:
         listed = self.card(uid)
         asset = _chosen(listed)
         path = self._path(asset.sha256)
-        filename = posixpath.basename(urllib.parse.urlsplit(asset.link).path)
+        filename = re.split("[?#]", asset.link.partition("://")[2])[0].rpartition("/")[2]
         beside = None
         if _PART.fullmatch(filename):
             beside = next((s.beside(uid, filename) for s in self.sources if s.name == listed.source), None)
@@ -496,7 +495,7 @@ class Hub:
         part.parent.mkdir(parents=True, exist_ok=True)
         down = set()
         for link in decision.links:
-            host = urllib.parse.urlsplit(link).netloc
+            host = target_of(link).origin
             if host in down:
                 continue
             try:
