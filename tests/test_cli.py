@@ -16,7 +16,7 @@ from PIL import Image
 from manidp import cli, load_model
 from manidp.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manidp.find import find_model
-from manidp.graph import resnet, with_gates
+from manidp.graph import resnet, with_classes, with_gates
 from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
 from manidp.macs import ungated_macs
 from manidp.runtime import reference
@@ -103,11 +103,14 @@ def test_classify_prints_the_same_as_a_table(
 def test_a_broken_picture_is_reported_and_the_others_are_classified(
     model: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (pictures / "Thumbs.db").write_bytes(b"no picture")
+    code, _, err = run(capsys, "classify", pictures, "-m", model)
+    assert (code, err) == (0, "manidp: 1 other files in the folders skipped: no pictures by their suffixes\n")
     (pictures / "1.png").write_bytes(b"no picture")
     code, out, err = run(capsys, "classify", pictures, "-m", model)
     assert code == 1
     assert len(re.findall(r"\d\.png", out)) == 2
-    assert err.count("\n") == 1
+    assert err.count("\n") == 2
     assert "1.png" in err
     code, out, err = run(capsys, "classify", pictures / "1.png", "-m", model)
     assert (code, out) == (1, "")
@@ -148,6 +151,55 @@ def test_evaluate_a_folder_of_classes_beside_another_model(
     assert code == 0
     assert out.count("of 8") == 2
     assert "other.safetensors" in out
+
+
+@pytest.fixture(scope="module")
+def eight(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small network without deer and frog, the other classes in the opposite order."""
+    ten = load_checkpoint(model)
+    kept = [i for i in reversed(range(10)) if ten.classes[i] not in ("deer", "frog")]
+    weights = {
+        name: np.ascontiguousarray(value[kept]) if name.startswith("classifier.") else value
+        for name, value in ten.weights.items()
+    }
+    path = tmp_path_factory.mktemp("eight") / "eight.safetensors"
+    classes = tuple(ten.classes[i] for i in kept)
+    save_checkpoint(Checkpoint(with_classes(ten.graph, 8), weights, ten.preprocessing, classes), path)
+    return path
+
+
+def test_models_of_other_classes_are_scored_by_name(
+    model: Path, eight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class_folders(tmp_path / "set", load_checkpoint(eight).classes, 20)
+    scores: dict[str, set[int]] = {}
+    for first, second in ((eight, model), (model, eight)):
+        code, out, err = run(capsys, "evaluate", "--data", tmp_path / "set", "-m", first, "--beside", second, "--json")
+        assert code == 0, err
+        for row in json.loads(out)["models"]:
+            assert row["total"] == 160
+            scores.setdefault(row["model"], set()).add(row["correct"])
+    sample = load_sample()
+    known = np.isin(np.array(sample.classes)[sample.labels], load_checkpoint(eight).classes)
+    logits = reference_run(model, sample.images[known]).logits
+    among_eight = logits.copy()
+    among_eight[:, [sample.classes.index(name) for name in ("deer", "frog")]] = -np.inf
+    assert scores == {
+        str(model): {(logits.argmax(1) == sample.labels[known]).sum()},
+        str(eight): {(among_eight.argmax(1) == sample.labels[known]).sum()},
+    }
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["report", "out.html"], ["bench"]], ids=lambda words: words[0])
+def test_images_of_classes_that_a_model_does_not_know_are_refused(
+    command: list[str], eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *command, "-m", eight)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{eight if command[0] != 'report' else 'the network'} knows 'truck', 'ship'," in err
+    assert err.endswith("got 'deer', 'frog'\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def class_folders(folder: Path, classes: tuple[str, ...], count: int) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 import struct
 import tempfile
 import zlib
@@ -26,9 +27,11 @@ from manidp.images import (
     CIFAR10_PREPROCESSING,
     CIFAR10_SHA1,
     MAX_PICTURE_BYTES,
+    PICTURE_SUFFIXES,
     ImageSet,
     Preprocessing,
     draw_sample,
+    holds_cifar10,
     load_cifar10,
     load_folder,
     load_image_set,
@@ -196,7 +199,10 @@ def test_sample_larger_than_a_class_is_refused() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    height=st.integers(1, 40), width=st.integers(1, 40), seed=st.integers(0, 9), suffix=st.sampled_from(["png", "webp"])
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    seed=st.integers(0, 9),
+    suffix=st.sampled_from(["png", "webp", "bmp", "tiff", "TIF"]),
 )
 def test_picture_of_the_size_keeps_every_pixel(height: int, width: int, seed: int, suffix: str) -> None:
     pixels = noise(height, width, 3, seed=seed)
@@ -227,7 +233,7 @@ SIDES = {
 
 
 @pytest.mark.parametrize("orientation", SIDES)
-@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg", "tiff"])
 def test_picture_is_turned_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
     upright = np.kron(noise(2, 3, 3), np.ones((16, 16, 1), np.uint8))
     row, column = SIDES[orientation]
@@ -311,9 +317,12 @@ def test_cmyk_jpeg_becomes_rgb(tmp_path: Path) -> None:
 
 
 def test_several_pictures_in_a_file_give_the_first(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    for name, kind in (("x.png", "PNG"), ("x.webp", "WEBP"), ("phone.jpg", "MPO")):
-        path = write(tmp_path / name, frames[0], format=kind, save_all=True, append_images=frames[1:], lossless=True)
+    for name, kind in (
+        ("x.png", "PNG"), ("x.webp", "WEBP"), ("phone.jpg", "MPO"), ("x.gif", "GIF"), ("x.tif", "TIFF")
+    ):  # fmt: skip
+        frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+        exactly = {"lossless": True} if kind == "WEBP" else {}
+        path = write(tmp_path / name, frames[0], format=kind, save_all=True, append_images=frames[1:], **exactly)
         np.testing.assert_allclose(load_picture(path, (8, 8)), np.asarray(frames[0]), atol=2)
 
 
@@ -362,12 +371,38 @@ def encoded(kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def bmp_header(width: int, height: int) -> bytes:
+    head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + head
+
+
+def tiff(bits: int, photometric: int, *, width: int = 4, height: int = 4, tile: int = 0) -> bytes:
+    """A grey TIFF written from its definition: 256 zeros, then the directory; ``tile`` is the side of its only tile."""
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 277: 1}
+    tags |= {322: tile, 323: tile, 324: 8, 325: 256} if tile else {273: 8, 278: height, 279: 256}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return b"II*\0" + struct.pack("<I", 264) + bytes(256) + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
 BROKEN: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "an empty file"),
-    "text": (b"not a picture at all\n" * 100, "not a readable JPEG, PNG or WebP picture"),
-    "html": (b"<!doctype html><html><body>404</body></html>", "not a readable JPEG, PNG or WebP picture"),
-    "gif": (encoded("GIF"), "not a readable JPEG, PNG or WebP picture"),
-    "tiff": (encoded("TIFF"), "not a readable JPEG, PNG or WebP picture"),
+    "text": (b"not a picture at all\n" * 100, "not a readable JPEG, PNG, WebP, BMP, GIF or TIFF picture"),
+    "html": (
+        b"<!doctype html><html><body>404</body></html>",
+        "not a readable JPEG, PNG, WebP, BMP, GIF or TIFF picture",
+    ),
+    "icon": (encoded("ICO"), "not a readable JPEG, PNG, WebP, BMP, GIF or TIFF picture"),
+    "portable pixmap": (encoded("PPM"), "not a readable JPEG, PNG, WebP, BMP, GIF or TIFF picture"),
+    "gif cut": (encoded("GIF")[:1_500], "truncated"),
+    "bmp cut": (encoded("BMP")[:1_500], "truncated"),
+    "tiff cut": (encoded("TIFF")[:1_500], ""),
+    "bmp bomb": (bmp_header(10_000, 10_000), "at most 67,108,864 pixels, got 10000 x 10000"),
+    "gif bomb": (b"GIF89a" + struct.pack("<HH", 10_000, 10_000) + encoded("GIF")[10:], "got 10000 x 10000"),
+    "tiff bomb": (tiff(8, 1, width=10_000, height=10_000), "at most 67,108,864 pixels, got 10000 x 10000"),
+    "tiff of a huge tile": (tiff(8, 1, tile=60_000), "expected tiles of at most 67,108,864 pixels, got 60000 x 60000"),
+    "tiff of 12 bits": (tiff(12, 1), "a TIFF of 12 bits a channel cannot be read"),
+    "tiff of 16 bits, 0 for white": (tiff(16, 0), "a TIFF of 16 bits a channel, 0 for white cannot be read"),
+    "tiff of 32 bits": (tiff(32, 1), "a TIFF of 32 bits a channel cannot be read"),
     "jpeg cut": (encoded("JPEG")[:1_500], "truncated"),
     "jpeg header alone": (encoded("JPEG")[:20], ""),
     "png cut": (encoded("PNG")[:1_500], "truncated"),
@@ -421,7 +456,7 @@ def test_error_stays_one_line_whatever_the_name(tmp_path: Path) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(kind=st.sampled_from(["JPEG", "PNG", "WEBP"]), data=st.data())
+@given(kind=st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]), data=st.data())
 def test_damaged_file_is_a_picture_or_an_image_error(kind: str, data: st.DataObject) -> None:
     content = bytearray(encoded(kind))
     for _ in range(data.draw(st.integers(1, 6))):
@@ -459,12 +494,100 @@ def test_folder_stands_for_its_pictures(tmp_path: Path) -> None:
     pictures = load_pictures([tmp_path, tmp_path / "none", tmp_path / "b" / "2.png"], (4, 4))
     names = [path.relative_to(tmp_path).as_posix() for path in pictures.paths]
     assert names == ["a.png", "b/10.png", "b/2.png", "b/deep/3.png", "b/2.png"]
-    assert [str(error) for error in pictures.errors] == [f"{tmp_path / 'none'}: an empty folder"]
+    assert [str(error) for error in pictures.errors] == [
+        f"{tmp_path / 'none'}: no pictures in this folder ({' '.join(PICTURE_SUFFIXES)})"
+    ]
 
 
 def test_no_pictures_are_no_images() -> None:
     pictures = load_pictures([], (5, 6))
     assert pictures.images.shape == (0, 5, 6, 3)
+
+
+def test_only_pictures_by_suffix_are_taken_from_a_folder(tmp_path: Path) -> None:
+    for name in ("a.JPG", "b.tiff", "c.gif"):
+        write(tmp_path / name, noise(4, 4, 3))
+    for name in ("Thumbs.db", "labels.csv", ".DS_Store", "README", "png"):
+        (tmp_path / name).write_bytes(b"no picture")
+    os.mkfifo(tmp_path / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.path.relpath(tmp_path / "socket.png"))
+        pictures = load_pictures([tmp_path], (4, 4))
+    assert [path.name for path in pictures.paths] == ["a.JPG", "b.tiff", "c.gif"]
+    assert [str(error) for error in pictures.errors] == [
+        f"{tmp_path / name}: not a regular file" for name in ("pipe.png", "socket.png")
+    ]
+    assert pictures.skipped == 4
+    assert pictures.left_out[2:] == ("4 other files in the folders skipped: no pictures by their suffixes",)
+    given_by_name = load_pictures([tmp_path / "labels.csv"], (4, 4))
+    assert "labels.csv: not a readable JPEG" in str(given_by_name.errors[0])
+
+
+def test_links_to_folders_are_followed_and_every_folder_is_read_once(tmp_path: Path) -> None:
+    for name in ("real/1.png", "elsewhere/2.png", "elsewhere/deep/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        write(tmp_path / name, noise(4, 4, 3))
+    album = tmp_path / "album"
+    album.mkdir()
+    for name, target in (
+        ("a", "../elsewhere"), ("again", "../elsewhere/deep"), ("b", "../real"), ("self", "."), ("nowhere", "absent"),
+    ):  # fmt: skip
+        (album / name).symlink_to(target)
+    (tmp_path / "real" / "up").symlink_to(album)
+    pictures = load_pictures([album], (4, 4))
+    real = sorted(path.resolve().relative_to(tmp_path).as_posix() for path in pictures.paths)
+    assert real == ["elsewhere/2.png", "elsewhere/deep/3.png", "real/1.png"]
+    assert [str(error) for error in pictures.errors] == [f"{album / 'nowhere'}: a link that leads nowhere"]
+    (tmp_path / "link").symlink_to(album)
+    assert len(load_pictures([tmp_path / "link"], (4, 4)).paths) == 3
+    # Where a folder lies goes before where a link leads to it.
+    assert load_pictures([tmp_path], (4, 4)).paths == tuple(
+        tmp_path / name for name in ("elsewhere/2.png", "elsewhere/deep/3.png", "real/1.png")
+    )
+
+
+def test_a_folder_that_cannot_be_read_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("closed/1.png", "open/2.png"):
+        (tmp_path / name).parent.mkdir()
+        write(tmp_path / name, noise(4, 4, 3))
+    scandir = os.scandir
+
+    def closed(path: Path) -> Any:  # not by its mode: root may read all
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    pictures = load_pictures([tmp_path], (4, 4))
+    assert pictures.paths == (tmp_path / "open" / "2.png",)
+    assert [str(error) for error in pictures.errors] == [f"{tmp_path / 'closed'}: Permission denied"]
+
+
+def test_images_are_relabelled_by_the_names_of_their_classes() -> None:
+    images = ImageSet(noise(4, 2, 2, 3), np.array([0, 2, 2, 3]), ("cat", "unused", "dog", "ship"))
+    other = images.relabelled(("ship", "bird", "dog", "cat"), "it")
+    assert other.labels.tolist() == [3, 2, 2, 0]
+    assert other.classes == ("ship", "bird", "dog", "cat")
+    np.testing.assert_array_equal(other.images, images.images)
+    for classes, named in (
+        (("ship", "dog", "bird"), "it knows 'ship', 'dog', 'bird'; got 'cat'"),
+        (("ship", "dog", "cat", "cat"), "got 'cat'"),
+        (("a", "b", "c"), "got 'cat', 'dog', 'ship'"),
+    ):
+        with pytest.raises(ImageError, match=named):
+            images.relabelled(classes, "it")
+
+
+def test_the_python_version_of_cifar10_names_the_command_that_converts_it(tmp_path: Path) -> None:
+    for inner in (tmp_path / "plain", tmp_path / "unpacked" / "cifar-10-batches-py"):
+        inner.mkdir(parents=True)
+        assert not holds_cifar10(inner)
+        (inner / "test_batch").write_bytes(b"\x80\x02}q\x01")
+    for place in (tmp_path / "plain", tmp_path / "unpacked"):
+        with pytest.raises(ImageError, match=r"manidp data cifar10 --source \S+ --to cifar10"):
+            holds_cifar10(place)
+    (tmp_path / "plain" / "test_batch.bin").touch()
+    assert holds_cifar10(tmp_path / "plain")
 
 
 @pytest.fixture
@@ -480,12 +603,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_class_folders_become_labels(folder: Path) -> None:
-    pets, errors = load_folder(folder, (8, 8))
+    pets, pictures = load_folder(folder, (8, 8))
     assert pets.classes == ("cat", "dog")
     assert pets.labels.tolist() == [0, 0, 1]
     np.testing.assert_array_equal(pets.images, [noise(8, 8, 3, seed=n) for n in (1, 2, 3)])
-    assert len(errors) == 1
-    assert str(errors[0]).startswith(f"{folder / 'dog' / 'bad.jpg'}: ")
+    assert len(pictures.errors) == 1
+    assert str(pictures.errors[0]).startswith(f"{folder / 'dog' / 'bad.jpg'}: ")
 
 
 def test_labels_follow_given_classes(folder: Path) -> None:
@@ -494,6 +617,21 @@ def test_labels_follow_given_classes(folder: Path) -> None:
     assert pets.labels.tolist() == [2, 2, 0]
     with pytest.raises(ImageError, match=r"subfolders named after classes of \['cat', 'bird'\], got \['cat', 'dog'\]"):
         load_folder(folder, (8, 8), classes=("cat", "bird"))
+
+
+def test_links_between_classes_give_no_picture_two_labels(folder: Path) -> None:
+    (folder / "cat" / "all").symlink_to("..")
+    (folder / "cat" / "more").symlink_to("../dog")
+    (folder / "elsewhere").mkdir()
+    write(folder / "elsewhere" / "4.png", noise(8, 8, 3))
+    (folder / "elsewhere").rename(folder.parent / "elsewhere")
+    (folder / "eel").symlink_to("../elsewhere")
+    pets, _ = load_folder(folder, (8, 8))
+    assert pets.classes == ("cat", "dog", "eel")
+    assert pets.labels.tolist() == [0, 0, 1, 2]
+    (folder / "kitty").symlink_to("cat")
+    with pytest.raises(ImageError, match=r"of class 'kitty', got none to read; .*kitty: the same folder as another"):
+        load_folder(folder, (8, 8))
 
 
 def remove_dog(root: Path) -> None:
@@ -507,7 +645,7 @@ def remove_dog(root: Path) -> None:
     [
         (remove_dog, r"two classes or more, got \['cat'\]"),
         (lambda root: (root / "dog" / "3.png").unlink(), r"pictures of class 'dog', got none to read; .*bad\.jpg: "),
-        (lambda root: (root / "empty").mkdir(), "empty: an empty folder"),
+        (lambda root: (root / "empty").mkdir(), "empty: expected pictures of class 'empty', got none to read$"),
         (lambda root: root.rename(root.with_name("elsewhere")), "pets: No such file or directory"),
     ],
     ids=["one class", "only bad pictures", "empty class", "missing"],

@@ -78,7 +78,7 @@ def checkpoint() -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def findings(checkpoint: Checkpoint) -> Findings:
-    return collect(checkpoint, Reference(checkpoint), random_images(33), Reference(random_checkpoint(DENSE)))
+    return collect(Reference(checkpoint), random_images(33), Reference(random_checkpoint(DENSE)))
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_findings_are_what_the_network_says_whatever_the_batches(
     whole = Reference(checkpoint).run(findings.image_set.images)
     monkeypatch.setattr(report, "BATCH", 7)
     steps: list[tuple[int, int | None]] = []
-    for found in (findings, collect(checkpoint, Reference(checkpoint), findings.image_set, None,
+    for found in (findings, collect(Reference(checkpoint), findings.image_set, None,
                                     lambda done, total: steps.append((done, total)))):  # fmt: skip
         np.testing.assert_array_equal(found.predicted, whole.logits.argmax(axis=1))
         np.testing.assert_array_equal(found.macs, whole.macs)
@@ -169,10 +169,24 @@ def test_findings_are_what_the_network_says_whatever_the_batches(
 
 
 def test_dense_cost_is_that_of_the_network_without_gates(checkpoint: Checkpoint, findings: Findings) -> None:
-    alone = collect(checkpoint, Reference(checkpoint), findings.image_set)
+    alone = collect(Reference(checkpoint), findings.image_set)
     assert alone.dense_macs == findings.dense_macs == dense_macs(DENSE)
     assert alone.saved == pytest.approx(1 - findings.macs.sum() / (33 * dense_macs(DENSE)))
     assert alone.agreement is None
+
+
+def test_classes_are_matched_by_name_whatever_their_order(checkpoint: Checkpoint, findings: Findings) -> None:
+    def turned(model: Checkpoint) -> Checkpoint:
+        """The same model with its classes in the opposite order."""
+        weights = {name: value[::-1].copy() if name.startswith("classifier.") else value
+                   for name, value in model.weights.items()}  # fmt: skip
+        return replace(model, weights=weights, classes=model.classes[::-1])
+
+    images, dense = findings.image_set, random_checkpoint(DENSE)
+    for own, other in ((turned(checkpoint), dense), (checkpoint, turned(dense)), (turned(checkpoint), turned(dense))):
+        found = collect(Reference(own), images, Reference(other))
+        assert found.agreement == findings.agreement
+        np.testing.assert_array_equal(found.right, findings.right)
 
 
 def test_agreement_counts_every_image_once() -> None:
@@ -325,10 +339,11 @@ def test_images_and_networks_that_do_not_fit_are_refused(checkpoint: Checkpoint)
     dense = random_checkpoint(DENSE)
     empty = images.take(np.array([], np.int64))
     for arguments, complaint in (
-        ((checkpoint, network, empty), "empty"),
-        ((checkpoint, network, replace(images, classes=CLASSES[::-1])), "classes"),
-        ((dense, Reference(dense), images), "none; give"),
-        ((checkpoint, network, images, network), "no gates"),
+        ((network, empty), "empty"),
+        ((network, replace(images, classes=("another", *CLASSES[1:]))), "by name: .* got 'another'$"),
+        ((Reference(dense), images), "none; give"),
+        ((network, images, network), "no gates"),
+        ((network, images, Reference(replace(dense, classes=("another", *CLASSES[1:])))), "classes"),
     ):
         with pytest.raises(ManiDPError, match=complaint):
             collect(*arguments)
@@ -342,7 +357,7 @@ def test_logits_that_overflow_are_refused(checkpoint: Checkpoint) -> None:
             return result
 
     with pytest.raises(ManiDPError, match="finite"):
-        collect(checkpoint, Overflowing(checkpoint), random_images(3))
+        collect(Overflowing(checkpoint), random_images(3))
 
 
 def test_missing_matplotlib_names_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:

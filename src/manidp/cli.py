@@ -79,7 +79,8 @@ def classify(
 ) -> None:
     """Say what is on each picture, and what it cost: multiply-adds spent, share of channels kept in each stage.
 
-    A picture that cannot be read is reported and does not stop the others; the exit code is then 1.
+    Pictures are JPEG, PNG, WebP, BMP, GIF (the first frame) and TIFF; other files in a folder are skipped. One
+    that cannot be read is reported and does not stop the others; the exit code is then 1.
     """
     import manidp
     from manidp.images import load_pictures, load_sample
@@ -87,12 +88,13 @@ def classify(
 
     engine = manidp.load(model)
     truth: list[str | None]
-    errors: list[str] = []
+    errors: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     if paths:
         with _progress() as progress:
             pictures = load_pictures(paths, engine.checkpoint.preprocessing.size, _steps(progress, "Reading"))
         images, names = pictures.images, [str(path) for path in pictures.paths]
-        truth, errors = [None] * len(names), [str(error) for error in pictures.errors]
+        truth, errors, left_out = [None] * len(names), tuple(map(str, pictures.errors)), pictures.left_out
     else:
         bundled = load_sample()
         chosen = [round(i * (len(bundled) - 1) / max(1, sample - 1)) for i in range(min(sample, len(bundled)))]
@@ -104,8 +106,8 @@ def classify(
         print(json.dumps({"model": model, "images": rows, "errors": errors}, indent=2))
     else:
         _print_classified(rows, ungated_macs(engine.checkpoint.graph))
-        for error in errors:
-            print(f"manidp: {error}", file=sys.stderr)
+        for line in left_out:
+            print(f"manidp: {line}", file=sys.stderr)
     if errors:
         raise typer.Exit(1)
 
@@ -125,8 +127,7 @@ def evaluate(
     from manidp.machine import describe
 
     engines = {name: manidp.load(name) for name in dict.fromkeys([model, *([beside] if beside else [])])}
-    first = next(iter(engines.values()))
-    images, description = _labelled(data, first.checkpoint)
+    images, description = _labelled(data, {name: engine.checkpoint for name, engine in engines.items()})
     rows = _evaluated(engines, images)
     if as_json:
         print(json.dumps({"data": description, "machine": describe(), "models": rows}, indent=2))
@@ -134,23 +135,24 @@ def evaluate(
         _print_evaluated(rows, description)
 
 
-def _labelled(data: Path | None, checkpoint: Any) -> tuple[Any, str]:
-    from manidp.images import load_sample
+def _labelled(data: Path | None, models: dict[str, Any]) -> tuple[Any, str]:
+    """Labelled images of the size that all these checkpoints read, and what to call them."""
+    from manidp.images import holds_cifar10, load_cifar10, load_folder, load_sample
 
+    first, *others = models
+    size = models[first].preprocessing.size
+    for name in others:
+        came = models[name].preprocessing.size
+        if came != size:
+            raise ManiDPError(f"both models must read pictures of one size (H, W): {first} {size}, {name} {came}")
     if data is None:
         return load_sample(), "200 bundled CIFAR-10 test images"
-    if (data / "test_batch.bin").exists():
-        from manidp.images import load_cifar10
-
+    if holds_cifar10(data):
         return load_cifar10(data)[1], "the 10,000 CIFAR-10 test images"
-    from manidp.images import load_folder
-
     with _progress() as progress:
-        images, errors = load_folder(
-            data, checkpoint.preprocessing.size, checkpoint.classes, _steps(progress, "Reading")
-        )
-    for error in errors:
-        print(f"manidp: {error}", file=sys.stderr)
+        images, pictures = load_folder(data, size, models[first].classes, _steps(progress, "Reading"))
+    for line in pictures.left_out:
+        print(f"manidp: {line}", file=sys.stderr)
     return images, f"{len(images)} images of {data}"
 
 
@@ -493,10 +495,10 @@ def report(
     from manidp.report import collect, draw_overview, write_report
 
     engine = manidp.load(model)
-    images, _ = _labelled(data, engine.checkpoint)
+    dense = manidp.load(beside)
+    images, _ = _labelled(data, {model: engine.checkpoint, beside: dense.checkpoint})
     with _progress() as progress:
-        steps = _steps(progress, "Running")
-        findings = collect(engine.checkpoint, engine, images, manidp.load(beside), steps)
+        findings = collect(engine, images, dense, _steps(progress, "Running"))
     write_report(findings, out)
     if overview:
         draw_overview(findings, overview)
@@ -530,7 +532,7 @@ def bench(
     from manidp.machine import describe
 
     models = {name: manidp.load_model(name) for name in dict.fromkeys([dense, model])}
-    images, description = _labelled(data, models[model])
+    images, description = _labelled(data, models)
     with _progress() as progress:
         task = progress.add_task("", total=None)
         found = measured(
@@ -600,6 +602,7 @@ def _evaluated(engines: dict[str, Any], images: Any) -> list[dict[str, Any]]:
 
     from manidp.macs import ungated_macs
 
+    labels = {name: images.relabelled(engine.checkpoint.classes, name).labels for name, engine in engines.items()}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     results = {}
     for _ in range(9 if len(images) <= 1000 else 3):
@@ -610,7 +613,7 @@ def _evaluated(engines: dict[str, Any], images: Any) -> list[dict[str, Any]]:
     return [
         {
             "model": name,
-            "correct": int((results[name].logits.argmax(1) == images.labels).sum()),
+            "correct": int((results[name].logits.argmax(1) == labels[name]).sum()),
             "total": len(images),
             "mean_macs": float(results[name].macs.mean()),
             "dense_macs": ungated_macs(engine.checkpoint.graph),

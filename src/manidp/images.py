@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
+import shlex
 import shutil
 import stat
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -23,8 +26,11 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from manidp.errors import ImageError
@@ -33,7 +39,11 @@ from manidp.files import replacing
 Progress = Callable[[int, int | None], None]  # done and total (None while unknown), of bytes or of pictures
 
 # The only decoders a file from outside ever meets.
-_DECODERS = tuple(plugin.format for plugin in (JpegImageFile, PngImageFile, WebPImageFile))
+_DECODERS = tuple(
+    plugin.format for plugin in (JpegImageFile, PngImageFile, WebPImageFile, BmpImageFile, GifImageFile, TiffImageFile)
+)
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""What a folder's pictures are known by, upper or lower case."""
 MAX_PICTURE_PIXELS = 2**26
 MAX_PICTURE_BYTES = 2**28
 _MAX_IMAGE_SET_BYTES = 2**30
@@ -102,6 +112,26 @@ class ImageSet:
         """The images at these places, in this order."""
         return ImageSet(self.images[indices], self.labels[indices], self.classes, indices)
 
+    def relabelled(self, classes: Sequence[str], model: str) -> ImageSet:
+        """The same images with labels into ``classes``, those of the model so called; classes are matched by name.
+
+        Raises ImageError, naming the classes, where there are images of a class that the model does not know, or knows
+        twice.
+        """
+        present = np.unique(self.labels)
+        names = [self.classes[label] for label in present]
+        unmatched = [name for name in names if list(classes).count(name) != 1]
+        if unmatched:
+            known = f"{model} knows {_some(classes)}"
+            raise ImageError(f"images are matched with a model's classes by name: {known}; got {_some(unmatched)}")
+        places = np.zeros(len(self.classes), np.int64)
+        places[present] = [classes.index(name) for name in names]
+        return replace(self, labels=places[self.labels], classes=tuple(classes))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:20])) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_PREPROCESSING = Preprocessing(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), size=(32, 32))
@@ -118,6 +148,22 @@ CIFAR10_SHA1 = {
     "test_batch.bin": "67eb016db431130d61cd03c7ad570b013799c88c",
 }
 CIFAR10_BATCH_BYTES = 10_000 * 3_073
+
+
+def holds_cifar10(folder: str | Path) -> bool:
+    """Whether a folder holds any of CIFAR-10's six ``.bin`` files: then :func:`load_cifar10` is to read it.
+
+    Raises ImageError for a folder of CIFAR-10's Python version, saying how to convert it.
+    """
+    if any(os.path.exists(os.path.join(folder, name)) for name in CIFAR10_SHA1):
+        return True
+    for place in (folder, os.path.join(folder, "cifar-10-batches-py")):
+        if any(os.path.isfile(os.path.join(place, name.removesuffix(".bin"))) for name in CIFAR10_SHA1):
+            raise ImageError(
+                f"{shown(folder)}: the Python version of CIFAR-10, pickles that are not read as they are; convert it: "
+                f"manidp data cifar10 --source {shlex.quote(str(place))} --to cifar10, then --data cifar10"
+            )
+    return False
 
 
 def load_cifar10(folder: str | Path) -> tuple[ImageSet, ImageSet]:
@@ -210,13 +256,11 @@ def load_image_set(path: str | Path) -> ImageSet:
 
 
 def load_picture(path: str | Path, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A JPEG, PNG or WebP picture as uint8 (H, W, 3) of the given ``size`` (H, W).
+    """A JPEG, PNG, WebP, BMP, GIF or TIFF picture as uint8 (H, W, 3) of the given ``size`` (H, W).
 
-    Turned upright as its EXIF orientation says; transparency lies on white; 16-bit grey keeps its high byte; of an
-    animation, the first frame. Scaled with antialiasing until it just covers ``size``, then the centre is cut out: a
-    picture of exactly that size keeps every pixel. Raises ImageError of one line that names the file: missing, not a
-    file, empty, too large (``MAX_PICTURE_BYTES``, ``MAX_PICTURE_PIXELS``, checked before decoding), not a picture,
-    broken.
+    Made as :func:`fit_picture` makes it. Raises ImageError of one line that names the file: missing, not a regular
+    file (which is not even opened), empty, too large (``MAX_PICTURE_BYTES``, ``MAX_PICTURE_PIXELS``, checked before
+    decoding), not a picture, broken.
     """
     try:
         status = os.stat(path)
@@ -230,21 +274,48 @@ def load_picture(path: str | Path, size: tuple[int, int]) -> NDArray[np.uint8]:
             # What Pillow warns of is refused below or does no harm; a batch should not be stopped by it.
             warnings.filterwarnings("ignore", module="PIL")
             with Image.open(path, formats=_DECODERS) as picture:
-                if picture.width * picture.height > MAX_PICTURE_PIXELS:
-                    came = f"{picture.width} x {picture.height}"
-                    raise ImageError(f"expected at most {MAX_PICTURE_PIXELS:,} pixels, got {came}")
-                fitted = ImageOps.fit(_rgb(_upright(picture)), (size[1], size[0]), Image.Resampling.BICUBIC)
-            return np.array(fitted)
+                return fit_picture(picture, size)
     except ImageError as error:
         raise ImageError(f"{shown(path)}: {error}") from None
     except UnidentifiedImageError as error:
-        raise ImageError(f"{shown(path)}: not a readable JPEG, PNG or WebP picture") from error
+        raise ImageError(f"{shown(path)}: not a readable JPEG, PNG, WebP, BMP, GIF or TIFF picture") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{shown(path)}: expected at most {MAX_PICTURE_PIXELS:,} pixels, got far more") from error
     except OSError as error:
         raise ImageError(f"{shown(path)}: {_reason(error)}") from error
     except Exception as error:  # decoders meet broken files with errors of any kind
         raise ImageError(f"{shown(path)}: broken picture: {_reason(error)}") from error
+
+
+def fit_picture(picture: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A PIL picture as uint8 (H, W, 3) of the given ``size`` (H, W).
+
+    Turned upright as its EXIF orientation says; transparency lies on white; 16-bit grey keeps its high byte; of an
+    animation, the first frame. Scaled with antialiasing until it just covers ``size``, then the centre is cut out: a
+    picture of exactly that size keeps every pixel. Raises ImageError for more than ``MAX_PICTURE_PIXELS`` and for
+    pixels that are no colours (numbers of 32 bits), and whatever Pillow raises where it decodes a broken file.
+    """
+    _check_pixels(picture)
+    picture.load()  # first: a TIFF is turned by this, and its EXIF orientation is then gone
+    return np.array(ImageOps.fit(_rgb(_upright(picture)), (size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def _check_pixels(picture: Image.Image) -> None:
+    if picture.width * picture.height > MAX_PICTURE_PIXELS:
+        raise ImageError(f"expected at most {MAX_PICTURE_PIXELS:,} pixels, got {picture.width} x {picture.height}")
+    if isinstance(picture, TiffImageFile):
+        tags = picture.tag_v2
+        tile = [tags.get(ExifTags.Base[side], 1) for side in ("TileWidth", "TileLength")]
+        if math.prod(tile) > MAX_PICTURE_PIXELS:
+            raise ImageError(f"expected tiles of at most {MAX_PICTURE_PIXELS:,} pixels, got {tile[0]} x {tile[1]}")
+        bits = max(tags.get(ExifTags.Base.BitsPerSample, (1,)))
+        white_is_zero = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+        if bits > 8 and (bits != 16 or white_is_zero):  # Pillow would not scale the one, nor invert the other
+            raise ImageError(
+                f"a TIFF of {bits} bits a channel{', 0 for white' if white_is_zero else ''} cannot be read"
+            )
+    if picture.mode in ("I", "F"):
+        raise ImageError("expected 8 or 16 bits a channel, got numbers of 32 bits")
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -272,37 +343,44 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What came of many files: ``images`` uint8 (N, H, W, 3), their N ``paths``, and an error for each other file."""
+    """What came of many files: ``images`` uint8 (N, H, W, 3), their N ``paths``, and an error for each other picture.
+
+    ``skipped``: how many other files lay in the folders, no pictures by their suffixes.
+    """
 
     images: NDArray[np.uint8]
     paths: tuple[Path, ...]
     errors: tuple[ImageError, ...]
+    skipped: int = 0
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What to tell of all that is not among the images: a line for each error, one for what was skipped."""
+        skipped = f"{self.skipped:,} other files in the folders skipped: no pictures by their suffixes"
+        return (*map(str, self.errors), *([skipped] if self.skipped else []))
 
 
 def load_pictures(paths: Iterable[str | Path], size: tuple[int, int], progress: Progress | None = None) -> Pictures:
     """Load many pictures, each as :func:`load_picture` does; one that cannot be read becomes an error among others.
 
-    A folder stands for every file in it and in the folders below, in sorted order, hidden ones left out. Memory is
-    that of the result, ``H * W * 3`` bytes a file, and of one picture being decoded.
+    A folder stands for the files with ``PICTURE_SUFFIXES`` in it and in the folders below, in sorted order, hidden ones
+    left out. Links to folders are followed, each folder is read once; one that cannot be read becomes an error too.
+    Memory is that of the result, ``H * W * 3`` bytes a file, and of one picture being decoded.
     """
     errors: list[ImageError] = []
     files: list[Path] = []
+    skipped = 0
     for path in map(Path, paths):
-        try:
-            files += _files(path) if path.is_dir() else [path]
-        except ImageError as error:
-            errors.append(error)
-    images = np.empty((len(files), *size, 3), np.uint8)
-    read: list[Path] = []
-    for number, file in enumerate(files, 1):
-        try:
-            images[len(read)] = load_picture(file, size)
-            read.append(file)
-        except ImageError as error:
-            errors.append(error)
-        if progress is not None:
-            progress(number, len(files))
-    return Pictures(images[: len(read)], tuple(read), tuple(errors))
+        if not os.path.isdir(path):
+            files.append(path)
+            continue
+        (pictures,), unread, others = _walk([path])
+        if not pictures and not unread:
+            unread = [ImageError(f"{shown(path)}: no pictures in this folder ({' '.join(PICTURE_SUFFIXES)})")]
+        files += pictures
+        errors += unread
+        skipped += others
+    return _load(files, errors, skipped, size, progress)
 
 
 def load_folder(
@@ -310,18 +388,18 @@ def load_folder(
     size: tuple[int, int],
     classes: Sequence[str] | None = None,
     progress: Progress | None = None,
-) -> tuple[ImageSet, tuple[ImageError, ...]]:
-    """A folder with one subfolder of pictures per class, and an error for each file in it that cannot be read.
+) -> tuple[ImageSet, Pictures]:
+    """A folder with one subfolder of pictures per class, as an image set and as what came of its files.
 
     Classes are the subfolders in sorted order, two at least, each with a picture that can be read. Where ``classes``
     are given (those of a checkpoint), labels follow them: every subfolder must be one of them, some may be absent.
-    Files beside the subfolders and hidden ones are left out; memory as for :func:`load_pictures`. Raises ImageError
-    when the folder is not so.
+    Files beside the subfolders and hidden ones are left out; subfolders are read as :func:`load_pictures` does. Raises
+    ImageError when the folder is not so.
     """
     root = Path(folder)
     try:
         found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ImageError(f"{shown(root)}: {_reason(error)}") from error
     if classes is None and len(found) < 2:
         raise ImageError(
@@ -330,14 +408,80 @@ def load_folder(
     if classes is not None and not (found and set(found) <= set(classes)):
         raise ImageError(f"{shown(root)}: expected subfolders named after classes of {list(classes)}, got {found}")
     names = tuple(found if classes is None else classes)
-    label_of = {file: names.index(name) for name in found for file in _files(root / name)}
-    pictures = load_pictures(label_of, size, progress)
+    of_class, unread, skipped = _walk([root / name for name in found], around=root)
+    label_of = {file: names.index(name) for name, files in zip(found, of_class, strict=True) for file in files}
+    pictures = _load(list(label_of), unread, skipped, size, progress)
     labels = np.array([label_of[path] for path in pictures.paths], np.int64)
     for name in found:
         if names.index(name) not in labels:
-            first = f"; {pictures.errors[0]}" if pictures.errors else ""
-            raise ImageError(f"{shown(root / name)}: expected pictures of class '{name}', got none to read{first}")
-    return ImageSet(pictures.images, labels, names), pictures.errors
+            place = shown(root / name)
+            reasons = (f"; {error}" for error in pictures.errors if str(error).startswith(place))
+            raise ImageError(f"{place}: expected pictures of class '{name}', got none to read{next(reasons, '')}")
+    return ImageSet(pictures.images, labels, names), pictures
+
+
+def _load(
+    files: Sequence[Path], errors: Iterable[ImageError], skipped: int, size: tuple[int, int], progress: Progress | None
+) -> Pictures:
+    images = np.empty((len(files), *size, 3), np.uint8)
+    read: list[Path] = []
+    met = list(errors)
+    for number, file in enumerate(files, 1):
+        try:
+            images[len(read)] = load_picture(file, size)
+            read.append(file)
+        except ImageError as error:
+            met.append(error)
+        if progress is not None:
+            progress(number, len(files))
+    return Pictures(images[: len(read)], tuple(read), tuple(met), skipped)
+
+
+def _walk(folders: Sequence[Path], around: Path | None = None) -> tuple[list[list[Path]], list[ImageError], int]:
+    """The pictures in each of these folders and below, sorted; what could not be read; how many other files there are.
+
+    Links to folders are followed. Each folder is read once, where it lies rather than where a link leads to it, and the
+    one ``around`` these never: links in circles come to an end, and one class does not take the pictures of another.
+    """
+    pictures: list[list[Path]] = [[] for _ in folders]
+    errors: list[ImageError] = []
+    skipped = 0
+    seen = set() if around is None else {_identity(around)}
+    waiting, linked = deque(enumerate(folders)), deque[tuple[int, Path]]()
+    while waiting or linked:
+        number, place = (waiting or linked).popleft()
+        try:
+            identity = _identity(place)
+            if identity in seen:
+                if place == folders[number]:
+                    errors.append(ImageError(f"{shown(place)}: the same folder as another of these"))
+                continue
+            seen.add(identity)
+            with os.scandir(place) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
+        except OSError as error:
+            errors.append(ImageError(f"{shown(place)}: {_reason(error)}"))
+            continue
+        for entry in entries:
+            path = place / entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append((number, path))
+            elif entry.is_symlink() and os.path.isdir(path):
+                linked.append((number, path))
+            elif path.suffix.lower() in PICTURE_SUFFIXES:
+                pictures[number].append(path)
+            elif entry.is_symlink() and not os.path.exists(path):
+                errors.append(ImageError(f"{shown(path)}: a link that leads nowhere"))
+            else:
+                skipped += 1
+    return [sorted(files) for files in pictures], errors, skipped
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def save_folder(image_set: ImageSet, folder: str | Path) -> None:
@@ -360,19 +504,6 @@ def save_folder(image_set: ImageSet, folder: str | Path) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise ImageError(f"{shown(folder)}: cannot be written: {_reason(error)}") from error
-
-
-def _files(folder: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise ImageError(f"{shown(error.filename)}: {_reason(error)}") from error
-
-    found: list[Path] = []
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
-    if not found:
-        raise ImageError(f"{shown(folder)}: an empty folder")
-    return found
 
 
 def shown(path: str | Path) -> str:

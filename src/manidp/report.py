@@ -45,7 +45,9 @@ HEAT_MAP_ROWS = 400
 
 
 class Network(Protocol):
-    """Whatever runs on pictures."""
+    """Whatever runs on pictures: an engine, or another way to compute its ``checkpoint``."""
+
+    checkpoint: Checkpoint
 
     def run(self, images: NDArray[np.uint8]) -> Result:
         """What the network makes of uint8 (B, H, W, 3)."""
@@ -110,24 +112,28 @@ class Findings:
 
 
 def collect(
-    checkpoint: Checkpoint,
     network: Network,
     image_set: ImageSet,
     dense: Network | None = None,
     progress: Progress | None = None,
 ) -> Findings:
-    """Run ``network``, which computes ``checkpoint``, and if given the ``dense`` one, over all images.
+    """Run ``network``, and if given the ``dense`` one, over all images; classes are matched by name.
 
-    Raises ManiDPError for no images, other classes than the checkpoint's, a network without gates (there is nothing
-    to report on), a dense one that has gates or other outputs, and logits that are not finite.
+    Raises ManiDPError for no images, images of a class that the network does not know, a network without gates (there
+    is nothing to report on), a dense one that has gates or other classes, and logits that are not finite.
     """
+    checkpoint = network.checkpoint
     if not len(image_set):
         raise ManiDPError("a report needs labelled images; the image set is empty")
-    if image_set.classes != checkpoint.classes:
-        expected, came = list(checkpoint.classes), list(image_set.classes)
-        raise ManiDPError(f"expected images of the checkpoint's classes, {expected}; got {came}")
+    image_set = image_set.relabelled(checkpoint.classes, "the network")
     if not checkpoint.graph.gates:
         raise ManiDPError("a report shows what gates keep, and this network has none; give one that has")
+    if dense is not None:
+        if dense.checkpoint.graph.gates:
+            raise ManiDPError("the dense network must have no gates")
+        if sorted(dense.checkpoint.classes) != sorted(checkpoint.classes):
+            expected, came = list(checkpoint.classes), list(dense.checkpoint.classes)
+            raise ManiDPError(f"the dense network must know the classes of the gated one, {expected}; got {came}")
     total = len(image_set) * (1 if dense is None else 2)
     results = list(_results(network, image_set, progress, 0, total))
     logits = np.concatenate([result.logits for result in results]).astype(np.float64)
@@ -139,10 +145,9 @@ def collect(
     )
     if dense is not None:
         dense_results = list(_results(dense, image_set, progress, len(image_set), total))
-        if dense_results[0].kept or dense_results[0].logits.shape[1:] != logits.shape[1:]:
-            raise ManiDPError("the dense network must have the same classes as the gated one, and no gates")
         dense_macs = int(dense_results[0].macs[0])
-        dense_predicted = np.concatenate([result.logits for result in dense_results]).argmax(axis=1).astype(np.int64)
+        places = np.array([checkpoint.classes.index(name) for name in dense.checkpoint.classes], np.int64)
+        dense_predicted = places[np.concatenate([result.logits for result in dense_results]).argmax(axis=1)]
     return Findings(
         image_set=image_set,
         predicted=logits.argmax(axis=1).astype(np.int64),

@@ -86,16 +86,18 @@ def bench(
 ) -> dict[str, Any]:
     """Everything that `manidp bench` shows, as JSON data; ``models`` all read images of one size.
 
-    One image at a time on one thread, then batches on one thread and on ``threads``.
+    One image at a time on one thread, then batches on one thread and on ``threads``. Raises ImageError for images of
+    a class that a model does not know.
     """
     skipped: dict[str, str] = {}
+    sets = {name: images.relabelled(model.classes, name) for name, model in models.items()}
     with pinned(1):
         say("the processor's peak")
         peak = {isa: multiply_add_peak(ISAS[isa]) for _, isa in _own()}
     modes = []
     for of_batch, of_threads in dict.fromkeys([(1, 1), (batch, 1), (batch, threads)]):
         say(f"{of_batch} at a time on {of_threads}, every contender")
-        mode, reasons = _apart(models, images, of_batch, of_threads, rounds, peak, peers)
+        mode, reasons = _apart(models, sets, of_batch, of_threads, rounds, peak, peers)
         modes.append(mode)
         skipped |= reasons
     return {
@@ -112,31 +114,32 @@ def bench(
 
 
 def _apart(
-    models: Mapping[str, Checkpoint], images: ImageSet, batch: int, threads: int, rounds: int,
+    models: Mapping[str, Checkpoint], sets: Mapping[str, ImageSet], batch: int, threads: int, rounds: int,
     peak: Mapping[str, float], peers: Sequence[Peer],
 ) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
     """``_mode`` in a process of its own: some peers count their cores once and for all, at their first use."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         try:
-            return process.submit(_mode, models, images, batch, threads, rounds, peak, peers).result()
+            return process.submit(_mode, models, sets, batch, threads, rounds, peak, peers).result()
         except BrokenProcessPool as error:
             raise ManiDPError(f"the process that measured {batch} at a time on {threads} threads has died") from error
 
 
 def _mode(
-    models: Mapping[str, Checkpoint], images: ImageSet, batch: int, threads: int, rounds: int,
+    models: Mapping[str, Checkpoint], sets: Mapping[str, ImageSet], batch: int, threads: int, rounds: int,
     peak: Mapping[str, float], peers: Sequence[Peer],
 ) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
     """The figures, and who could not be measured and why."""
     skipped: dict[str, str] = {}
-    batch = min(batch, len(images))
-    any_model = next(iter(models.values()))
-    pixels = any_model.preprocessing.apply(images.images)
-    a_round = min(len(pixels) // batch, max(100 // batch, 5)) * batch
+    total = len(next(iter(sets.values())))
+    batch = min(batch, total)
+    once = {model.preprocessing: model.preprocessing.apply(sets[name].images) for name, model in models.items()}
+    pixels = {name: once[model.preprocessing] for name, model in models.items()}
+    a_round = min(total // batch, max(100 // batch, 5)) * batch
     with pinned(threads):
         contenders = list(_contenders(models, _own(), peers, batch, threads, skipped))
         times = interleaved(contenders, pixels, batch, a_round, rounds, threads)
-        rows = _rows(contenders, times, models, pixels, images.labels, batch, threads, peak)
+        rows = _rows(contenders, times, models, pixels, sets, batch, threads, peak)
         figures = {"batch": batch, "threads": threads, "rounds": rounds, "images_a_round": a_round}
         return {**figures, "rows": [asdict(row) for row in rows]}, skipped
 
@@ -178,19 +181,31 @@ def _logits(engine: Engine) -> Run:
 
 
 def interleaved(
-    contenders: Sequence[Contender], pixels: Batch, batch: int, a_round: int, rounds: int, threads: int
+    contenders: Sequence[Contender],
+    pixels: Mapping[str, Batch],
+    batch: int,
+    a_round: int,
+    rounds: int,
+    threads: int,
 ) -> list[NDArray[np.float64]]:
-    """Milliseconds an image of each contender, (rounds,) each; a first round warms up and is not counted."""
+    """Milliseconds an image of each contender, (rounds,) each; a first round warms up and is not counted.
+
+    ``pixels``: of each model, the same images as it reads them.
+    """
+    total = len(next(iter(pixels.values())))
     times = np.empty((len(contenders), rounds))
     order = np.random.default_rng(0)
     for round_ in range(-1, rounds):
-        start = max(round_, 0) * a_round % (len(pixels) - a_round + 1)
-        parts = [pixels[at : at + batch] for at in range(start, start + a_round, batch)]
+        start = max(round_, 0) * a_round % (total - a_round + 1)
+        parts = {
+            name: [of_model[at : at + batch] for at in range(start, start + a_round, batch)]
+            for name, of_model in pixels.items()
+        }
         for i in order.permutation(len(contenders)):
-            run = contenders[i].run
+            run, own = contenders[i].run, parts[contenders[i].model]
             pin(threads)
             started = time.perf_counter()
-            for part in parts:
+            for part in own:
                 run(part)
             times[i, round_] = (time.perf_counter() - started) / a_round * 1e3
     return list(times)
@@ -198,25 +213,28 @@ def interleaved(
 
 def _rows(
     contenders: Sequence[Contender], times: Sequence[NDArray[np.float64]], models: Mapping[str, Checkpoint],
-    pixels: Batch, labels: NDArray[np.int64] | None, batch: int, threads: int, peak: Mapping[str, float],
+    pixels: Mapping[str, Batch], sets: Mapping[str, ImageSet] | None, batch: int, threads: int,
+    peak: Mapping[str, float],
 ) -> Iterator[Row]:  # fmt: skip
-    truth = {name: Engine(model, threads=threads).run(pixels) for name, model in models.items()}
+    truth = {name: Engine(model, threads=threads).run(pixels[name]) for name, model in models.items()}
     fastest = peak[available_isas()[0]]
     for contender, milliseconds in zip(contenders, times, strict=True):
         wanted = truth[contender.model]
-        logits = _all_logits(contender.run, pixels, batch)
+        own = pixels[contender.model]
+        logits = _all_logits(contender.run, own, batch)
         answers = logits.argmax(1)
         model = models[contender.model]
         macs = float(dense_macs(model.graph))
         if contender.computes == "kept channels":  # only the engine does, and in float16 it may keep others
             exact = contender.precision == "float32"
-            computed = wanted if exact else Engine(model, precision=contender.precision, threads=threads).run(pixels)
+            computed = wanted if exact else Engine(model, precision=contender.precision, threads=threads).run(own)
             macs = float(computed.macs.mean())
         lower, median, upper = np.percentile(milliseconds, [25, 50, 75])
         isa = contender.runtime.removeprefix("manidp ")
         yield Row(
             contender.runtime, contender.model, contender.computes, contender.precision,
-            None if labels is None else int((answers == labels).sum()), len(pixels), macs, median, lower, upper,
+            None if sets is None else int((answers == sets[contender.model].labels).sum()), len(own), macs,
+            median, lower, upper,
             macs / median * 1e3 / (peak.get(isa, fastest) * threads),
             float(np.abs(logits - wanted.logits).max() / np.abs(wanted.logits).max()),
             int((answers != wanted.logits.argmax(1)).sum()),
@@ -307,8 +325,9 @@ def _grown(name: str, peak: Mapping[str, float], rounds: int, skipped: dict[str,
     models = {f"{name} dense": dense, f"{name} gated": gated}
     with pinned(1):
         contenders = list(_contenders(models, _own()[:1], PEERS[:1], 1, 1, skipped))
-        times = interleaved(contenders, pixels, 1, len(pixels), rounds, 1)
-        rows = list(_rows(contenders, times, models, pixels, None, 1, 1, peak))
+        both = dict.fromkeys(models, pixels)
+        times = interleaved(contenders, both, 1, len(pixels), rounds, 1)
+        rows = list(_rows(contenders, times, models, both, None, 1, 1, peak))
     return {"network": name, "keep_rate": KEEP_RATE, "dense_macs": ungated_macs(graph), "images": len(pixels),
             "rounds": rounds, "rows": [asdict(row) for row in rows]}  # fmt: skip
 

@@ -18,7 +18,15 @@ from manidp.checkpoint import Checkpoint, Found, save_checkpoint
 from manidp.errors import TrainingError
 from manidp.find import find_model
 from manidp.graph import Graph, resnet, with_classes, with_gates
-from manidp.images import CIFAR10_PREPROCESSING, ImageSet, Preprocessing, Progress, load_cifar10, load_folder
+from manidp.images import (
+    CIFAR10_PREPROCESSING,
+    ImageSet,
+    Preprocessing,
+    Progress,
+    holds_cifar10,
+    load_cifar10,
+    load_folder,
+)
 from manidp.macs import ungated_macs
 from manidp.torch.convert import network_from, network_inheriting
 from manidp.torch.network import Network
@@ -130,7 +138,7 @@ class _Sets:
         self.messages: list[str] = []
         self.test: ImageSet | None = None
         self.test_name = ""
-        if (job.data / "data_batch_1.bin").exists():
+        if holds_cifar10(job.data):
             self.train, self.test = load_cifar10(job.data)
             self.train_name, self.test_name = "CIFAR-10 training images", "CIFAR-10 test images"
         else:
@@ -148,8 +156,8 @@ class _Sets:
             self.test_name = f"{job.holdout} held-out {self.train_name}"
 
     def _folder(self, folder: Path, preprocessing: Preprocessing, classes: tuple[str, ...] | None) -> ImageSet:
-        images, errors = load_folder(folder, preprocessing.size, classes)
-        self.messages += [f"left out: {error}" for error in errors]
+        images, pictures = load_folder(folder, preprocessing.size, classes)
+        self.messages += [f"left out: {line}" for line in pictures.left_out]
         return images
 
 
