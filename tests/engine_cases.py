@@ -173,7 +173,7 @@ def assert_layers(
     for key, map_ in plan.maps.items():
         if map_.at < 0:
             continue
-        name, layout = key[0], map_.layout
+        name, layout = key.node, map_.layout
         wanted_by = graph.wanted_by.get(name)
         zeroed_by = graph.zeroed_by.get(name)
         computed = np.ones(map_.channels, dtype=bool)

@@ -115,6 +115,44 @@ def test_networks_of_other_kinds(isa: str) -> None:
     check(graph, weights, images, isa)
 
 
+def network_with_a_vector_called(name: str) -> Graph:
+    """A gate 'g', a map 'x' whose average and maximum are read, and a vector beside them."""
+    nodes = (
+        Input(name="image", dims=(3, 9, 9)),
+        Conv(name="x", inputs=("image",), channels=8),
+        Gate(name="g", inputs=("x",), channels=8, hidden=4),
+        GlobalPool(name="average", inputs=("x",)),
+        GlobalPool(name="max", inputs=("x",), kind="max"),
+        Add(name="both", inputs=("average", "max")),
+        Linear(name=name, inputs=("both",), features=17),
+        Conv(name="second", inputs=("x",), channels=8),
+        Multiply(name="gated", inputs=("second", "g")),
+        Conv(name="third", inputs=("gated",), channels=8),
+        GlobalPool(name="last", inputs=("third",)),
+        Concat(name="all", inputs=("last", name)),
+        Linear(name="logits", inputs=("all",), features=3),
+    )
+    return Graph(nodes, "logits")
+
+
+@pytest.mark.parametrize("isa", ISA)
+def test_names_in_a_file_never_mean_a_vector_of_our_own(isa: str) -> None:
+    """A vector called as one might call those that the engine makes of a gate or a map: the code stays the same."""
+    images = np.random.default_rng(1).normal(size=(2, 3, 9, 9)).astype(np.float32)
+    graph = network_with_a_vector_called("harmless")
+    weights = with_thresholds(graph, random_weights(graph), images, {"g": 0.5})
+    check(graph, weights, images, isa)
+    wanted = plan_of(graph, weights, isa)
+    code = codegen.Generator(wanted, ISAS[isa])
+    for owner in ("g", "x"):
+        for part in ("list", "mean", "hidden", "saliency", "average", "max", "value", "1", "4"):
+            for name in (f"{owner} {part}", f"{owner}.{part}", f"{owner}_{part}", f"('{owner}', '{part}')"):
+                graph = network_with_a_vector_called(name)
+                plan = plan_of(graph, {k.replace("harmless", name): v for k, v in weights.items()}, isa)
+                np.testing.assert_array_equal(plan.constants.view(np.int32), wanted.constants.view(np.int32))
+                assert codegen.Generator(plan, ISAS[isa]).text == code.text, name
+
+
 @pytest.mark.parametrize("side", WINOGRAD)
 def test_winograds_products_make_a_convolution(side: int) -> None:
     """at [(g w g') * (bt d bt')] at' is d convolved with w, whatever the numbers."""

@@ -33,15 +33,16 @@ from manidp.runtime.plan import (
     Decide,
     Finish,
     FlattenMap,
-    Key,
     Layout,
     LoadImage,
+    MapKey,
     MatVec,
     Plan,
     Pointwise,
     Relayout,
     ResetPooled,
     Unpool,
+    Vector,
     VectorOp,
     Winograd,
 )
@@ -288,7 +289,7 @@ class Generator:
                 case Decide():
                     self._decide(f, step, gates)
                     gates = f.at(gates, step.gate.channels)
-        f.copy(self._vector(f, graph.output), logits, graph.num_classes)
+        f.copy(self._vector(f, Vector(graph.output)), logits, graph.num_classes)
         f.do(f"call void @{self._check()}(ptr {logits}, i64 {graph.num_classes}, ptr %state)")
         f.do("br label %take")
         f.begin("done")
@@ -323,18 +324,18 @@ class Generator:
 
         return self._shared("check", "ptr %x, i64 %n, ptr %state", write, FLOAT)
 
-    def _map(self, f: Function, key: Key) -> str:
+    def _map(self, f: Function, key: MapKey) -> str:
         return f.at("%w", self.plan.maps[key].at)
 
-    def _vector(self, f: Function, name: str) -> str:
-        return f.at("%w", self.plan.vectors[name])
+    def _vector(self, f: Function, vector: Vector) -> str:
+        return f.at("%w", self.plan.vectors[vector])
 
     def _list(self, f: Function, channels: Channels) -> tuple[str, str, str]:
         """The int32 numbers of the channels, how many of them lie below each channel, how many there are."""
         if channels.gate is None:
             everything = f.at("%k", self.plan.everything)
             return everything, everything, str(channels.count)
-        kept = self._vector(f, f"{channels.gate} list")
+        kept = self._vector(f, Vector(channels.gate, "list"))
         below = f.at(kept, channels.count)
         number = f.index(below, channels.count)
         if channels.closed:
@@ -618,16 +619,19 @@ class Generator:
         """Pointers that a finishing function takes: those of the operations, of the stored map, of pooled sums."""
         pointers = []
         for op in finish.ops:
-            if isinstance(op.operand, tuple):
-                pointers.append(self._map(f, op.operand))
-            elif op.kind != "activate":
-                pointers.append(f.at("%k", op.operand) if isinstance(op.operand, int) else self._vector(f, op.operand))
+            match op.operand:
+                case MapKey() as key:
+                    pointers.append(self._map(f, key))
+                case Vector() as vector:
+                    pointers.append(self._vector(f, vector))
+                case int(offset):
+                    pointers.append(f.at("%k", offset))
         if finish.stored:
             frame = self.plan.maps[finish.frame].layout
             first = finish.first_channel * frame.channel
             pointers.append(f.at(self._map(f, finish.frame), first, element=self.element))
-        for _, name in finish.pooled:
-            pointers.append(f.at(self._vector(f, name), finish.first_channel * self.lanes))
+        for sums in finish.pooled:
+            pointers.append(f.at(self._vector(f, sums), finish.first_channel * self.lanes))
         return pointers
 
     def _pointwise(self, f: Function, step: Pointwise) -> None:
@@ -843,7 +847,7 @@ class Generator:
     # Pooled sums, vectors and gates
 
     def _reset(self, f: Function, step: ResetPooled) -> None:
-        start = _START[step.kind]
+        start = _START[step.pooled.part]
 
         def write(g: Function) -> None:
             def one_channel(j: str) -> list[str]:
@@ -854,7 +858,7 @@ class Generator:
 
         name = self._shared(("reset", start), "ptr %sums, ptr %list, i64 %n", write, FLOAT)
         list_, _, count = self._list(f, step.channels)
-        f.do(f"call void @{name}(ptr {self._vector(f, step.name)}, ptr {list_}, i64 {count})")
+        f.do(f"call void @{name}(ptr {self._vector(f, step.pooled)}, ptr {list_}, i64 {count})")
 
     def _unpool(self, f: Function, step: Unpool) -> None:
         v = f"v{self.lanes}f32"
@@ -862,7 +866,7 @@ class Generator:
         def write(g: Function) -> None:
             def one_channel(c: str) -> list[str]:
                 sums = g.load("%sums", g.scaled(c, self.lanes))
-                if step.kind == "max":
+                if step.pooled.part == "max":
                     total = g(f"call nnan float @llvm.vector.reduce.fmax.{v}({g.vector} {sums})")
                     if self.careful:
                         bits = g(f"bitcast <{self.lanes} x i1> {g.is_nan(sums)} to i{self.lanes}")
@@ -875,8 +879,8 @@ class Generator:
 
             g.loop("%n", one_channel)
 
-        name = self._shared(("unpool", step.kind), "ptr %sums, ptr %into, i64 %n, float %factor", write, FLOAT)
-        f.do(f"call void @{name}(ptr {self._vector(f, step.name)}, ptr {self._vector(f, step.target)}, "
+        name = self._shared(("unpool", step.pooled.part), "ptr %sums, ptr %into, i64 %n, float %factor", write, FLOAT)
+        f.do(f"call void @{name}(ptr {self._vector(f, step.pooled)}, ptr {self._vector(f, step.target)}, "
              f"i64 {step.channels}, float {FLOAT.literal(step.factor)})")  # fmt: skip
 
     def _matvec(self, f: Function, step: MatVec) -> None:
@@ -969,9 +973,9 @@ class Generator:
             "i64 %n, i64 %last, float %most"
         )
         gate = step.gate
-        list_ = self._vector(f, f"{gate.name} list")
+        list_ = self._vector(f, Vector(gate.name, "list"))
         f.do(f"call void @{self._shared('decide', arguments, write, FLOAT)}(ptr {self._vector(f, step.saliency)}, "
-             f"ptr {f.at('%k', step.threshold)}, ptr {self._vector(f, gate.name)}, ptr {list_}, "
+             f"ptr {f.at('%k', step.threshold)}, ptr {self._vector(f, Vector(gate.name))}, ptr {list_}, "
              f"ptr {f.at(list_, gate.channels)}, ptr {values}, i64 {gate.channels}, i64 {gate.channels - 1}, "
              f"float {FLOAT.literal(gate.saliency_max)})")  # fmt: skip
 
@@ -1004,7 +1008,7 @@ class _Element:
             else:
                 self.operands.append(())
         self.into = g.at(next(pointers), in_map) if finish.stored else None
-        self.sums = [(kind, g.floats.at(next(pointers), g.scaled(channel, g.lanes))) for kind, _ in finish.pooled]
+        self.sums = [(sums.part, g.floats.at(next(pointers), g.scaled(channel, g.lanes))) for sums in finish.pooled]
         self.totals: dict[str, str] = {}
 
     def make(self, phase: int, block: str, y: str) -> None:
@@ -1044,7 +1048,7 @@ class _Element:
 def _signature(finish: Finish) -> object:
     """What the code of a finish depends on, names and places aside."""
     ops = tuple((op.kind, op.operand if op.kind == "activate" else None) for op in finish.ops)
-    return ops, finish.stored, tuple(kind for kind, _ in finish.pooled)
+    return ops, finish.stored, tuple(sums.part for sums in finish.pooled)
 
 
 def _single(frame: Layout, lanes: int) -> Tile:

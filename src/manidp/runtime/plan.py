@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from manidp.errors import UnsupportedError
 from manidp.graph import (
     Activation,
+    ActivationKind,
     Add,
     BatchNorm,
     Concat,
@@ -35,11 +36,31 @@ from manidp.graph import (
     Multiply,
     Node,
     Pool,
+    PoolKind,
 )
 from manidp.runtime.ir import FLOAT, Element
 
 Array = NDArray[Any]
-Key = tuple[str, int]  # a feature map: name of the value, number of phases
+
+
+@dataclass(frozen=True)
+class MapKey:
+    """A feature map: the node whose value it is, and the number of phases that it lies in."""
+
+    node: str
+    phases: int
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A vector in the workspace: what it holds, and of which node.
+
+    A node's name comes from a file and may be any string. It never names a vector by itself, so no file can make one
+    stand for another.
+    """
+
+    node: str
+    part: Literal["value", "average", "max", "mean", "hidden", "saliency", "list"] = "value"
 
 
 @dataclass(frozen=True)
@@ -128,21 +149,21 @@ class Map:
 
 @dataclass(frozen=True)
 class Op:
-    """One fused pointwise operation; ``operand`` is a map, a vector's name or an offset among the constants."""
+    """One fused pointwise operation; ``operand`` is an activation, a vector, an offset among the constants or a map."""
 
-    kind: str  # 'activate', 'scale' (by a vector), 'affine' (scale and shift), 'add', 'multiply' (a map)
-    operand: Key | str | int
+    kind: Literal["activate", "scale", "affine", "add", "multiply"]  # affine: scale and shift
+    operand: ActivationKind | Vector | int | MapKey
 
 
 @dataclass(frozen=True)
 class Finish:
     """What becomes of a value that was just computed: operations, where it is stored, which pooled sums it feeds."""
 
-    frame: Key  # the map whose layout it has
+    frame: MapKey  # the map whose layout it has
     ops: tuple[Op, ...] = ()
     stored: bool = True
     first_channel: int = 0
-    pooled: tuple[tuple[str, str], ...] = ()  # (kind, name of the partial sums)
+    pooled: tuple[Vector, ...] = ()  # partial sums ('average') or maxima ('max')
 
 
 @dataclass(frozen=True)
@@ -158,15 +179,15 @@ class Channels:
 class LoadImage:
     """The image, normalised if it comes as bytes."""
 
-    target: Key
+    target: MapKey
 
 
 @dataclass(frozen=True)
 class Relayout:
     """Copy a map into another number of phases."""
 
-    source: Key
-    target: Key
+    source: MapKey
+    target: MapKey
     channels: Channels
 
 
@@ -179,7 +200,7 @@ class Convolve:
     """
 
     node: Conv
-    source: Key
+    source: MapKey
     winograd: int
     weights: int
     row: int
@@ -193,7 +214,7 @@ class Convolve:
 class Pointwise:
     """``source`` (None: zeros) through ``pool`` (None: as it is) and ``finish``."""
 
-    source: Key | None
+    source: MapKey | None
     pool: Pool | None
     channels: Channels
     finish: Finish
@@ -203,8 +224,7 @@ class Pointwise:
 class ResetPooled:
     """Pooled sums of some channels back to where they start."""
 
-    kind: str
-    name: str
+    pooled: Vector
     channels: Channels
 
 
@@ -212,9 +232,8 @@ class ResetPooled:
 class Unpool:
     """Partial sums (or maxima) of a map to one number a channel."""
 
-    kind: str
-    name: str
-    target: str
+    pooled: Vector
+    target: Vector
     channels: int
     factor: float
 
@@ -223,8 +242,8 @@ class Unpool:
 class MatVec:
     """target = weights @ source + bias; the weights lie transposed, rows padded to whole vectors."""
 
-    source: str
-    target: str
+    source: Vector
+    target: Vector
     inputs: int
     outputs: int
     weights: int
@@ -235,11 +254,11 @@ class MatVec:
 class VectorOp:
     """target = op(source, operand) on vectors; kind: an activation, 'add', 'multiply' or 'copy' at ``offset``."""
 
-    kind: str
-    source: str
-    target: str
+    kind: ActivationKind | Literal["add", "multiply", "copy"]
+    source: Vector
+    target: Vector
     size: int
-    operand: str | None = None
+    operand: Vector | None = None
     offset: int = 0
 
 
@@ -248,7 +267,7 @@ class Decide:
     """saliency -> gate, and the lists of kept and closed channels."""
 
     gate: Gate
-    saliency: str
+    saliency: Vector
     threshold: int
 
 
@@ -256,8 +275,8 @@ class Decide:
 class FlattenMap:
     """A map as a vector, channel by channel and row by row."""
 
-    source: Key
-    target: str
+    source: MapKey
+    target: Vector
 
 
 Step = (
@@ -275,8 +294,8 @@ class Plan:
     graph: Graph
     lanes: int
     steps: tuple[Step, ...]
-    maps: Mapping[Key, Map]
-    vectors: Mapping[str, int]  # vectors, partial sums, lists (int32: kept from the front, closed from the back)
+    maps: Mapping[MapKey, Map]
+    vectors: Mapping[Vector, int]  # vectors, partial sums, lists (int32: kept from the front, closed from the back)
     constants: NDArray[np.float32]
     everything: int  # offset among the constants of the int32 list 0, 1, 2, ...
     scale: int  # offsets of what byte images are multiplied by, channel by channel, and of what is then added
@@ -344,11 +363,11 @@ class _Planner:
         self.graph, self.weights, self.lanes, self.element, self.reuse = graph, weights, lanes, element, reuse
         self.steps: list[Step] = []
         self.constants = _Constants()
-        self.vectors: dict[str, int] = {}  # name -> size in floats
+        self.vectors: dict[Vector, int] = {}  # sizes in floats
         self.phases: dict[str, int] = {}  # of each map as its step stores it
-        self.copied: set[Key] = set()
-        self.in_place: dict[Key, Key] = {}
-        self.pooled: dict[tuple[str, str], str] = {}  # (value, kind) -> name of the partial sums
+        self.copied: set[MapKey] = set()
+        self.in_place: dict[MapKey, MapKey] = {}
+        self.pooled: dict[Vector, Vector] = {}  # partial sums of a value -> the vector that holds them
         self.tasks = self._ordered(self._fused())
         self.last_read = {
             source: index for index, task in enumerate(self.tasks) for node in task.nodes for source in node.inputs
@@ -435,7 +454,7 @@ class _Planner:
         match node:
             case Input():
                 self.phases[node.name] = self._preferred(node)
-                self.steps.append(LoadImage((node.name, self.phases[node.name])))
+                self.steps.append(LoadImage(MapKey(node.name, self.phases[node.name])))
                 self._pool_stored(node.name)
             case Conv():
                 self._convolve(index, task, node)
@@ -450,17 +469,17 @@ class _Planner:
             case Gate():
                 self._gate(node)
             case GlobalPool():
-                self._unpool(node.inputs[0], node.kind, node.name)
+                self._unpool(Vector(node.inputs[0], node.kind), Vector(node.name))
             case Linear():
                 weight = self._weight(node, "weight")
                 bias = self._weight(node, "bias") if node.bias else np.zeros(node.features)
-                self._matvec(node.inputs[0], node.name, weight, bias)
+                self._matvec(Vector(node.inputs[0]), Vector(node.name), weight, bias)
             case Flatten():
-                self._vector(node.name, shape[0])
+                target = self._vector(Vector(node.name), shape[0])
                 if len(self.graph.shapes[node.inputs[0]]) == 1:
-                    self.steps.append(VectorOp("copy", node.inputs[0], node.name, shape[0]))
+                    self.steps.append(VectorOp("copy", Vector(node.inputs[0]), target, shape[0]))
                 else:
-                    self.steps.append(FlattenMap(self._read(node.inputs[0], 1), node.name))
+                    self.steps.append(FlattenMap(self._read(node.inputs[0], 1), target))
             case _ if len(shape) == 3:
                 phases = self.phases[node.inputs[0]]
                 source = self._read(node.inputs[0], phases)
@@ -518,7 +537,7 @@ class _Planner:
     def _finish(self, index: int, task: _Task, phases: int, step: Callable[[Channels, Finish], Step]) -> None:
         """Emit the step, and the one that does the rest for channels whose gate is closed."""
         name, channels = task.name, self.graph.shapes[task.name][0]
-        key, gate = (name, phases), self._wanted(task)
+        key, gate = MapKey(name, phases), self._wanted(task)
         self.phases[name] = phases
         ops = self._ops(task, phases)
         cut = next((i for i, (node, _) in enumerate(ops) if gate and self._gate_of(node) == gate), None)
@@ -530,12 +549,12 @@ class _Planner:
         untouched = residual is not None and self._changes_nothing(task, residual, tail)
         for kind in self._pooled_kinds(name):
             if residual and untouched:
-                self.pooled[name, kind] = self.pooled[residual[0], kind]
+                self.pooled[Vector(name, kind)] = self.pooled[Vector(residual.node, kind)]
             else:
                 self._partial_sums(name, kind, channels)
             reset = Channels(channels, gate if untouched else None)
-            self.steps.append(ResetPooled(kind, self.pooled[name, kind], reset))
-        finish = Finish(key, tuple(op for _, op in ops), stored, pooled=self._pooled_names(name))
+            self.steps.append(ResetPooled(self.pooled[Vector(name, kind)], reset))
+        finish = Finish(key, tuple(op for _, op in ops), stored, pooled=self._pooled_sums(name))
         self.steps.append(step(Channels(channels, gate), finish))
         if cut is not None and not untouched and (tail or self._needs_zeros(name)):
             closed = Channels(channels, gate, closed=True)
@@ -559,9 +578,9 @@ class _Planner:
             elif isinstance(node, Activation):
                 ops.append((node, Op("activate", node.kind)))
             elif isinstance(node, Multiply) and len(self.graph.shapes[others[0]]) == 1:
-                ops.append((node, Op("scale", others[0])))
+                ops.append((node, Op("scale", Vector(others[0]))))
             else:
-                kind = "add" if isinstance(node, Add) else "multiply"
+                kind: Literal["add", "multiply"] = "add" if isinstance(node, Add) else "multiply"
                 ops += [(node, Op(kind, self._read(other, phases))) for other in others]
         return ops
 
@@ -576,25 +595,25 @@ class _Planner:
             for reader in self.graph.readers[name]
         )
 
-    def _overwritten(self, index: int, task: _Task, ops: list[tuple[Node, Op]]) -> Key | None:
+    def _overwritten(self, index: int, task: _Task, ops: list[tuple[Node, Op]]) -> MapKey | None:
         """A map to add whose memory the result may take: nothing reads it later, and the step reads it only here."""
         if not self.reuse:
             return None
         read = [source for node in task.nodes for source in node.inputs]
         for node, op in ops:
-            if isinstance(node, Add) and isinstance(op.operand, tuple):
-                value = op.operand[0]
+            if isinstance(node, Add) and isinstance(op.operand, MapKey):
+                value = op.operand.node
                 if self.last_read[value] == index and read.count(value) == 1:
                     return op.operand
         return None
 
-    def _changes_nothing(self, task: _Task, residual: Key, tail: list[tuple[Node, Op]]) -> bool:
+    def _changes_nothing(self, task: _Task, residual: MapKey, tail: list[tuple[Node, Op]]) -> bool:
         """Whether a closed channel of the result is what ``residual`` already holds, pooled sums included."""
-        if not tail or tail[0][1] != Op("add", residual) or residual[1] != self.phases[residual[0]]:
+        if not tail or tail[0][1] != Op("add", residual) or residual.phases != self.phases[residual.node]:
             return False
         rest = [op for _, op in tail[1:]]
-        same = not rest or (rest == [Op("activate", "relu")] and self._nonnegative(residual[0]))
-        return same and all((residual[0], kind) in self.pooled for kind in self._pooled_kinds(task.name))
+        same = not rest or (rest == [Op("activate", "relu")] and self._nonnegative(residual.node))
+        return same and all(Vector(residual.node, kind) in self.pooled for kind in self._pooled_kinds(task.name))
 
     def _nonnegative(self, name: str) -> bool:
         node = self.graph.by_name[name]
@@ -610,60 +629,59 @@ class _Planner:
         for kind in self._pooled_kinds(node.name):
             channels = self.graph.shapes[node.name][0]
             self._partial_sums(node.name, kind, channels)
-            self.steps.append(ResetPooled(kind, self.pooled[node.name, kind], Channels(channels)))
+            self.steps.append(ResetPooled(self.pooled[Vector(node.name, kind)], Channels(channels)))
         first = 0
         for source in node.inputs:
-            finish = Finish((node.name, phases), first_channel=first, pooled=self._pooled_names(node.name))
+            finish = Finish(MapKey(node.name, phases), first_channel=first, pooled=self._pooled_sums(node.name))
             channels = self.graph.shapes[source][0]
             self.steps.append(Pointwise(self._read(source, phases), None, Channels(channels), finish))
             first += channels
 
     # Pooled sums, gates and vectors
 
-    def _pooled_kinds(self, name: str) -> list[str]:
-        kinds = {
+    def _pooled_kinds(self, name: str) -> list[PoolKind]:
+        kinds: set[PoolKind] = {
             "average" if isinstance(reader, Gate) else reader.kind
             for reader in self.graph.readers[name]
             if isinstance(reader, (Gate, GlobalPool))
         }
         return sorted(kinds)
 
-    def _pooled_names(self, name: str) -> tuple[tuple[str, str], ...]:
-        return tuple((kind, self.pooled[name, kind]) for kind in self._pooled_kinds(name))
+    def _pooled_sums(self, name: str) -> tuple[Vector, ...]:
+        return tuple(self.pooled[Vector(name, kind)] for kind in self._pooled_kinds(name))
 
-    def _partial_sums(self, name: str, kind: str, channels: int) -> None:
-        self.pooled[name, kind] = f"{name} {kind}"
-        self._vector(f"{name} {kind}", channels * self.lanes)
+    def _partial_sums(self, name: str, kind: PoolKind, channels: int) -> None:
+        sums = Vector(name, kind)
+        self.pooled[sums] = self._vector(sums, channels * self.lanes)
 
     def _pool_stored(self, name: str) -> None:
         """Pooled sums of a map that its own step could not make on the way."""
         channels = Channels(self.graph.shapes[name][0])
         for kind in self._pooled_kinds(name):
             self._partial_sums(name, kind, channels.count)
-            self.steps.append(ResetPooled(kind, self.pooled[name, kind], channels))
+            self.steps.append(ResetPooled(self.pooled[Vector(name, kind)], channels))
         if self._pooled_kinds(name):
-            key = (name, self.phases[name])
-            finish = Finish(key, stored=False, pooled=self._pooled_names(name))
+            key = MapKey(name, self.phases[name])
+            finish = Finish(key, stored=False, pooled=self._pooled_sums(name))
             self.steps.append(Pointwise(key, None, channels, finish))
 
-    def _unpool(self, value: str, kind: str, target: str) -> None:
-        channels, *size = self.graph.shapes[value]
-        self._vector(target, channels)
-        factor = 1 / math.prod(size) if kind == "average" else 1.0
-        self.steps.append(Unpool(kind, self.pooled[value, kind], target, channels, factor))
+    def _unpool(self, sums: Vector, target: Vector) -> None:
+        channels, *size = self.graph.shapes[sums.node]
+        factor = 1 / math.prod(size) if sums.part == "average" else 1.0
+        self.steps.append(Unpool(self.pooled[sums], self._vector(target, channels), channels, factor))
 
     def _gate(self, node: Gate) -> None:
-        mean, hidden, saliency = (f"{node.name} {part}" for part in ("mean", "hidden", "saliency"))
-        self._unpool(node.inputs[0], "average", mean)
+        mean, hidden, saliency = (Vector(node.name, "mean"), Vector(node.name, "hidden"), Vector(node.name, "saliency"))
+        self._unpool(Vector(node.inputs[0], "average"), mean)
         self._matvec(mean, hidden, self._weight(node, "fc1.weight"), np.zeros(node.hidden))
         self.steps.append(VectorOp("relu", hidden, hidden, node.hidden))
         self._matvec(hidden, saliency, self._weight(node, "fc2.weight"), self._weight(node, "fc2.bias"))
-        self._vector(node.name, node.channels)
-        self._vector(f"{node.name} list", 2 * node.channels + 1)
+        self._vector(Vector(node.name), node.channels)
+        self._vector(Vector(node.name, "list"), 2 * node.channels + 1)
         threshold = self.constants.add(self._weight(node, "threshold"))
         self.steps.append(Decide(node, saliency, threshold))
 
-    def _matvec(self, source: str, target: str, weight: Array, bias: Array) -> None:
+    def _matvec(self, source: Vector, target: Vector, weight: Array, bias: Array) -> None:
         outputs, inputs = weight.shape
         padding = (0, -outputs % self.lanes)
         self._vector(target, outputs)
@@ -674,23 +692,23 @@ class _Planner:
 
     def _vector_op(self, node: Node) -> None:
         (size,) = self.graph.shapes[node.name]
-        self._vector(node.name, size)
+        target, first, *others = self._vector(Vector(node.name), size), *map(Vector, node.inputs)
         if isinstance(node, Activation):
-            self.steps.append(VectorOp(node.kind, node.inputs[0], node.name, size))
+            self.steps.append(VectorOp(node.kind, first, target, size))
         elif isinstance(node, Concat):
-            first = 0
-            for source in node.inputs:
-                (part,) = self.graph.shapes[source]
-                self.steps.append(VectorOp("copy", source, node.name, part, offset=first))
-                first += part
+            offset = 0
+            for source in (first, *others):
+                (part,) = self.graph.shapes[source.node]
+                self.steps.append(VectorOp("copy", source, target, part, offset=offset))
+                offset += part
         else:
-            kind, left = "add" if isinstance(node, Add) else "multiply", node.inputs[0]
-            for right in node.inputs[1:]:
-                self.steps.append(VectorOp(kind, left, node.name, size, right))
-                left = node.name
+            for other in others:
+                self.steps.append(VectorOp("add" if isinstance(node, Add) else "multiply", first, target, size, other))
+                first = target
 
-    def _vector(self, name: str, size: int) -> None:
-        self.vectors[name] = size
+    def _vector(self, vector: Vector, size: int) -> Vector:
+        self.vectors[vector] = size
+        return vector
 
     def _weight(self, node: Node, name: str) -> Array:
         return np.asarray(self.weights[f"{node.name}.{name}"])
@@ -712,13 +730,13 @@ class _Planner:
                 return reader.stride
         return 1
 
-    def _read(self, name: str, phases: int) -> Key:
+    def _read(self, name: str, phases: int) -> MapKey:
         """The map in as many phases, copied into them if it is stored in others."""
         stored = self.phases[name]
-        key = (name, phases)
+        key = MapKey(name, phases)
         if stored != phases and key not in self.copied:
             divides = max(stored, phases) % min(stored, phases) == 0
-            source = (name, stored) if divides else self._read(name, 1)
+            source = MapKey(name, stored) if divides else self._read(name, 1)
             gate = self.graph.wanted_by.get(name)
             if gate is None and not self._needs_zeros(name):
                 gate = self.graph.zeroed_by.get(name)
@@ -733,12 +751,12 @@ class _Planner:
 def _place(
     graph: Graph,
     steps: list[Step],
-    vectors: Mapping[str, int],
-    in_place: Mapping[Key, Key],
+    vectors: Mapping[Vector, int],
+    in_place: Mapping[MapKey, MapKey],
     lanes: int,
     element: Element,
     reuse: bool,
-) -> tuple[dict[Key, Map], dict[str, int], int]:
+) -> tuple[dict[MapKey, Map], dict[Vector, int], int]:
     """Layout and place of every map, place of every vector, and how many floats that takes."""
     layouts = _layouts(graph, steps, lanes)
     slack = 16 * lanes  # the last block of a map may read, never write, this far beyond it
@@ -747,23 +765,23 @@ def _place(
     def floats(elements: int) -> int:
         return _whole(-(-elements * element.size // FLOAT.size), 16)
 
-    offsets: dict[str, int] = {}
-    for name, length in vectors.items():
-        offsets[name] = size
+    offsets: dict[Vector, int] = {}
+    for vector, length in vectors.items():
+        offsets[vector] = size
         size += _whole(length + lanes, 16)
 
-    life: dict[Key, list[int]] = {}  # first and last step that touches the memory of a map
+    life: dict[MapKey, list[int]] = {}  # first and last step that touches the memory of a map
     for index, step in enumerate(steps):
         for key in _stored_keys(step):
             life.setdefault(_root(key, in_place), [index, index])[1] = index
     free: dict[Layout, list[tuple[int, int]]] = {}  # (channels, offset)
-    places: dict[Key, int] = {}
-    ends: list[tuple[int, Key]] = []
+    places: dict[MapKey, int] = {}
+    ends: list[tuple[int, MapKey]] = []
     for key, (first, last) in sorted(life.items(), key=lambda item: item[1]):
         for end, other in [e for e in ends if e[0] < first]:
             ends.remove((end, other))
-            free.setdefault(layouts[other], []).append((graph.shapes[other[0]][0], places[other]))
-        layout, channels = layouts[key], graph.shapes[key[0]][0]
+            free.setdefault(layouts[other], []).append((graph.shapes[other.node][0], places[other]))
+        layout, channels = layouts[key], graph.shapes[key.node][0]
         fitting = sorted(slot for slot in free.get(layout, []) if slot[0] >= channels) if reuse else []
         if fitting:
             places[key] = fitting[0][1]
@@ -774,13 +792,13 @@ def _place(
             size = places[key] + floats(channels * layout.channel)
         ends.append((last, key))
     maps = {
-        key: Map(places.get(_root(key, in_place), -1), graph.shapes[key[0]][0], layout)
+        key: Map(places.get(_root(key, in_place), -1), graph.shapes[key.node][0], layout)
         for key, layout in layouts.items()
     }
     return maps, offsets, size + slack + max((layout.pitch * 8 for layout in layouts.values()), default=0)
 
 
-def _root(key: Key, in_place: Mapping[Key, Key]) -> Key:
+def _root(key: MapKey, in_place: Mapping[MapKey, MapKey]) -> MapKey:
     while key in in_place:
         key = in_place[key]
     return key
@@ -790,62 +808,64 @@ def _whole(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def _stored_keys(step: Step) -> list[Key]:
+def _stored_keys(step: Step) -> list[MapKey]:
     """Maps that a step reads or writes."""
-    keys: list[Key] = []
+    keys: list[MapKey] = []
     if isinstance(step, (LoadImage, Relayout)):
         keys.append(step.target)
     if isinstance(step, (Relayout, FlattenMap, Convolve)) or (isinstance(step, Pointwise) and step.source):
         keys.append(step.source)  # type: ignore[arg-type]
     if isinstance(step, (Convolve, Pointwise)):
-        keys += [op.operand for op in step.finish.ops if isinstance(op.operand, tuple)]
+        keys += [op.operand for op in step.finish.ops if isinstance(op.operand, MapKey)]
         if step.finish.stored:
             keys.append(step.finish.frame)
     return keys
 
 
-def _layouts(graph: Graph, steps: list[Step], lanes: int) -> dict[Key, Layout]:
+def _layouts(graph: Graph, steps: list[Step], lanes: int) -> dict[MapKey, Layout]:
     """Maps that one step walks together get one pitch; maps of one size and pitch get one layout."""
-    parent: dict[Key, Key] = {}
+    parent: dict[MapKey, MapKey] = {}
 
-    def find(key: Key) -> Key:
+    def find(key: MapKey) -> MapKey:
         parent.setdefault(key, key)
         while parent[key] != key:
             key = parent[key]
         return key
 
-    windows: list[tuple[Key, Key, int, int]] = []  # source, frame, kernel, padding
+    windows: list[tuple[MapKey, MapKey, int, int]] = []  # source, frame, kernel, padding
     for step in steps:
         for key in _stored_keys(step):
             find(key)
         if isinstance(step, (Convolve, Pointwise)):
             frame = step.finish.frame
-            walked = [op.operand for op in step.finish.ops if isinstance(op.operand, tuple)]
+            walked = [op.operand for op in step.finish.ops if isinstance(op.operand, MapKey)]
             walked += [step.source] if step.source else []
             for key in walked:
                 parent[find(key)] = find(frame)
             window = step.node if isinstance(step, Convolve) else step.pool
             if window and step.source:
                 windows.append((step.source, frame, window.kernel, window.padding))
-    size = {key: graph.shapes[key[0]][1:] for key in parent}
-    pitch: dict[Key, int] = {}
+    size = {key: graph.shapes[key.node][1:] for key in parent}
+    pitch: dict[MapKey, int] = {}
     for key in parent:
-        pitch[find(key)] = max(pitch.get(find(key), 1), -(-size[key][1] // key[1]))
+        pitch[find(key)] = max(pitch.get(find(key), 1), -(-size[key][1] // key.phases))
 
-    def kind(key: Key) -> tuple[int, int, int, int]:
+    def kind(key: MapKey) -> tuple[int, int, int, int]:
         height, width = size[key]
-        return height, width, key[1], pitch[find(key)]
+        return height, width, key.phases, pitch[find(key)]
 
     gaps: dict[tuple[int, int, int, int], int] = {}
     for source, frame, kernel, padding in windows:
         step_pitch = pitch[find(source)]
-        rows_in, rows_out = -(-size[source][0] // source[1]), -(-size[frame][0] // frame[1])
-        last = (kernel + frame[1] - 2 - padding) // source[1]
-        before = -(-padding // source[1])
+        rows_in, rows_out = -(-size[source][0] // source.phases), -(-size[frame][0] // frame.phases)
+        last = (kernel + frame.phases - 2 - padding) // source.phases
+        before = -(-padding // source.phases)
         below = max(0, rows_out - 1 + last - (rows_in - 1))
         gap = max(before, below) * step_pitch + max(before, last, 0)
         gaps[kind(source)] = max(gaps.get(kind(source), 0), gap)
     return {
-        key: Layout(*kind(key), plane=_whole(-(-size[key][0] // key[1]) * kind(key)[3] + gaps.get(kind(key), 0), lanes))
+        key: Layout(
+            *kind(key), plane=_whole(-(-size[key][0] // key.phases) * kind(key)[3] + gaps.get(kind(key), 0), lanes)
+        )
         for key in parent
     }
