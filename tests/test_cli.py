@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from PIL import Image
 
 from manidp import cli, load_model
 from manidp.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from manidp.ckpt import write_ckpt
+from manidp.conversion import to_ckpt, write_thresholds
 from manidp.find import find_model
 from manidp.graph import resnet, with_classes, with_gates
 from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
@@ -373,6 +376,93 @@ def test_convert_there_and_back(model: Path, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "html.ckpt").write_bytes(b"<html></html>")
     assert run(capsys, "convert", tmp_path / "html.ckpt", "-o", tmp_path / "y.safetensors")[0] == 2
     assert not (tmp_path / "y.safetensors").exists()
+
+
+def beginning(path: Path) -> str:
+    head = path.read_bytes()[:9]
+    return "safetensors" if head[8:] == b"{" else "ckpt" if head[:1] == b"\n" else "onnx"
+
+
+def test_what_is_written_is_what_the_suffix_says(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnx", reason="ONNX is not installed: pip install 'manidp[onnx]'")
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "convert", model, "-o", "x.ckpt", "--thresholds", "x.npy")[0] == 0
+    ckpt = Path("x.ckpt").read_bytes()
+    for name in ("upper.CKPT", "no_suffix", "wrong.safetensors"):  # known by how it begins
+        Path(name).write_bytes(ckpt)
+    Path("wrong.ckpt").write_bytes(model.read_bytes())
+    known = {"x.ckpt", "upper.CKPT", "no_suffix", "wrong.safetensors"}
+    for source in (str(model), "wrong.ckpt", *known):
+        for out, kind in (
+            ("y.safetensors", "safetensors"), ("y.SafeTensors", "safetensors"), ("y.onnx", "onnx"), ("y.ONNX", "onnx"),
+            ("y.ckpt", "ckpt"), ("y.Ckpt", "ckpt"),
+        ):  # fmt: skip
+            given = ["--thresholds", "x.npy" if source in known else "y.npy"]
+            extra = given if source in known or kind == "ckpt" else []
+            code, _, err = run(capsys, "convert", source, "-o", out, *extra)
+            assert (code, err) == (0, "")
+            assert beginning(Path(out)) == kind
+            if kind == "ckpt":
+                assert Path(out).read_bytes() == ckpt
+            Path(out).unlink()
+    for out in ("y.pt", "y", "y.onnx.gz", "y.json"):
+        code, _, err = run(capsys, "convert", model, "-o", out)
+        assert (code, err.count("\n")) == (2, 1)
+        assert ".safetensors or .ckpt or .onnx" in err
+        assert not Path(out).exists()
+
+
+def test_no_output_takes_the_place_of_another_or_of_an_input(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("m.safetensors").write_bytes(model.read_bytes())
+    assert run(capsys, "convert", "m.safetensors", "-o", "x.ckpt", "--thresholds", "x.npy")[0] == 0
+    Path("there").mkdir()
+    Path("link.ckpt").symlink_to("same.ckpt")
+    Path("link.html").symlink_to("m.safetensors")
+    os.mkfifo("pipe.html")
+    before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+    for words in (
+        ["convert", "m.safetensors", "-o", "same.ckpt", "--thresholds", "same.ckpt"],
+        ["convert", "m.safetensors", "-o", "same.ckpt", "--thresholds", "there/../same.ckpt"],
+        ["convert", "m.safetensors", "-o", "link.ckpt", "--thresholds", "same.ckpt"],
+        ["convert", "m.safetensors", "-o", "./m.safetensors"],
+        ["convert", "x.ckpt", "-o", "x.ckpt", "--thresholds", "x.npy"],
+        ["convert", "m.safetensors", "-o", "y.ckpt", "--thresholds", "m.safetensors"],
+        ["convert", "m.safetensors", "-o", "y.onnx", "--thresholds", "x.npy"],
+        ["convert", "m.safetensors", "-o", "absent/y.onnx"],
+        ["report", "m.safetensors", "-m", "m.safetensors"],
+        ["report", "link.html", "-m", "m.safetensors"],
+        ["report", "pipe.html"],
+        ["report", "there"],
+        ["report", "y.png", "--overview", "y.png"],
+        ["report", "y.html", "--overview", "y.jpg"],
+        ["bench", "--out", "m.safetensors", "--dense", "m.safetensors"],
+        ["bench", "--out", "y.svg", "--plot", "y.svg"],
+        ["bench", "--plot", "y.pdf"],
+        ["hub", "pack", "--folder", "there", "--mindspore", "./there"],
+    ):
+        code, out, err = run(capsys, *words)
+        assert (code, out, err.count("\n")) == (2, "", 1), (words, err)
+        assert {path: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
+
+
+def test_values_that_are_not_of_the_network_are_counted(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values, thresholds = to_ckpt(load_checkpoint(model))
+    more = {f"moments.{name}": value for name, value in values.items()}
+    write_ckpt({**values, **more}, tmp_path / "o.ckpt")
+    write_thresholds(thresholds, tmp_path / "t.npy")
+    arguments = ["convert", tmp_path / "o.ckpt", "-o", tmp_path / "o.safetensors", "--thresholds", tmp_path / "t.npy"]
+    code, _, err = run(capsys, *arguments)
+    assert (code, err.count("\n")) == (0, 1)
+    assert f"left out: {len(more)} values" in err
+    assert err.endswith(f"{', '.join(list(more)[:3])}, ...\n")
+    assert json.loads(run(capsys, *arguments, "--json")[1])["ignored"] == list(more)
 
 
 def test_the_hub_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

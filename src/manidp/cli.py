@@ -7,8 +7,10 @@ command that needs them, so that ``manidp --help`` is fast and works with the ba
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,18 +18,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from manidp.errors import ManiDPError
+from manidp.terminal import (
+    Complaints,
+    complain,
+    escaped,
+    give_up_stdout,
+    progress,
+    say,
+    say_json,
+    show,
+    show_markdown,
+    steps,
+)
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from manidp.torch.job import Finished
     from manidp.torch.train import EpochRecord
 
+
+def _help_alone(context: typer.Context) -> None:
+    """A group without a command shows its help."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+# No markup: it would take "manidp[bench]" for a style.
 app = typer.Typer(
     help="Dynamic channel pruning: a CNN that decides, image by image, which of its channels to compute.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 Model = Annotated[
@@ -37,35 +58,49 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 
 
 def main() -> None:
-    """Entry point of the ``manidp`` command."""
+    """Entry point of the ``manidp`` command: whatever is wrong becomes one line on stderr and exit code 2."""
+    log = logging.getLogger("manidp")
+    if not log.handlers:
+        log.addHandler(Complaints())
+    code: int | None = 2
     try:
-        app()
+        if sys.stdout is None:
+            raise ManiDPError("stdout is closed; give it a place to go to, such as /dev/null")
+        if any("\0" in argument for argument in sys.argv):
+            raise ManiDPError("an argument holds a NUL character")
+        code = app(standalone_mode=False)
+        if code == 130:
+            complain("interrupted")
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"; see {context.command_path} --help" if context else ""
+        complain(error.format_message().removesuffix(".") + hint)
     except ManiDPError as error:
-        print(f"manidp: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("manidp: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has gone, e.g. `manidp ... | head`
-        sys.stderr.close()
-        sys.exit(0)
+        complain(error)
+    except MemoryError as error:
+        complain(f"out of memory: {error}")
+    except OSError as error:
+        complain(f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or error)
+        give_up_stdout()
+    sys.exit(code)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
         from manidp import __version__
 
-        print(f"manidp {__version__}")
+        say(f"manidp {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    _help_alone(context)
 
 
 @app.command()
@@ -91,8 +126,8 @@ def classify(
     errors: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     if paths:
-        with _progress() as progress:
-            pictures = load_pictures(paths, engine.checkpoint.preprocessing.size, _steps(progress, "Reading"))
+        with progress() as bars:
+            pictures = load_pictures(paths, engine.checkpoint.preprocessing.size, steps(bars, "Reading"))
         images, names = pictures.images, [str(path) for path in pictures.paths]
         truth, errors, left_out = [None] * len(names), tuple(map(str, pictures.errors)), pictures.left_out
     else:
@@ -103,11 +138,11 @@ def classify(
         names = [f"test image {index}" for index in bundled.indices[chosen]]
     rows = _classified(engine, images, names, truth)
     if as_json:
-        print(json.dumps({"model": model, "images": rows, "errors": errors}, indent=2))
+        say_json({"model": model, "images": rows, "errors": errors}, indent=2)
     else:
         _print_classified(rows, ungated_macs(engine.checkpoint.graph))
         for line in left_out:
-            print(f"manidp: {line}", file=sys.stderr)
+            complain(line)
     if errors:
         raise typer.Exit(1)
 
@@ -130,7 +165,7 @@ def evaluate(
     images, description = _labelled(data, {name: engine.checkpoint for name, engine in engines.items()})
     rows = _evaluated(engines, images)
     if as_json:
-        print(json.dumps({"data": description, "machine": describe(), "models": rows}, indent=2))
+        say_json({"data": description, "machine": describe(), "models": rows}, indent=2)
     else:
         _print_evaluated(rows, description)
 
@@ -149,10 +184,10 @@ def _labelled(data: Path | None, models: dict[str, Any]) -> tuple[Any, str]:
         return load_sample(), "200 bundled CIFAR-10 test images"
     if holds_cifar10(data):
         return load_cifar10(data)[1], "the 10,000 CIFAR-10 test images"
-    with _progress() as progress:
-        images, pictures = load_folder(data, size, models[first].classes, _steps(progress, "Reading"))
+    with progress() as bars:
+        images, pictures = load_folder(data, size, models[first].classes, steps(bars, "Reading"))
     for line in pictures.left_out:
-        print(f"manidp: {line}", file=sys.stderr)
+        complain(line)
     return images, f"{len(images)} images of {data}"
 
 
@@ -176,12 +211,12 @@ def data(
     elif name == "cifar10":
         from manidp.cifar10 import fetch_cifar10
 
-        with _progress() as progress:
-            fetch_cifar10(folder, source, _steps(progress, "CIFAR-10"))
+        with progress() as bars:
+            fetch_cifar10(folder, source, steps(bars, "CIFAR-10"))
         said = "50,000 training and 10,000 test images, all six digests verified"
     else:
         raise typer.BadParameter(f"known data sets: cifar10, sample; got {name}", param_hint="NAME")
-    print(json.dumps({"folder": str(folder), "holds": said}) if as_json else f"{folder}: {said}")
+    say_json({"folder": str(folder), "holds": said}) if as_json else say(f"{folder}: {said}")
 
 
 @app.command()
@@ -218,7 +253,7 @@ def info(
         "thresholds": {gate.name: float(model.weights[f"{gate.name}.threshold"]) for gate in model.graph.gates},
     }  # fmt: skip
     if as_json:
-        print(json.dumps(shown, indent=2))
+        say_json(shown, indent=2)
     else:
         _print_info(shown)
 
@@ -265,75 +300,123 @@ def train(
         teachers=tuple(teachers or ()), test=test, holdout=holdout, device=device, threads=threads, resume=resume,
         tensorboard=tensorboard,
     )  # fmt: skip
-    with _progress() as bar:
-        for event in run_job(job, _steps(bar, "Training")):
+    with progress() as bars:
+        for event in run_job(job, steps(bars, "Training")):
             if isinstance(event, EpochRecord):
-                print(json.dumps(asdict(event)) if as_json else _epoch_line(event), flush=True)
+                say_json(asdict(event)) if as_json else say(_epoch_line(event))
             elif isinstance(event, Finished):
                 shown = {"file": str(event.file), "measured": event.measured}
-                print(json.dumps(shown) if as_json else _finished_line(event))
+                say_json(shown) if as_json else say(_finished_line(event))
             else:
-                print(f"manidp: {event}", file=sys.stderr)
+                complain(event)
 
 
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="A .ckpt file, or any model that --model takes.")],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="What to write: x.safetensors from a .ckpt, else x.ckpt or x.onnx.")
-    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="What to write: x.safetensors, x.ckpt or x.onnx.")],
     thresholds: Annotated[
         Path | None, typer.Option(help="The gates' thresholds, a .npy file: read with a .ckpt, written beside one.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """MindSpore's .ckpt to a checkpoint, or a checkpoint to .ckpt or ONNX; MindSpore is not needed."""
+    """From any model, MindSpore's .ckpt included, to a checkpoint, .ckpt or ONNX; MindSpore is not needed."""
     from manidp.checkpoint import save_checkpoint
-    from manidp.ckpt import read_ckpt, write_ckpt
-    from manidp.conversion import from_ckpt, read_thresholds, resnet_of_ckpt, to_ckpt, write_thresholds
-    from manidp.errors import CkptError
-    from manidp.files import sha256_of
+    from manidp.ckpt import write_ckpt
+    from manidp.conversion import to_ckpt, write_thresholds
     from manidp.find import find_model
-    from manidp.images import CIFAR10_CLASSES, MINDSPORE_PREPROCESSING
 
-    ignored: tuple[str, ...] = ()
-    written = [out]
-    if source.endswith(".ckpt"):
-        values = read_ckpt(source)
-        graph = resnet_of_ckpt(values)
-        if graph.gates and thresholds is None:
-            raise CkptError(
-                f"{source}: a .ckpt does not hold its {len(graph.gates)} thresholds; give --thresholds FILE"
-            )
-        given = read_thresholds(thresholds) if thresholds else ()
-        numbered = tuple(f"class {i}" for i in range(graph.num_classes))
-        classes = CIFAR10_CLASSES if graph.num_classes == len(CIFAR10_CLASSES) else numbered
-        provenance = {"converted_from": {"name": Path(source).name, "sha256": sha256_of(Path(source))}}
-        checkpoint, ignored = from_ckpt(values, given, graph, MINDSPORE_PREPROCESSING, classes, provenance)
-        save_checkpoint(checkpoint, out)
-    elif out.suffix == ".onnx":
+    kind = _kind(out, (".safetensors", ".ckpt", ".onnx"))
+    from_ckpt = _is_ckpt(source)
+    to_write = thresholds if kind == ".ckpt" and not from_ckpt else None
+    if thresholds and not from_ckpt and not to_write:
+        raise ManiDPError(f"--thresholds {thresholds} is for a .ckpt, read or written; a {kind} holds them itself")
+    found = _read_ckpt(source, thresholds) if from_ckpt else find_model(source)
+    checkpoint = found.checkpoint
+    if kind == ".ckpt" and checkpoint.graph.gates and thresholds is None:
+        raise ManiDPError("a .ckpt does not hold thresholds; say with --thresholds FILE where to write them")
+    written = [path for path in (out, to_write) if path]
+    _check_outputs(written, [found.path, *([thresholds] if thresholds and not to_write else [])])
+    if kind == ".onnx":
         from manidp.onnx import write_onnx
 
-        write_onnx(find_model(source).checkpoint, out)
+        write_onnx(checkpoint, out)
+    elif kind == ".safetensors":
+        save_checkpoint(checkpoint, out)
     else:
-        checkpoint = find_model(source).checkpoint
-        if checkpoint.graph.gates and thresholds is None:
-            raise CkptError("a .ckpt does not hold thresholds; say with --thresholds FILE where to write them")
-        values, found = to_ckpt(checkpoint)
+        values, of_gates = to_ckpt(checkpoint)
         write_ckpt(values, out)
-        if thresholds:
-            write_thresholds(found, thresholds)
-            written.append(thresholds)
+        if to_write:
+            write_thresholds(of_gates, to_write)
     if as_json:
-        print(json.dumps({"written": [str(path) for path in written], "ignored": list(ignored)}))
-    else:
-        print(f"{', '.join(map(str, written))}: written")
-        for name in ignored:
-            print(f"manidp: not of the network, ignored: {name}", file=sys.stderr)
+        say_json({"written": [str(path) for path in written], "ignored": list(found.ignored)})
+        return
+    say(f"{', '.join(map(str, written))}: written")
+    if found.ignored:
+        first = ", ".join(found.ignored[:3]) + (", ..." if len(found.ignored) > 3 else "")
+        complain(f"left out: {len(found.ignored)} values of {source} that are not of the network: {first}")
+
+
+def _is_ckpt(source: str) -> bool:
+    """Whether this is MindSpore's kind of file: by how it begins; where there is no file, by its suffix."""
+    try:
+        if os.path.isfile(source):
+            with open(source, "rb") as file:
+                head = file.read(9)
+            return head[8:] != b"{" and (head[:1] == b"\n" or source.lower().endswith(".ckpt"))
+    except OSError:
+        pass  # whoever reads it says why it cannot be read
+    return source.lower().endswith(".ckpt")
+
+
+def _read_ckpt(source: str, thresholds: Path | None) -> Any:
+    from manidp.checkpoint import Found
+    from manidp.ckpt import read_ckpt
+    from manidp.conversion import from_ckpt, read_thresholds, resnet_of_ckpt
+    from manidp.files import sha256_of
+    from manidp.images import CIFAR10_CLASSES, MINDSPORE_PREPROCESSING
+
+    path = Path(source)
+    values = read_ckpt(path)
+    graph = resnet_of_ckpt(values)
+    if graph.gates and thresholds is None:
+        raise ManiDPError(f"{source}: a .ckpt does not hold its {len(graph.gates)} thresholds; give --thresholds FILE")
+    given = read_thresholds(thresholds) if thresholds else ()
+    numbered = tuple(f"class {i}" for i in range(graph.num_classes))
+    classes = CIFAR10_CLASSES if graph.num_classes == len(CIFAR10_CLASSES) else numbered
+    sha256 = sha256_of(path)
+    provenance = {"converted_from": {"name": path.name, "sha256": sha256}}
+    checkpoint, ignored = from_ckpt(values, given, graph, MINDSPORE_PREPROCESSING, classes, provenance)
+    return Found(path.stem, path, sha256, checkpoint, ignored)
+
+
+def _kind(path: Path, kinds: tuple[str, ...]) -> str:
+    """The suffix of a file to be written, in lower case; it says what is written."""
+    kind = path.suffix.lower()
+    if kind not in kinds:
+        raise ManiDPError(f"{path}: the suffix says what is written, {' or '.join(kinds)}; got {kind or 'none'}")
+    return kind
+
+
+def _check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Before the work: every file to be written has a place, and is neither another one nor one that is read."""
+    taken = {os.path.realpath(path): "is read as well; it would be lost" for path in inputs}
+    for path in outputs:
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise ManiDPError(f"{path}: exists and is no regular file; give the name of a file to write")
+        if not os.path.isdir(path.parent):
+            raise ManiDPError(f"{path}: there is no folder {path.parent} to write it to")
+        real = os.path.realpath(path)
+        if real in taken:
+            raise ManiDPError(f"{path}: {taken[real]}; give another name")
+        taken[real] = "would be written twice"
 
 
 hub_app = typer.Typer(
-    help="Models by name: search the catalogue, bring, verify and publish files.", no_args_is_help=True
+    help="Models by name: search the catalogue, bring, verify and publish files.",
+    callback=_help_alone,
+    invoke_without_command=True,
+    rich_markup_mode=None,
 )
 app.add_typer(hub_app, name="hub")
 
@@ -357,7 +440,7 @@ def hub_list(
 
     found = list(open_hub(source or ()).cards(words or ()))
     if as_json:
-        print(json.dumps([{**one.card.fields, "uid": str(one.uid), "source": one.source} for one in found], indent=2))
+        say_json([{**one.card.fields, "uid": str(one.uid), "source": one.source} for one in found], indent=2)
         return
     table = Table(box=SIMPLE)
     for heading in ("uid", "model", "data set", "MindSpore"):
@@ -366,7 +449,7 @@ def hub_list(
         fields = one.card.fields
         keys = ("model-name", "train-dataset", "mindspore-version")
         table.add_row(str(one.uid), *(fields.get(key, "") for key in keys))
-    _console().print(table)
+    show(table)
 
 
 @hub_app.command("show")
@@ -376,8 +459,6 @@ def hub_show(
     as_json: Json = False,
 ) -> None:
     """One card: its facts, its files, its text, and what is wrong with it."""
-    from rich.markdown import Markdown
-
     from manidp.hub import open_hub, parse_uid
 
     listed = open_hub(source or ()).card(parse_uid(uid))
@@ -386,16 +467,15 @@ def hub_show(
         shown = {"uid": str(listed.uid), "source": listed.source, "title": card.title, "fields": dict(card.fields),
                  "assets": [asdict(asset) for asset in card.assets], "body": card.body,
                  "remarks": [str(remark) for remark in card.remarks]}  # fmt: skip
-        print(json.dumps(shown, indent=2))
+        say_json(shown, indent=2)
         return
-    console = _console()
     facts = [f"- **{key}**: {value}" for key, value in card.fields.items()]
     for asset in card.assets:
         weak = "" if asset.verifiable else " (weak: what comes cannot be verified)"
         facts.append(f"- **{asset.file_format}**: {asset.link} sha256 {asset.sha256}{weak}")
-    console.print(Markdown(f"# {card.title}\n\n" + "\n".join(facts) + f"\n\n{card.body}"))
+    show_markdown(f"# {card.title}\n\n" + "\n".join(facts) + f"\n\n{card.body}")
     for remark in card.remarks:
-        print(f"manidp: {listed.uid}, {remark}", file=sys.stderr)
+        complain(f"{listed.uid}, {remark}")
 
 
 @hub_app.command("pull")
@@ -407,10 +487,10 @@ def hub_pull(
 
     hub = open_hub(source or ())
     decision = hub.resolve(uid)
-    with _progress() as progress:
-        path = hub.fetch(decision, _steps(progress, decision.filename))
+    with progress() as bars:
+        path = hub.fetch(decision, steps(bars, decision.filename))
     shown = {"uid": str(decision.uid), "file": str(path), "sha256": decision.asset.sha256}
-    print(json.dumps(shown) if as_json else f"{path}: {decision.filename}, sha256 verified")
+    say_json(shown) if as_json else say(f"{path}: {decision.filename}, sha256 verified")
 
 
 @hub_app.command("add")
@@ -425,7 +505,7 @@ def hub_add(
     added = open_hub(source or ()).add(file)
     uids = [str(uid) for uid in added.uids]
     shown = {"file": str(added.path), "uids": uids}
-    print(json.dumps(shown) if as_json else f"{added.path}: {file.name}, the file of {', '.join(uids)}")
+    say_json(shown) if as_json else say(f"{added.path}: {file.name}, the file of {', '.join(uids)}")
 
 
 @hub_app.command("verify")
@@ -439,14 +519,14 @@ def hub_verify(
 
     found = list(open_hub(source or ()).verify(remove=remove))
     if as_json:
-        print(json.dumps([{"file": str(one.path), "bytes": one.size, "intact": one.intact,
-                           "uids": [str(uid) for uid in one.uids]} for one in found], indent=2))  # fmt: skip
+        say_json([{"file": str(one.path), "bytes": one.size, "intact": one.intact,
+                   "uids": [str(uid) for uid in one.uids]} for one in found], indent=2)  # fmt: skip
     else:
         for one in found:
             state = "intact" if one.intact else "DAMAGED" if one.path.exists() else "damaged, deleted"
-            name = one.path.name if one.path.suffix else f"{one.path.name[:16]}…"
-            print(f"{name:24}  {one.size:>12,} bytes  {state}  {', '.join(map(str, one.uids))}")
-        print(f"{sum(one.intact for one in found)} of {len(found)} files intact")
+            name = one.path.name if one.path.suffix else f"{one.path.name[:16]}..."
+            say(f"{name:24}  {one.size:>12,} bytes  {state}  {', '.join(map(str, one.uids))}")
+        say(f"{sum(one.intact for one in found)} of {len(found)} files intact")
     if not all(one.intact for one in found):
         raise typer.Exit(1)
 
@@ -472,14 +552,16 @@ def hub_pack(
 
     if mindspore is None and folder is None:
         raise typer.BadParameter("give --mindspore FOLDER, --folder FOLDER or both")
+    if mindspore and folder and os.path.realpath(mindspore) == os.path.realpath(folder):
+        raise ManiDPError(f"{folder}: would be written twice; give another name")
     found = find_model(model)
     called = name or found.name.rpartition("/")[2]
     if mindspore is not None:
         card = pack(found.checkpoint, mindspore, called, home=home or HOME)
-        print(f'{card}: load it with mindspore_hub.load("{card}", source="local")')
+        say(f'{card}: load it with mindspore_hub.load("{card}", source="local")')
     if folder is not None:
         write_folder(found.checkpoint, folder, called)
-        print(f'{folder}: load it with manidp.load("{folder}")')
+        say(f'{folder}: load it with manidp.load("{folder}")')
 
 
 @app.command()
@@ -491,18 +573,22 @@ def report(
     overview: Annotated[Path | None, typer.Option(help="Also write the overview figure (PNG or SVG) here.")] = None,
 ) -> None:
     """Draw what was pruned for whom: one self-contained HTML file. Needs the extra `plots`."""
-    import manidp
+    from manidp.find import find_model
     from manidp.report import collect, draw_overview, write_report
+    from manidp.runtime.engine import Engine
 
-    engine = manidp.load(model)
-    dense = manidp.load(beside)
+    found = {name: find_model(name) for name in (model, beside)}
+    if overview:
+        _kind(overview, (".png", ".svg"))
+    _check_outputs([out, *([overview] if overview else [])], [one.path for one in found.values()])
+    engine, dense = (Engine(found[name].checkpoint) for name in (model, beside))
     images, _ = _labelled(data, {model: engine.checkpoint, beside: dense.checkpoint})
-    with _progress() as progress:
-        findings = collect(engine, images, dense, _steps(progress, "Running"))
+    with progress() as bars:
+        findings = collect(engine, images, dense, steps(bars, "Running"))
     write_report(findings, out)
     if overview:
         draw_overview(findings, overview)
-    print(f"{out}: {len(images)} images")
+    say(f"{out}: {len(images)} images")
 
 
 @app.command()
@@ -527,17 +613,21 @@ def bench(
     Peers that are not installed are left out: pip install 'manidp[bench]'.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads of one library must not disturb the next
-    import manidp
     from manidp.bench.measure import bench as measured
+    from manidp.find import find_model
     from manidp.machine import describe
 
-    models = {name: manidp.load_model(name) for name in dict.fromkeys([dense, model])}
+    read = {name: find_model(name) for name in dict.fromkeys([dense, model])}
+    if plot:
+        _kind(plot, (".png", ".svg"))
+    _check_outputs([path for path in (out, plot) if path], [one.path for one in read.values()])
+    models = {name: one.checkpoint for name, one in read.items()}
     images, description = _labelled(data, models)
-    with _progress() as progress:
-        task = progress.add_task("", total=None)
+    with progress() as bars:
+        task = bars.add_task("", total=None)
         found = measured(
             models, images, threads=threads or int(describe()["cores"]), batch=batch, rounds=rounds, growth=growth,
-            say=lambda doing: progress.update(task, description=doing),
+            say=lambda doing: bars.update(task, description=escaped(doing)),
         )  # fmt: skip
     found = {"data": description} | found
     if out:
@@ -550,7 +640,7 @@ def bench(
 
         draw(found, plot)
     if as_json:
-        print(json.dumps(found, indent=2))
+        say_json(found, indent=2)
     else:
         _print_bench(found)
 
@@ -638,20 +728,20 @@ def _print_classified(rows: list[dict[str, Any]], dense: int) -> None:
                   caption_justify="left")  # fmt: skip
     table.add_column("image", overflow="fold")
     table.add_column("class")
-    table.add_column("proba-\nbility", justify="right")
+    table.add_column(Text("proba-\nbility"), justify="right")
     known = any(row["truth"] for row in rows)
     if known:
         table.add_column("truth")
-    for heading in ("M MACs", "of\ndense", *(f"kept in\n{stage}" for stage in stages)):
-        table.add_column(heading, justify="right")
+    for heading in ("M MACs", "of\ndense", *(f"kept in\n{escaped(stage)}" for stage in stages)):
+        table.add_column(Text(heading), justify="right")
     for row in rows:
         cells = [row["image"], row["class"], f"{row['probability']:.1%}"]
         if known:
             right = row["truth"] == row["class"]
-            cells.append(row["truth"] if right else Text(f"{row['truth']} (wrong)", style="bold"))
+            cells.append(row["truth"] if right else Text(f"{escaped(row['truth'])} (wrong)", style="bold"))
         cells += [f"{row['macs'] / 1e6:.2f}", f"{row['share_of_dense']:.0%}"]
         table.add_row(*cells, *(f"{row['kept'][stage]:.0%}" for stage in stages))
-    _console().print(table)
+    show(table)
 
 
 def _print_evaluated(rows: list[dict[str, Any]], description: str) -> None:
@@ -673,14 +763,13 @@ def _print_evaluated(rows: list[dict[str, Any]], description: str) -> None:
             f"{row['mean_macs'] / 1e6:.2f}", f"{row['mean_macs'] / row['dense_macs']:.1%}",
             f"{row['milliseconds_per_image']:.3f}",
         )  # fmt: skip
-    _console().print(table)
+    show(table)
 
 
 def _print_bench(found: dict[str, Any]) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    console = _console()
     for mode in (*found["modes"], *found["growth"]):
         where = f"{mode['batch']} at a time on {mode['threads']} thread" if "batch" in mode else mode["network"]
         table = Table(box=SIMPLE, title=where, title_justify="left", caption_justify="left",
@@ -696,20 +785,19 @@ def _print_bench(found: dict[str, Any]) -> None:
                 f"{row['median']:.3f}", f"({row['lower_quartile']:.3f}, {row['upper_quartile']:.3f})",
                 f"{row['share_of_peak']:.0%}",
             )  # fmt: skip
-        console.print(table)
+        show(table)
     start = found["start_up"]
-    console.print(
+    say(
         f"{found['machine']['cpu']}, {found['data']}; import {start['import_seconds']:.2f} s, process start to first "
         f"result {start['start_to_result_seconds']:.2f} s, {start['resident_mebibytes']:.0f} MiB resident"
     )
     for name, reason in found["skipped"].items():
-        print(f"manidp: left out: {name}: {reason}", file=sys.stderr)
+        complain(f"left out: {name}: {reason}")
 
 
 def _print_info(shown: dict[str, Any]) -> None:
     from rich.table import Table
 
-    console = _console()
     facts = Table(show_header=False, box=None)
     facts.add_column(style="bold")
     facts.add_column()
@@ -720,7 +808,7 @@ def _print_info(shown: dict[str, Any]) -> None:
         facts.add_row(key.replace("_", " "), text)
     for key, value in shown["provenance"].items():
         facts.add_row(key, json.dumps(value) if isinstance(value, (dict, list)) else str(value))
-    console.print(facts)
+    show(facts)
     layers = Table(title="layers that multiply", title_justify="left")
     layers.add_column("name")
     layers.add_column("op")
@@ -733,7 +821,7 @@ def _print_info(shown: dict[str, Any]) -> None:
                 layer["name"], layer["op"], " x ".join(map(str, layer["shape"])), f"{layer['macs']:,}",
                 "" if threshold is None else f"{threshold:.4f}",
             )  # fmt: skip
-    console.print(layers)
+    show(layers)
 
 
 def _epoch_line(record: EpochRecord) -> str:
@@ -752,26 +840,3 @@ def _finished_line(finished: Finished) -> str:
         f"{finished.file}: {measured['correct']} of {measured['total']} right on {measured['data']} "
         f"({measured['correct'] / measured['total']:.2%}), {measured['mean_macs'] / 1e6:.3f} M multiply-adds an image"
     )
-
-
-def _console() -> Any:
-    """stdout; into a file or pipe, tables are as wide as what is in them. What models and files say is no markup."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240
-    return Console(width=width, markup=False, emoji=False)
-
-
-def _progress() -> Progress:
-    """Progress bars on stderr, only where a person looks on."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
-
-
-def _steps(progress: Progress, title: str) -> Any:
-    """A callback (done, total) that moves a bar."""
-    task = progress.add_task(title, total=None)
-    return lambda done, total: progress.update(task, completed=done, total=total)
