@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,7 +28,7 @@ from manidp.conversion import to_ckpt
 from manidp.errors import CardError, HubError, ManiDPError
 from manidp.find import find_model
 from manidp.graph import resnet, with_gates
-from manidp.hub import CARDS, Bundled, Hub, Uid, bundled_files, known_networks, open_hub, parse_uid
+from manidp.hub import CARDS, FORGOTTEN_S, Bundled, Hub, Uid, bundled_files, known_networks, open_hub, parse_uid
 from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
 
 REAL_CARDS = Path(__file__).parents[2] / "shared" / "data" / "hub-cards.tar.xz"
@@ -296,6 +297,47 @@ def test_a_broken_card_stops_only_itself(tmp_path: Path, caplog: pytest.LogCaptu
     assert "me/1.0/bad" in caplog.text
     with pytest.raises(CardError, match=r"me/1.0/bad .*line 1"):
         hub.resolve("me/1.0/bad")
+
+
+def test_only_regular_files_are_cards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hub = hub_with(tmp_path, good=card_text(("https://h/f", DIGEST)))
+    place = tmp_path / "cards" / "me" / "1.0"
+    os.mkfifo(place / "pipe.md")
+    (place / "piped.md").symlink_to("pipe.md")
+    (place / "zero.md").symlink_to("/dev/zero")
+    (place / "folder.md").mkdir()
+    (place / "gone.md").symlink_to("nowhere")
+    (place / "linked.md").symlink_to("good.md")
+    (tmp_path / "cards" / "loop").symlink_to(tmp_path / "cards")
+    start = time.monotonic()
+    assert {listed.uid.stem for listed in hub.cards() if listed.uid.publisher == "me"} == {"good", "linked"}
+    assert time.monotonic() - start < 2
+    for name in ("pipe", "piped", "zero", "folder"):
+        assert f"{name}.md': cannot be read: not a regular file" in caplog.text
+        with pytest.raises(HubError, match="not a regular file"):
+            hub.resolve(f"me/1.0/{name}")
+    os.mkfifo(tmp_path / "pipe")
+    for call in (hub.add, lambda path: open_hub([path])):
+        with pytest.raises(HubError, match=r"not a regular file|is no folder of cards"):
+            call(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "a\0b", "\ud800", "\x1b[31m", "\n", "/dev/zero", "~nobody/x", "a/" * 3000]
+)
+def test_a_place_that_is_none_is_one_line(tmp_path: Path, name: str) -> None:
+    calls: list[Callable[[], object]] = [lambda: open_hub([name]), lambda: hub_with(tmp_path).add(name)]
+    for call in calls:
+        with pytest.raises(HubError) as caught:
+            call()
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 700
+
+
+def test_a_folder_of_too_many_cards_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = hub_with(tmp_path, a="", b="", c="")
+    monkeypatch.setattr("manidp.hub.MAX_CARDS", 2)
+    with pytest.raises(HubError, match="more than 2 cards"):
+        hub.uids()
 
 
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -599,6 +641,61 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path, server: Loop
         hub.add(tmp_path / "f")
 
 
+@pytest.mark.parametrize("name", ["files", "parts", "locks", f"files/{DIGEST}", f"parts/{DIGEST}", f"locks/{DIGEST}"])
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_in_the_cache_leads_out_of_it(tmp_path: Path, server: Loopback, name: str, there: bool) -> None:
+    outside = tmp_path / "outside"
+    link = tmp_path / "cache" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside)
+    if there and "/" in name:
+        outside.write_bytes(b"mine")
+    elif there:
+        outside.mkdir()
+        (outside / DIGEST).write_bytes(b"mine")
+    (tmp_path / "f").write_bytes(CONTENT)
+    hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/f", DIGEST)))
+    calls: list[Callable[[], object]] = [lambda: hub.fetch(hub.resolve("me/1.0/a"))]
+    if not name.startswith("parts"):  # which only downloads need
+        calls.append(lambda: hub.add(tmp_path / "f"))
+    if name == "files":
+        calls.append(lambda: list(hub.verify(remove=True)))
+    for call in calls:
+        with pytest.raises(HubError, match=f"cache/{name} is a symbolic link"):
+            call()
+    held = outside.read_bytes() if outside.is_file() else (outside / DIGEST).read_bytes() if there else b"mine"
+    assert held == b"mine" and there == outside.exists() and link.is_symlink()
+    assert not outside.is_dir() or len(list(outside.iterdir())) == 1
+    link.unlink()
+    assert hub.fetch(hub.resolve("me/1.0/a")).read_bytes() == CONTENT
+
+
+def test_a_link_in_the_place_of_a_file_is_damage(tmp_path: Path) -> None:
+    hub = hub_with(tmp_path, a=card_text(("https://h/f", DIGEST)))
+    (tmp_path / "f").write_bytes(CONTENT)
+    (tmp_path / "cache" / "files").mkdir(parents=True)
+    (tmp_path / "cache" / "files" / DIGEST).symlink_to(tmp_path / "f")
+    os.mkfifo(tmp_path / "cache" / "files" / ("1" * 64))
+    assert [found.intact for found in hub.verify(remove=True)] == [True, False, False]
+    assert files_in(hub) == {} and (tmp_path / "f").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("depth", range(1, 5))
+def test_a_card_is_kept_in_the_cache_and_nowhere_else(tmp_path: Path, server: Loopback, depth: int) -> None:
+    server.routes["/me/1.0/a.md"] = whole(card_text((f"{server.origin}/f", DIGEST)).encode())
+    hub = open_hub([server.origin])
+    hub.resolve("me/1.0/a")
+    (kept,) = (tmp_path / "cache" / "cards").rglob("*.md")
+    link = [*reversed(kept.relative_to(tmp_path / "cache").parents), kept.relative_to(tmp_path / "cache")][depth]
+    moved = tmp_path / "outside"
+    (tmp_path / "cache" / link).rename(moved)
+    (tmp_path / "cache" / link).symlink_to(moved)
+    before = [(path, path.lstat().st_mtime_ns) for path in (moved, *moved.rglob("*"))]
+    with pytest.raises(HubError, match=f"{link} is a symbolic link"):
+        hub.resolve("me/1.0/a")
+    assert before == [(path, path.lstat().st_mtime_ns) for path in (moved, *moved.rglob("*"))]
+
+
 # Several processes --------------------------------------------------------------------------------------------------
 
 FETCH = """
@@ -649,6 +746,38 @@ def test_a_killed_download_is_gone_on_with_and_blocks_nobody(tmp_path: Path, ser
     left = part.stat().st_size
     assert hub.fetch(hub.resolve("me/1.0/a")).read_bytes() == CONTENT
     assert server.asked == [("/f", ""), ("/f", f"bytes={left}-")]
+
+
+def test_who_waits_for_another_process_says_so_and_gives_up(
+    tmp_path: Path, server: Loopback, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub = replace(hub_with(tmp_path, server, a=card_text((f"{server.origin}/f", DIGEST))), patience=0.2)
+    lock = tmp_path / "cache" / "locks" / DIGEST
+    lock.parent.mkdir(parents=True)
+    (tmp_path / "f").write_bytes(CONTENT)
+    calls: list[Callable[[], object]] = [
+        lambda: hub.fetch(hub.resolve("me/1.0/a")), lambda: hub.add(tmp_path / "f")
+    ]  # fmt: skip
+    with FileLock(lock):
+        for call in calls:
+            caplog.clear()
+            with pytest.raises(HubError, match=rf"{lock} is held by another process, for more than 0.2 s"):
+                call()
+            assert f"holds {lock}: waiting for it, 0.2 s at most" in caplog.text
+    caplog.clear()
+    assert hub.fetch(hub.resolve("me/1.0/a")).read_bytes() == CONTENT and not caplog.text
+
+
+def test_what_killed_processes_left_is_swept(tmp_path: Path, server: Loopback) -> None:
+    hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/f", DIGEST)))
+    for name in (f"files/.{DIGEST}.aaaaaaaaaaaa.tmp", "files/.other.aaaaaaaaaaaa.tmp", "parts/old", "parts/new"):
+        (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cache" / name).write_bytes(b"x")
+    month_ago = time.time() - FORGOTTEN_S
+    os.utime(tmp_path / "cache" / "parts" / "old", (month_ago, month_ago))
+    hub.fetch(hub.resolve("me/1.0/a"))
+    left = {path.name for folder in ("files", "parts") for path in (tmp_path / "cache" / folder).iterdir()}
+    assert left == {DIGEST, ".other.aaaaaaaaaaaa.tmp", "new"}  # the other's lock is not held, so it may be in use
 
 
 # By hand, and again -------------------------------------------------------------------------------------------------

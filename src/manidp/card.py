@@ -13,11 +13,10 @@ import datetime
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 from manidp.errors import CardError
-from manidp.files import replacing
+from manidp.files import open_regular, replacing
 
 MAX_CARD_BYTES = 2**20
 MAX_HEAD_LINES = 1000
@@ -40,7 +39,7 @@ _TRANSLATED = {
 }  # fmt: skip
 _LINE = re.compile(r"([^:：]{1,60}?)\s*[:：]\s*(.*)", re.DOTALL)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 # What the hub's own validator asks of a card, as far as it can be told from the text.
 _REQUIRED = (
@@ -99,10 +98,10 @@ class ModelCard:
 def read_card(path: str | Path) -> ModelCard:
     """Read a card's file; see :func:`parse_card`."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             content = file.read(MAX_CARD_BYTES + 1)
-    except OSError as error:
-        raise CardError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise CardError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     return parse_card(content, str(path))
 
 
@@ -174,10 +173,13 @@ def _parse(content: bytes, name: str) -> _Parsed:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise CardError(f"{name}: line {line}: not UTF-8 text") from error
-    raw = text.replace("\r\n", "\n").split("\n")
-    lines = [line.translate(_CONTROL) for line in raw]
-    controlled = (n for n, line in enumerate(raw) if line != lines[n])
-    remarks = [Remark(n + 1, "holds control characters, which are replaced") for n in islice(controlled, 1)]
+    text = text.replace("\r\n", "\n")
+    remarks = []
+    if control := _CONTROL.search(text):
+        line = text.count("\n", 0, control.start()) + 1
+        remarks.append(Remark(line, "holds control characters, which are replaced"))
+        text = _CONTROL.sub("\ufffd", text)
+    lines = text.split("\n")
     marks = [n for n, line in enumerate(lines, 1) if line.startswith("---")]
     if len(marks) < 2:
         raise CardError(f"{name}: line {len(lines)}: a card's head stands between two lines '---'; got {len(marks)}")

@@ -7,36 +7,31 @@ of one file share it, and a file is verified again each time it is asked for. No
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import difflib
-import gzip
 import hashlib
-import io
 import json
 import logging
-import lzma
 import os
 import posixpath
 import re
-import tarfile
-import zipfile
-import zlib
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from manidp.archive import ArchiveError, members
 from manidp.card import MAX_CARD_BYTES, Asset, ModelCard, Remark, parse_card
 from manidp.checkpoint import Found, load_checkpoint
 from manidp.ckpt import read_ckpt, write_ckpt
 from manidp.conversion import from_ckpt, to_ckpt
 from manidp.download import Downloader, TransferError, origins, target_of
-from manidp.errors import CardError, HubError
-from manidp.files import replacing, sha256_of, sync_folder
+from manidp.errors import CardError, HubError, quoted
+from manidp.files import open_regular, replacing, sha256_of, sync_folder
 from manidp.graph import resnet, with_gates
 from manidp.images import Preprocessing, Progress
 
@@ -47,8 +42,10 @@ CARDS = DATA / "cards"
 """The bundled catalogue."""
 
 MAX_ASSET_BYTES = 4 * 2**30
-MAX_CARDS = 100_000
-MAX_ARCHIVE_BYTES = 256 * 2**20
+MAX_CARDS = 20_000
+MAX_ARCHIVE_BYTES = 32 * 2**20
+FORGOTTEN_S = 30 * 86_400
+"""A download that was broken off so long ago is not gone on with; it is deleted."""
 _PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,98}[A-Za-z0-9_-])?")
 _TREE = "mshub_res/assets/"  # where cards are in the hub's repository
 _DEVICES = {"ascend", "cpu", "gpu"}  # of the names with four parts
@@ -68,7 +65,7 @@ class Uid:
         parts = [self.publisher, self.version, self.stem, *([self.device] if self.device else [])]
         if not all(_PART.fullmatch(part) for part in parts):
             raise HubError(
-                f"{str(self)[:200]!r} is not the name of a card: publisher/version/name or "
+                f"{quoted(str(self))} is not the name of a card: publisher/version/name or "
                 "publisher/device/version/name expected, such as noah-cvlab/gpu/1.1/manidp_v1.0_cifar10"
             )
 
@@ -118,27 +115,33 @@ class Folder:
 
     def __init__(self, path: Path, name: str = "") -> None:
         self.name = name or str(path)
-        self._root = path / _TREE if (path / _TREE).is_dir() else path
-        if not self._root.is_dir():
-            raise HubError(f"'{path}' is no folder of cards")
+        self._root = path / _TREE if os.path.isdir(path / _TREE) else path
+        if not os.path.isdir(self._root):
+            raise HubError(f"{quoted(str(path))} is no folder of cards")
 
     def uids(self) -> Iterator[Uid]:
-        for path in sorted(self._root.rglob("*.md")):
-            with contextlib.suppress(HubError):
-                yield parse_uid(path.relative_to(self._root).as_posix().removesuffix(".md"))
+        found = 0
+        for pattern in ("*/*/*.md", "*/*/*/*.md"):  # no name has more parts, so a loop of links has an end
+            for path in self._root.glob(pattern):
+                with contextlib.suppress(HubError):
+                    yield parse_uid(path.relative_to(self._root).as_posix().removesuffix(".md"))
+                    found += 1
+                if found > MAX_CARDS:
+                    raise HubError(f"{quoted(self.name)}: more than {MAX_CARDS:,} cards")
 
     def read(self, uid: Uid, ask: bool = True) -> bytes | None:
+        path = self._root / f"{uid}.md"
         try:
-            with open(self._root / f"{uid}.md", "rb") as file:
+            with open_regular(path) as file:
                 return file.read(MAX_CARD_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise HubError(f"{error.filename}: cannot be read: {error.strerror}") from error
+            raise HubError(f"{quoted(str(path))}: cannot be read: {error.strerror}") from error
 
     def beside(self, uid: Uid, filename: str) -> Path | None:
         path = (self._root / str(uid)).parent / filename
-        return path if path.is_file() else None
+        return path if os.path.isfile(path) else None
 
 
 class Archive:
@@ -151,19 +154,17 @@ class Archive:
     @cached_property
     def _cards(self) -> dict[Uid, bytes]:
         cards: dict[Uid, bytes] = {}
-        total = 0
         try:
-            for name, content in _zipped(self._path) if zipfile.is_zipfile(self._path) else _tarred(self._path):
-                with contextlib.suppress(HubError):
-                    path = posixpath.normpath(name)
-                    cards[parse_uid((path.partition(_TREE)[2] or path).removesuffix(".md"))] = content
-                total += len(content)
-                if len(cards) > MAX_CARDS or total > MAX_ARCHIVE_BYTES:
-                    raise HubError(f"'{self._path}': more than {MAX_CARDS:,} cards or {MAX_ARCHIVE_BYTES:,} bytes")
-        except (OSError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError,
-                RuntimeError, ValueError) as error:  # fmt: skip
+            with open_regular(self._path) as file:
+                for name, content in members(file, _is_card, MAX_CARD_BYTES + 1, MAX_ARCHIVE_BYTES):
+                    with contextlib.suppress(HubError):
+                        path = posixpath.normpath(name)
+                        cards[parse_uid((path.partition(_TREE)[2] or path).removesuffix(".md"))] = content
+        except (OSError, ArchiveError) as error:
             reason = (isinstance(error, OSError) and error.strerror) or error
-            raise HubError(f"'{self._path}' is no whole .zip or .tar archive of cards: {reason}") from error
+            raise HubError(f"{quoted(self.name)} is no whole .zip or .tar archive of cards: {reason}") from error
+        if len(cards) > MAX_CARDS:
+            raise HubError(f"{quoted(self.name)}: more than {MAX_CARDS:,} cards")
         return dict(sorted(cards.items()))
 
     def uids(self) -> Iterable[Uid]:
@@ -176,70 +177,28 @@ class Archive:
         return None
 
 
-class _Limited(io.RawIOBase):
-    """A stream that gives no more than its limit: a small archive may unpack to anything."""
-
-    def __init__(self, stream: io.BufferedIOBase) -> None:
-        self._stream = stream
-        self._left = MAX_ARCHIVE_BYTES
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        count = self._stream.readinto(buffer)
-        self._left -= count
-        if self._left < 0:
-            raise ValueError(f"it unpacks to more than {MAX_ARCHIVE_BYTES:,} bytes")
-        return count
-
-
-def _unpacked(path: Path) -> io.BufferedIOBase:
-    with open(path, "rb") as file:
-        start = file.read(6)
-    if start.startswith(b"\x1f\x8b"):
-        return gzip.open(path)
-    if start.startswith(b"BZh"):
-        return bz2.open(path)
-    return lzma.open(path) if start == b"\xfd7zXZ\0" else open(path, "rb")
-
-
-def _tarred(path: Path) -> Iterator[tuple[str, bytes]]:
-    with _unpacked(path) as stream, io.BufferedReader(_Limited(stream)) as limited:
-        with tarfile.open(fileobj=limited, mode="r|") as archive:
-            for member in archive:
-                content = archive.extractfile(member) if member.isreg() and member.name.endswith(".md") else None
-                if content is not None:
-                    yield member.name, content.read(MAX_CARD_BYTES + 1)
-        while limited.read(2**20):  # to the end, where the checksum is
-            pass
-
-
-def _zipped(path: Path) -> Iterator[tuple[str, bytes]]:
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if member.filename.endswith(".md"):
-                with archive.open(member) as content:
-                    yield member.filename, content.read(MAX_CARD_BYTES + 1)
+def _is_card(name: str) -> bool:
+    return name.endswith(".md")
 
 
 class Website:
     """Cards under an https address, ``BASE/UID.md`` each. They are kept, for when it cannot be reached."""
 
-    def __init__(self, base: str, downloader: Downloader, kept: Path) -> None:
+    def __init__(self, base: str, downloader: Downloader, cache: Path) -> None:
         self.name = base
         self._base = base.rstrip("/") + "/"
         self._downloader = downloader
-        self._kept = kept / hashlib.sha256(self._base.encode()).hexdigest()[:16]
+        self._cache, self._key = cache, hashlib.sha256(self._base.encode()).hexdigest()[:16]
 
     def uids(self) -> Iterator[Uid]:
-        if self._kept.is_dir():
-            yield from Folder(self._kept).uids()
+        kept = _inside(self._cache, "cards", self._key)
+        if os.path.isdir(kept):
+            yield from Folder(kept).uids()
 
     def read(self, uid: Uid, ask: bool = True) -> bytes | None:
-        kept = self._kept / f"{uid}.md"
+        kept = _inside(self._cache, "cards", self._key, *f"{uid}.md".split("/"))
         if not ask:
-            return Folder(self._kept).read(uid)
+            return _kept_card(kept)
         try:
             content = self._downloader.text(f"{self._base}{uid}.md", MAX_CARD_BYTES)
         except TransferError as error:
@@ -247,13 +206,15 @@ class Website:
                 with contextlib.suppress(OSError):
                     kept.unlink()
                 return None
-            if kept.is_file():
-                _log.info("%s: the card kept from last time is used (%s)", uid, error)
-                return Folder(self._kept).read(uid)
-            raise
+            last = _kept_card(kept)
+            if last is None:
+                raise
+            _log.info("%s: the card kept from last time is used (%s)", uid, error)
+            return last
         parse_card(content, f"{uid} ({self.name})")  # a page that is no card is not kept as one
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(kept.parent, f".{kept.name}.*.tmp", older_than_s=3600)  # of killed processes
             with replacing(kept) as file:
                 file.write(content)
         except OSError as error:
@@ -262,6 +223,35 @@ class Website:
 
     def beside(self, uid: Uid, filename: str) -> Path | None:
         return None
+
+
+def _kept_card(path: Path) -> bytes | None:
+    try:
+        with open_regular(path, follow=False) as file:
+            return file.read(MAX_CARD_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise HubError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _inside(cache: Path, *names: str) -> Path:
+    """A path in the cache. Raises HubError where it, or a folder on its way, is a link, which could lead anywhere."""
+    path = cache
+    for name in names:
+        path = path / name
+        if os.path.islink(path):
+            raise HubError(f"{path} is a symbolic link, and nothing in the cache is read or written through one: "
+                           "delete it, or name another cache in MANIDP_CACHE")  # fmt: skip
+    return path
+
+
+def _sweep(folder: Path, pattern: str, older_than_s: float) -> None:
+    """Delete what processes that were killed left behind; nobody else is at work on files so old."""
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime >= older_than_s:
+                path.unlink()
 
 
 # What is known of files beyond their cards --------------------------------------------------------------------------
@@ -373,11 +363,16 @@ class Cached:
 
 @dataclass(frozen=True)
 class Hub:
-    """A catalogue (``sources``, the first that has a card counts), a cache folder, and the way to the web."""
+    """A catalogue (``sources``, the first that has a card counts), a cache folder, and the way to the web.
+
+    ``patience``: seconds to wait for another process that is at work on the same file; that it waits is a logged
+    warning.
+    """
 
     sources: tuple[Source, ...]
     cache: Path
     downloader: Downloader = field(repr=False)
+    patience: float = 600.0
 
     def uids(self) -> tuple[Uid, ...]:
         """All names in the catalogue, sorted; a web address shows only the cards that were read from it."""
@@ -412,7 +407,8 @@ class Hub:
                 continue
             if content is not None:
                 return Listed(uid, source.name, parse_card(content, f"{uid} ({source.name})"))
-        similar = difflib.get_close_matches(str(uid), [str(known) for known in self.uids()], n=3)
+        known = [str(known) for known in self.uids()[:2000]]  # comparing takes long
+        similar = difflib.get_close_matches(str(uid), known, n=3)
         raise HubError(
             f"there is no card '{uid}' in {', '.join(source.name for source in self.sources)}"
             + (f"; not all could be asked: {'; '.join(failed)}" if failed else "")
@@ -433,7 +429,7 @@ class Hub:
         beside = None
         if _PART.fullmatch(filename):
             beside = next((s.beside(uid, filename) for s in self.sources if s.name == listed.source), None)
-        cached = path.is_file()
+        cached = os.path.isfile(path)
         others = [] if cached else [link for _, link in self._named.get(asset.sha256, ())]
         refusals = {link: self.downloader.refusal(link) for link in (asset.link, *others) if link}
         return Decision(
@@ -458,7 +454,7 @@ class Hub:
         return tuple(dict.fromkeys(uid for uid, _ in self._named.get(sha256, ())))
 
     def _path(self, sha256: str) -> Path:
-        return self.cache / "files" / sha256
+        return _inside(self.cache, "files", sha256)
 
     # Doing ----------------------------------------------------------------------------------------------------------
 
@@ -491,8 +487,9 @@ class Hub:
                 self._take(decision.beside, digest)
                 return
             failed.append(f"{decision.beside} has another sha256")
-        part = self.cache / "parts" / digest
+        part = _inside(self.cache, "parts", digest)
         part.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(part.parent, "*", FORGOTTEN_S)
         down = set()
         for link in decision.links:
             host = target_of(link).origin
@@ -516,12 +513,12 @@ class Hub:
         """Copy a file of this digest into the cache."""
         path = self._path(sha256)
         came = hashlib.sha256()
-        with source.open("rb") as file, replacing(path) as copy:
+        with open_regular(source) as file, replacing(path) as copy:
             while chunk := file.read(2**20):
                 came.update(chunk)
                 copy.write(chunk)
             if came.hexdigest() != sha256:
-                raise HubError(f"'{source}' changed while it was copied")
+                raise HubError(f"{quoted(str(source))} changed while it was copied")
         return path
 
     def add(self, source: str | Path) -> Cached:
@@ -529,13 +526,14 @@ class Hub:
         source = Path(source)
         try:
             digest = sha256_of(source)
-        except OSError as error:
-            raise HubError(f"cannot read '{source}': {error.strerror or error}") from error
+        except (OSError, ValueError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or error
+            raise HubError(f"cannot read {quoted(str(source))}: {reason}") from error
         uids = self._uids(digest)
         if not uids:
             raise HubError(
-                f"'{source}' is no file that the catalogue knows: no card names its sha256 {digest}. Is it whole and "
-                f"of the right version? Searched were {len(self.uids())} cards in "
+                f"{quoted(str(source))} is no file that the catalogue knows: no card names its sha256 {digest}. Is it "
+                f"whole and of the right version? Searched were {len(self.uids())} cards in "
                 f"{', '.join(place.name for place in self.sources)}"
             )
         try:
@@ -556,12 +554,12 @@ class Hub:
             size = bundled.path.stat().st_size if bundled.path.is_file() else 0
             yield Cached(bundled.path, size, _is(bundled.path, bundled.sha256), self._uids(digest))
         try:
-            for path in sorted((self.cache / "files").glob("*")):
-                if re.fullmatch("[0-9a-f]{64}", path.name) and path.is_file():
-                    found = Cached(path, path.stat().st_size, _is(path, path.name), self._uids(path.name))
+            for path in sorted(_inside(self.cache, "files").glob("*")):
+                if re.fullmatch("[0-9a-f]{64}", path.name) and not path.is_dir():
+                    found = Cached(path, path.lstat().st_size, _is_own(path), self._uids(path.name))
                     if remove and not found.intact:
                         with self._locked(path.name):
-                            if not _is(path, path.name):
+                            if not _is_own(path):
                                 path.unlink(missing_ok=True)
                     yield found
         except OSError as error:
@@ -571,9 +569,25 @@ class Hub:
     def _locked(self, sha256: str) -> Iterator[None]:
         """One process at a time works on a file. The system frees the lock of a process that was killed."""
         for folder in ("files", "locks"):
-            (self.cache / folder).mkdir(parents=True, exist_ok=True)
-        with FileLock(self.cache / "locks" / sha256):
+            _inside(self.cache, folder).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(_inside(self.cache, "locks", sha256))
+        try:
+            lock.acquire(timeout=min(1.0, self.patience))
+        except Timeout:
+            said = "another process is at work on the same file and holds %s: waiting for it, %g s at most"
+            _log.warning(said, lock.lock_file, self.patience)
+            try:
+                lock.acquire(timeout=self.patience)
+            except Timeout as error:
+                raise HubError(
+                    f"{lock.lock_file} is held by another process, for more than {self.patience:g} s. If that is "
+                    "bringing a large file, wait for it and try again; if it hangs, end it"
+                ) from error
+        try:
+            _sweep(self.cache / "files", f".{sha256}.*.tmp", 0.0)
             yield
+        finally:
+            lock.release()
 
     def load(self, decision: Decision, progress: Progress | None = None) -> Found:
         """The decided network, ready to run.
@@ -621,8 +635,8 @@ def open_hub(
     except RuntimeError as error:
         raise HubError("there is no home folder to keep a cache in; name a folder in MANIDP_CACHE") from error
     places: list[Source] = [
-        Website(name, downloader, folder / "cards") if name in sites
-        else Archive(Path(name)) if Path(name).is_file()
+        Website(name, downloader, folder) if name in sites
+        else Archive(Path(name)) if os.path.isfile(name)
         else Folder(Path(name))
         for name in named
     ]  # fmt: skip
@@ -634,7 +648,12 @@ def _listed_in(variable: str) -> list[str]:
 
 
 def _is(path: Path, sha256: str) -> bool:
-    return path.is_file() and sha256_of(path) == sha256
+    return os.path.isfile(path) and sha256_of(path) == sha256
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file of the cache, which is no link, has the digest that is its name."""
+    return not path.is_symlink() and _is(path, path.name)
 
 
 def _chosen(listed: Listed) -> Asset:
