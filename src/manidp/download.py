@@ -122,6 +122,11 @@ def origins(hosts: Iterable[str]) -> frozenset[str]:
     return frozenset(allowed)
 
 
+def is_offline() -> bool:
+    """Whether MANIDP_OFFLINE says that no socket is opened: it is set, and not to 0."""
+    return os.environ.get("MANIDP_OFFLINE", "0") not in ("", "0")
+
+
 @dataclass(frozen=True)
 class Downloader:
     """How files are brought.
@@ -132,7 +137,7 @@ class Downloader:
 
     ``patience``, in seconds: an answer's headers must be there within it, and in each such stretch of the body at least
     ``least_rate`` bytes a second must come on average. A whole call, with all its attempts and redirects, may take
-    ``grace`` seconds and then as long as its bytes take at ``mean_rate`` bytes a second: a file of 4 GiB has 18 hours.
+    ``grace`` seconds and then as long as its bytes take at ``mean_rate`` bytes a second: a file of 4 GiB has 36 hours.
     """
 
     allowed: frozenset[str]
@@ -141,7 +146,7 @@ class Downloader:
     attempts: int = 4
     backoff: float = 0.5
     least_rate: float = 16 * 2**10
-    mean_rate: float = 64 * 2**10
+    mean_rate: float = 32 * 2**10
     grace: float = 120.0
 
     def refusal(self, url: str) -> str | None:

@@ -29,7 +29,7 @@ from manidp.card import MAX_CARD_BYTES, Asset, ModelCard, Remark, parse_card
 from manidp.checkpoint import Found, load_checkpoint
 from manidp.ckpt import read_ckpt, write_ckpt
 from manidp.conversion import from_ckpt, to_ckpt
-from manidp.download import Downloader, TransferError, origins, target_of
+from manidp.download import Downloader, TransferError, is_offline, origins, target_of
 from manidp.errors import CardError, HubError, quoted
 from manidp.files import open_regular, replacing, sha256_of, sync_folder
 from manidp.graph import resnet, with_gates
@@ -628,8 +628,7 @@ def open_hub(
     named = [os.path.expanduser(str(source)) for source in (*sources, *_listed_in("MANIDP_HUB"))]
     sites = [name for name in named if "://" in name]
     allowed = origins([*HOSTS, *hosts, *_listed_in("MANIDP_HUB_HOSTS"), *(target_of(site).origin for site in sites)])
-    switch = os.environ.get("MANIDP_OFFLINE", "0") not in ("", "0") if offline is None else offline
-    downloader = Downloader(allowed, offline=switch)
+    downloader = Downloader(allowed, offline=is_offline() if offline is None else offline)
     try:
         folder = Path(cache or os.environ.get("MANIDP_CACHE") or "~/.cache/manidp").expanduser().absolute()
     except RuntimeError as error:
