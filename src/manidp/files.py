@@ -6,12 +6,17 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import IO
+
+if sys.platform != "win32":
+    import fcntl
 
 
 @contextlib.contextmanager
@@ -19,23 +24,59 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of ``path`` at the end of the block, and never does if the block fails.
 
     What is written goes to a temporary file beside ``path``, reaches the disk, and is renamed: whoever reads ``path``
-    sees the old file or the new one, whole. Raises OSError.
+    sees the old file or the new one, whole. What killed writers of ``path`` left there is removed. Raises OSError, also
+    where ``path`` is something else than a file: a folder, a pipe, a device.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    with open(temporary, "xb") as file:  # not tempfile: its files are private, the result is an ordinary one
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is there already and is not a regular file", str(path))
+    sweep(path)
+    temporary, file = _temporary(path)
+    with file:  # open, and so locked, until it has its name
         try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            file.close()
+            if sys.platform == "win32":
+                file.close()  # an open file cannot be renamed there
             os.replace(temporary, path)
         except BaseException:
-            file.close()
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
     sync_folder(path.parent)
+
+
+def sweep(path: Path) -> None:
+    """Remove the temporary files that killed writers of ``path`` left beside it, and those of nobody else.
+
+    A living writer holds a lock on its temporary file, which the system frees when the process ends. Where the file
+    system has no locks, nothing is removed.
+    """
+    ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp")
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            if ours.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError), open(entry.path, "r+b") as file:
+                    _lock(file.fileno(), wait=False)
+                    os.unlink(entry.path)
+
+
+def _temporary(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new temporary file for ``path``, open and locked."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        file = open(temporary, "xb")  # noqa: SIM115 - not tempfile: its files are private, the result is an ordinary one
+        with contextlib.suppress(OSError):  # no locks here: then nobody can sweep either
+            _lock(file.fileno(), wait=True)
+        if os.path.lexists(temporary):
+            return temporary, file
+        file.close()  # swept between its making and its locking
+
+
+def _lock(descriptor: int, *, wait: bool) -> None:
+    if sys.platform != "win32":  # where an open file cannot be removed anyway
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def open_regular(path: str | Path, *, follow: bool = True) -> BufferedReader:
