@@ -120,7 +120,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
     "positive stds": lambda _, meta: meta["preprocessing"].update(std=[1, 0, 1]),
     "preprocessing makes images of": lambda _, meta: meta["preprocessing"].update(size=[8, 9]),
     "size must be 2 numbers": lambda _, meta: meta["preprocessing"].update(size=[8.5, 8]),
-    "more than 20000 nodes": lambda _, meta: meta["graph"].update(nodes=[{}] * 20_001),
+    "20,001 nodes; the limit is 20,000": lambda _, meta: meta["graph"].update(nodes=[{}] * 20_001),
     "object with a list 'nodes'": lambda _, meta: meta.update(graph=[]),
 }
 

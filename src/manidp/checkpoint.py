@@ -2,16 +2,19 @@
 
 The tensors are the graph's parameters, float32, under the graph's own names. The header's one metadata entry,
 ``manidp``, is JSON: ``version``, ``graph``, ``preprocessing`` (mean, std, size), ``classes`` and ``provenance``.
-The same model makes the same bytes. Loading needs no framework and runs nothing from the file.
+The same model makes the same bytes. Loading needs no framework and runs nothing from the file. Of a file from outside
+the header is checked first, and no tensor is read before the network that it describes is known to be within limits.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 import numpy as np
@@ -19,15 +22,18 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from manidp.errors import CheckpointError, GraphError, ImageError
+from manidp.errors import CheckpointError, GraphError, ImageError, some
 from manidp.files import replacing
+from manidp.formats import HEAD, looks_like
 from manidp.graph import Graph, graph_from_json
 from manidp.images import Preprocessing
+from manidp.limits import Limits
 
 VERSION = 1
-MAX_BYTES = 4 * 2**30
-MAX_HEADER_BYTES = 16 * 2**20
-MAX_NODES = 20_000
+HEADER_BYTES, JSON_VALUES = 600, 50  # for each node that a network may have
+JSON_DEPTH = 64
+CLASS_LENGTH = 1000  # characters in the name of a class
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "I32": "int32", "I64": "int64"}
 _DATA = Path(__file__).parent / "data"
 
 
@@ -35,7 +41,8 @@ _DATA = Path(__file__).parent / "data"
 class Checkpoint:
     """A model as data. Raises CheckpointError unless weights, classes and thresholds fit the graph.
 
-    weights: float32 arrays with exactly the names and shapes of ``graph.parameters``, all finite.
+    weights: float32 arrays with exactly the names and shapes of ``graph.parameters``; every number is finite, and
+    those of thresholds and variances are not negative.
     provenance: JSON data; how the model came to be (recipe, seed, versions, data digests, measured accuracy and MACs).
     """
 
@@ -46,11 +53,19 @@ class Checkpoint:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_weights(self.graph, self.weights)
+        _check_tensors(self.graph, {name: (str(w.dtype), w.shape) for name, w in self.weights.items()})
+        for name, value in self.weights.items():
+            if not np.isfinite(value).all():
+                raise CheckpointError(f"tensor '{name}' holds NaN or infinity")
+            if name.endswith((".threshold", ".moving_variance")) and (value < 0).any():
+                raise CheckpointError(f"tensor '{name}' must not be negative; its least value is {value.min()}")
         if len(self.classes) != self.graph.num_classes:
             raise CheckpointError(
                 f"the graph has {self.graph.num_classes} outputs but there are {len(self.classes)} class names"
             )
+        for name in self.classes:
+            if len(name) > CLASS_LENGTH or not _is_unicode(name):
+                raise CheckpointError(f"a class name is text of at most {CLASS_LENGTH} characters; got {brief(name)}")
         if self.graph.input.dims != (3, *self.preprocessing.size):
             raise CheckpointError(
                 f"preprocessing makes images of {self.preprocessing.size} pixels (height, width); "
@@ -72,22 +87,31 @@ class Found:
     ignored: tuple[str, ...] = ()
 
 
-def _check_weights(graph: Graph, weights: Mapping[str, NDArray[np.float32]]) -> None:
+def _check_tensors(graph: Graph, given: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Whether the tensors, of which types and shapes are given, are exactly the graph's parameters."""
     for name, shape in graph.parameters.items():
-        if name not in weights:
+        if name not in given:
             raise CheckpointError(f"tensor '{name}' is missing; the graph asks for float32 {list(shape)}")
-        value = weights[name]
-        if value.dtype != np.float32 or value.shape != shape:
+        if given[name] != ("float32", shape):
+            dtype, came = given[name]
             raise CheckpointError(
-                f"tensor '{name}': the graph asks for float32 {list(shape)}; got {value.dtype} {list(value.shape)}"
+                f"tensor '{name}': the graph asks for float32 {list(shape)}; got {dtype} {brief(list(came))}"
             )
-        if not np.isfinite(value).all():
-            raise CheckpointError(f"tensor '{name}' holds NaN or infinity")
-        if name.endswith((".threshold", ".moving_variance")) and (value < 0).any():
-            raise CheckpointError(f"tensor '{name}' must not be negative; its least value is {value.min()}")
-    unknown = sorted(weights.keys() - graph.parameters.keys())
+    unknown = sorted(given.keys() - graph.parameters.keys())
     if unknown:
-        raise CheckpointError(f"tensors that the graph does not know: {', '.join(unknown[:5])} ({len(unknown)} in all)")
+        raise CheckpointError(f"tensors that the graph does not know: {some(map(_shown, unknown))}")
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() and len(name) < 100 else brief(name)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def bundled() -> tuple[str, ...]:
@@ -125,6 +149,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
         text = json.dumps(meta, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the provenance must be plain JSON data without NaN: {error}") from error
+    _plain_json(text, "the header's entry 'manidp'")  # what is written can be read
     tensors = {name: np.require(value, requirements="C") for name, value in checkpoint.weights.items()}
     data = safetensors.numpy.save(tensors, metadata={"manidp": text})
     try:
@@ -146,25 +171,90 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _load(path: Path) -> Checkpoint:
-    _check_size(path)
+    header = _header(path)
     try:
         with safe_open(path, framework="np") as file:
-            text = (file.metadata() or {}).get("manidp")
-            if text is None:
-                raise CheckpointError("a safetensors file, but not one of manidp: its header has no entry 'manidp'")
-            weights = {name: np.array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            return _described(header, lambda name: np.array(file.get_tensor(name)))
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"not a whole safetensors file of float32 tensors: {error}") from error
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file; refuses, before anything else is read, what cannot be one."""
+    longest = HEADER_BYTES * Limits.from_environment().nodes
     try:
-        meta = json.loads(text)
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+            length = int.from_bytes(head[:8], "little")
+            if len(head) < 8 or length > size - 8:
+                guess = looks_like(head)
+                raise CheckpointError(
+                    f"not a safetensors file: it looks like {guess}" if guess else
+                    f"not a safetensors file, or cut short: of {size:,} bytes the header claims {length:,}"
+                )  # fmt: skip
+            if length > longest:
+                raise CheckpointError(
+                    f"the header has {length:,} bytes; the limit is {longest:,}, "
+                    f"which MANIDP_MAX_NODES in the environment raises"
+                )
+            file.seek(8)
+            text = file.read(length).decode()
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"not a safetensors file: its header is not text: {error.reason}") from error
+    header = _plain_json(text, "the header")
+    if not isinstance(header, dict):
+        raise CheckpointError("not a safetensors file: its header is not an object")
+    return header
+
+
+def _plain_json(text: str, what: str) -> Any:
+    """JSON data without NaN, infinity, halves of surrogate pairs or keys given twice, of limited number and depth."""
+    values = sum(map(text.count, "{[,"))
+    most = JSON_VALUES * Limits.from_environment().nodes
+    if values > most:
+        raise CheckpointError(
+            f"{what} has {values:,} values; the limit is {most:,}, which MANIDP_MAX_NODES in the environment raises"
+        )
+    try:
+        data = json.loads(text, object_pairs_hook=_unique)
+        json.dumps(data, allow_nan=False, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{what} holds text that is not Unicode: half of a surrogate pair") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the header's entry 'manidp' is not JSON: {error}") from error
+        raise CheckpointError(f"{what} is not plain JSON: {error}") from error
+    level, depth = [data], 0
+    while level := [value for value in level if isinstance(value, (dict, list))]:
+        level = [item for value in level for item in (value.values() if isinstance(value, dict) else value)]
+        depth += 1
+        if depth > JSON_DEPTH:
+            raise CheckpointError(f"{what} nests deeper than {JSON_DEPTH} levels")
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {brief(twice)} is given twice")
+    return made
+
+
+def _described(header: dict[str, Any], read: Callable[[str], NDArray[Any]]) -> Checkpoint:
+    """The checkpoint of a header; ``read`` gives a tensor by its name, when all names and shapes were found right."""
+    entries = header.pop("__metadata__", None)
+    text = entries.get("manidp") if isinstance(entries, dict) else None
+    if not isinstance(text, str):
+        raise CheckpointError("a safetensors file, but not one of manidp: its header has no entry 'manidp'")
+    meta = _plain_json(text, "the header's entry 'manidp'")
     version = meta.get("version") if isinstance(meta, dict) else None
     if type(version) is not int or version < 1:
-        raise CheckpointError(f"the header's entry 'manidp' must hold a version of at least 1; got {version!r}")
+        raise CheckpointError(f"the header's entry 'manidp' must hold a version of at least 1; got {brief(version)}")
     if version > VERSION:
         raise CheckpointError(
-            f"the file is of version {version}; this manidp reads up to {VERSION}: pip install -U manidp"
+            f"the file is of version {brief(version)}; this manidp reads up to {VERSION}: pip install -U manidp"
         )
     missing = [name for name in ("graph", "preprocessing", "classes", "provenance") if name not in meta]
     if missing:
@@ -174,39 +264,25 @@ def _load(path: Path) -> Checkpoint:
     classes = meta["classes"]
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise CheckpointError("classes must be a list of names")
-    if isinstance(meta["graph"], dict) and len(meta["graph"].get("nodes", ())) > MAX_NODES:
-        raise CheckpointError(f"the graph has more than {MAX_NODES} nodes")
     preprocessing = _preprocessing(meta["preprocessing"])
-    return Checkpoint(graph_from_json(meta["graph"]), weights, preprocessing, tuple(classes), meta["provenance"])
-
-
-def _check_size(path: Path) -> None:
-    """Refuse, before anything is read, a file whose size or header length cannot be right."""
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            head = file.read(8)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}") from error
-    if size > MAX_BYTES:
-        raise CheckpointError(f"the file has {size:,} bytes; the limit is {MAX_BYTES:,}")
-    header = int.from_bytes(head, "little")
-    if len(head) < 8 or header > min(size - 8, MAX_HEADER_BYTES):
-        raise CheckpointError(
-            f"not a safetensors file: {size:,} bytes, of which the header claims {header:,} "
-            f"(truncated, or another format?)"
-        )
+    graph = graph_from_json(meta["graph"])
+    given = {
+        name: (_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items()
+    }
+    _check_tensors(graph, given)
+    weights = {name: read(name) for name in header}
+    return Checkpoint(graph, weights, preprocessing, tuple(classes), meta["provenance"])
 
 
 def _preprocessing(data: object) -> Preprocessing:
     numbers = {"mean": 3, "std": 3, "size": 2}
     if not isinstance(data, dict) or data.keys() != numbers.keys():
-        raise CheckpointError(f"preprocessing must hold exactly {', '.join(numbers)}; got {data!r}")
+        raise CheckpointError(f"preprocessing must hold exactly {', '.join(numbers)}; got {brief(data)}")
     for name, count in numbers.items():
         kind = int if name == "size" else (int, float)
         value = data[name]
         if not isinstance(value, list) or len(value) != count or not all(
             isinstance(item, kind) and not isinstance(item, bool) and abs(item) < 2**31 for item in value
         ):  # fmt: skip
-            raise CheckpointError(f"preprocessing: {name} must be {count} numbers; got {value!r}")
+            raise CheckpointError(f"preprocessing: {name} must be {count} numbers; got {brief(value)}")
     return Preprocessing(tuple(data["mean"]), tuple(data["std"]), (data["size"][0], data["size"][1]))

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from manidp.errors import CkptError
 from manidp.files import replacing
+from manidp.formats import HEAD, looks_like
 
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 """The upper half of a float32, as bits."""
@@ -240,13 +241,13 @@ class _Reader:
 
     def body(self) -> _Span:
         """The values, without the checksum, which is verified if there is one; refuses what is no .ckpt at all."""
-        start = self.bytes(_Span(0, min(self.size, 16)))
+        start = self.bytes(_Span(0, min(self.size, HEAD)))
         if not start:
             raise self.fail("it is empty", 0)
         if start[:4] in _ENCRYPTED:
             raise self.fail("it is encrypted; decrypt it with MindSpore and save it without a key", 0)
         if start[:1] != b"\x0a":
-            raise self.fail(f"it begins with {start!r}, as no .ckpt does", 0)
+            raise self.fail(f"it looks like {looks_like(start) or f'no .ckpt: it begins with {start[:16]!r}'}", 0)
         end = self.size - _CRC_TRAILER
         if end < 0 or not (trailer := self.bytes(_Span(end, self.size))).startswith(_CRC_MARK):
             return _Span(0, self.size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def quoted(text: str, most: int = 200) -> str:
     """A stranger's text as a message can hold it: in quotes, escaped, cut after ``most`` characters."""
@@ -46,3 +48,9 @@ class TrainingError(ManiDPError):
 
 class MissingExtraError(ManiDPError):
     """An optional dependency is needed; the message holds the pip command that brings it."""
+
+
+def some(names: Iterable[str], count: int = 4) -> str:
+    """The first few of many names, for a message: "a, b, c, d, ... (9 in all)"."""
+    names = list(names)
+    return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")

@@ -1,20 +1,27 @@
 """A network as data: named, typed nodes; every backend walks the same graph.
 
 A :class:`Graph` holds no weights. It knows the shape of every value (without the batch axis: ``(C, H, W)`` for
-feature maps, ``(C,)`` for vectors) and the name and shape of every parameter, and it checks itself when made.
+feature maps, ``(C,)`` for vectors) and the name and shape of every parameter, and it checks itself when made, size
+included (``manidp.limits``). Everything here takes time in proportion to nodes and edges.
 
 ``resnet(depth)`` builds the CIFAR ResNets; ``with_gates(graph)`` is ManiDP as a pure rewrite of any graph.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from graphlib import CycleError, TopologicalSorter
+from operator import and_, or_
+from reprlib import repr as brief
 from typing import Any, ClassVar, Literal, get_args
 
-from manidp.errors import GraphError
+from manidp.errors import GraphError, some
+from manidp.limits import FLOAT32_MAX, FLOAT32_TINY, NAME_LENGTH, Limits
 
 Shape = tuple[int, ...]
 ActivationKind = Literal["relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid"]
@@ -41,10 +48,17 @@ class Node:
         """Local name and shape of each parameter, given the shapes of the inputs."""
         return {}
 
+    def macs(self, *inputs: Shape) -> int:
+        """Multiply-adds of one image with every channel kept, given the shapes of the inputs."""
+        return 0
+
+    def __str__(self) -> str:
+        return f"node '{self.name}' ({type(self).__name__})"
+
     def _expect(self, fits: bool, expected: str, *inputs: Shape) -> None:
         if not fits:
-            came = ", ".join(f"{name} {shape}" for name, shape in zip(self.inputs, inputs, strict=False))
-            raise GraphError(f"node '{self.name}' ({type(self).__name__}) expects {expected}; got {came}")
+            came = some(f"{name} {shape}" for name, shape in zip(self.inputs, inputs, strict=False))
+            raise GraphError(f"{self} expects {expected}; got {came}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +99,9 @@ class Conv(Node):
         weight = (self.channels, inputs[0][0] // self.groups, self.kernel, self.kernel)
         return {"weight": weight} | ({"bias": (self.channels,)} if self.bias else {})
 
+    def macs(self, *inputs: Shape) -> int:
+        return math.prod(self.shape(*inputs)) * inputs[0][0] // self.groups * self.kernel**2
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNorm(Node):
@@ -94,7 +111,7 @@ class BatchNorm(Node):
 
     def shape(self, *inputs: Shape) -> Shape:
         self._expect(len(inputs[0]) == 3, "a feature map (C, H, W)", *inputs)
-        self._expect(self.eps > 0, "a positive eps", *inputs)
+        self._expect(FLOAT32_TINY <= self.eps <= FLOAT32_MAX, "an eps that is a positive float32", *inputs)
         return inputs[0]
 
     def parameters(self, *inputs: Shape) -> dict[str, Shape]:
@@ -125,7 +142,9 @@ class Gate(Node):
 
     def shape(self, *inputs: Shape) -> Shape:
         self._expect(len(inputs[0]) == 3, "a feature map (C, H, W)", *inputs)
-        self._expect(min(self.channels, self.hidden) > 0 and self.saliency_max > 0, "positive sizes", *inputs)
+        self._expect(min(self.channels, self.hidden) > 0, "positive sizes", *inputs)
+        fits = FLOAT32_TINY <= self.saliency_max <= FLOAT32_MAX
+        self._expect(fits, "a saliency_max that is a positive float32", *inputs)
         return (self.channels,)
 
     def parameters(self, *inputs: Shape) -> dict[str, Shape]:
@@ -135,6 +154,9 @@ class Gate(Node):
             "fc2.bias": (self.channels,),
             "threshold": (),
         }
+
+    def macs(self, *inputs: Shape) -> int:
+        return self.hidden * (inputs[0][0] + self.channels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +247,9 @@ class Linear(Node):
         weight = {"weight": (self.features, inputs[0][0])}
         return weight | ({"bias": (self.features,)} if self.bias else {})
 
+    def macs(self, *inputs: Shape) -> int:
+        return inputs[0][0] * self.features
+
 
 NODE_TYPES: dict[str, type[Node]] = {
     kind.__name__: kind
@@ -246,24 +271,28 @@ class Graph:
     output: str
 
     def __post_init__(self) -> None:
+        limits = Limits.from_environment()
+        limits.check("nodes", len(self.nodes), "the graph")
+        for node in self.nodes:
+            if not (0 < len(node.name) <= NAME_LENGTH and node.name.isprintable()):
+                raise GraphError(f"a node's name is 1 to {NAME_LENGTH} printable characters; got {brief(node.name)}")
         named = self.by_name
         if len(named) != len(self.nodes):
-            twice = sorted({a.name for a in self.nodes if sum(a.name == b.name for b in self.nodes) > 1})
-            raise GraphError(f"every node needs a name of its own; used more than once: {', '.join(twice)}")
+            twice = sorted(name for name, count in Counter(node.name for node in self.nodes).items() if count > 1)
+            raise GraphError(f"every node needs a name of its own; used more than once: {some(twice)}")
         for node in self.nodes:
             low, high = node.arity
             if not low <= len(node.inputs) <= high:
                 wanted = str(low) if low == high else f"{low} to {high}"
-                kind = type(node).__name__
-                raise GraphError(f"node '{node.name}' ({kind}) takes {wanted} inputs; got {len(node.inputs)}")
+                raise GraphError(f"{node} takes {wanted} inputs; got {len(node.inputs)}")
             for source in node.inputs:
                 if source not in named:
-                    raise GraphError(f"node '{node.name}' reads '{source}', which does not exist")
+                    raise GraphError(f"node '{node.name}' reads {brief(source)}, which does not exist")
         if self.output not in named:
-            raise GraphError(f"the output '{self.output}' does not exist")
+            raise GraphError(f"the output {brief(self.output)} does not exist")
         inputs = [node.name for node in self.nodes if isinstance(node, Input)]
         if len(inputs) != 1:
-            raise GraphError(f"a graph has exactly one Input node; got {len(inputs)}: {', '.join(inputs) or 'none'}")
+            raise GraphError(f"a graph has exactly one Input node; got {len(inputs)}: {some(inputs) or 'none'}")
         object.__setattr__(self, "nodes", _in_order(self.nodes))
         if len(self.shapes[self.output]) != 1:
             raise GraphError(f"the output '{self.output}' must be a vector; it has shape {self.shapes[self.output]}")
@@ -273,6 +302,22 @@ class Graph:
                 other = taken.setdefault(f"{node.name}.{name}", node.name)
                 if other != node.name:
                     raise GraphError(f"nodes '{other}' and '{node.name}' both own a parameter '{node.name}.{name}'")
+        limits.check("weights", sum(map(math.prod, self.parameters.values())), "the graph")
+        limits.check("macs", sum(node.macs(*self.input_shapes(node)) for node in self.nodes), "the graph")
+        limits.check("map_bytes", sum(4 * math.prod(shape) for shape in self.shapes.values()), "the graph")
+        limits.check("live_bytes", self._live_bytes(), "the graph")
+
+    def _live_bytes(self) -> int:
+        """The most bytes of values that are still to be read at one time, if each is float32 and freed when it can."""
+        last = {source: node.name for node in self.nodes for source in node.inputs}
+        live = most = 0
+        for node in self.nodes:
+            live += 4 * math.prod(self.shapes[node.name])
+            most = max(most, live)
+            for value in {*node.inputs, node.name}:
+                if last.get(value, value) == node.name:
+                    live -= 4 * math.prod(self.shapes[value])
+        return most
 
     @cached_property
     def by_name(self) -> Mapping[str, Node]:
@@ -282,9 +327,17 @@ class Graph:
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
         """Shape of every node's value, batch axis left out."""
+        limits = Limits.from_environment()
         shapes: dict[str, Shape] = {}
         for node in self.nodes:
-            shapes[node.name] = node.shape(*(shapes[source] for source in node.inputs))
+            if isinstance(node, (Conv, Pool)):
+                limits.check("window", max(node.kernel, node.stride, node.padding), node)
+            shapes[node.name] = shape = node.shape(*(shapes[source] for source in node.inputs))
+            if len(shape) == 3:
+                limits.check("side", max(shape[1:]), node)
+            if len(shape) == 3 or isinstance(node, (Linear, Gate)):
+                limits.check("channels", shape[0], node)
+            limits.check("elements", math.prod(shape), node)
         return shapes
 
     @cached_property
@@ -378,19 +431,21 @@ def _keeps_zero(node: Node) -> bool:
 
 def _in_order(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
     """Each node after those it reads, else as given; a cycle is an error that names its nodes."""
-    done: dict[str, Node] = {}
-    waiting = list(nodes)
-    while waiting:
-        blocked = []
-        for node in waiting:
-            if all(source in done for source in node.inputs):
-                done[node.name] = node
-            else:
-                blocked.append(node)
-        if len(blocked) == len(waiting):
-            raise GraphError(f"these nodes wait for one another in a cycle: {', '.join(n.name for n in blocked)}")
-        waiting = blocked
-    return tuple(done.values())
+    place = {node.name: index for index, node in enumerate(nodes)}
+    sorter = TopologicalSorter({place[node.name]: [place[source] for source in node.inputs] for node in nodes})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        cycle = [nodes[index].name for index in sorted(set(error.args[1]))]
+        raise GraphError(f"these nodes wait for one another in a cycle: {some(cycle)}") from error
+    ready: list[int] = []
+    ordered = []
+    while sorter.is_active():
+        for index in sorter.get_ready():
+            heapq.heappush(ready, index)
+        ordered.append(heapq.heappop(ready))
+        sorter.done(ordered[-1])
+    return tuple(nodes[index] for index in ordered)
 
 
 def _node_to_json(node: Node) -> dict[str, Any]:
@@ -408,7 +463,7 @@ def _fits(value: object, annotation: str) -> bool:
     if annotation == "bool":
         return type(value) is bool
     if annotation == "float":
-        return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
+        return isinstance(value, (int, float)) and type(value) is not bool and abs(value) <= FLOAT32_MAX
     if annotation == "tuple[str, ...]":
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if annotation == "tuple[int, int, int]":
@@ -420,27 +475,28 @@ def graph_from_json(data: object) -> Graph:
     """The graph that ``Graph.to_json`` described; everything is checked, GraphError says what is wrong and where."""
     if not isinstance(data, dict) or not isinstance(data.get("nodes"), list) or "output" not in data:
         raise GraphError("a graph is an object with a list 'nodes' and a name 'output'")
+    Limits.from_environment().check("nodes", len(data["nodes"]), "the graph")
     nodes = []
     for index, item in enumerate(data["nodes"]):
         if not isinstance(item, dict):
             raise GraphError(f"node {index} is not an object")
-        where = f"node {index} ('{item.get('name', '?')}')"
+        where = f"node {index} ({brief(item.get('name', '?'))})"
         kind = NODE_TYPES.get(item["op"]) if isinstance(item.get("op"), str) else None
         if kind is None:
-            raise GraphError(f"{where}: unknown op {item.get('op')!r}; known are {', '.join(NODE_TYPES)}")
+            raise GraphError(f"{where}: unknown op {brief(item.get('op'))}; known are {', '.join(NODE_TYPES)}")
         known = {f.name: f for f in fields(kind)}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in item.items() if k != "op"}
         for key, value in values.items():
             if key not in known:
-                raise GraphError(f"{where}: {kind.__name__} has no field {key!r}; it has {', '.join(known)}")
+                raise GraphError(f"{where}: {kind.__name__} has no field {brief(key)}; it has {', '.join(known)}")
             if not _fits(value, str(known[key].type)):
-                raise GraphError(f"{where}: field {key!r} must be of type {known[key].type}; got {value!r}")
+                raise GraphError(f"{where}: field {key!r} must be of type {known[key].type}; got {brief(value)}")
         missing = [name for name, f in known.items() if f.default is MISSING and name not in values]
         if missing:
             raise GraphError(f"{where}: {kind.__name__} lacks {', '.join(missing)}")
         nodes.append(kind(**values))  # type: ignore[arg-type]  # each value was just checked against its field
     if not isinstance(data["output"], str):
-        raise GraphError(f"the output must be a node's name; got {data['output']!r}")
+        raise GraphError(f"the output must be a node's name; got {brief(data['output'])}")
     return Graph(tuple(nodes), data["output"])
 
 
@@ -449,6 +505,7 @@ def resnet(depth: int, *, num_classes: int = 10, width: int = 16, image: tuple[i
 
     The shortcut at the start of stages 2 and 3 is a 1x1 convolution with stride 2, without batch norm and bias.
     """
+    Limits.from_environment().check("nodes", depth, "the graph")  # a layer is a node at least
     if depth < 8 or (depth - 2) % 6:
         raise GraphError(f"a CIFAR ResNet has 6n + 2 layers (8, 14, 20, 32, 44, 56, 110, ...); got {depth}")
     nodes: list[Node] = [
@@ -545,7 +602,7 @@ def with_gates(graph: Graph, convs: Collection[str] | None = None) -> Graph:
     ``convs`` are names; by default the convolutions on the residual branch of every addition (``residual_convs``).
     A gate is called ``mb<k>``, k counting the gated convolutions below the same prefix from 1.
     """
-    chosen = residual_convs(graph) if convs is None else tuple(convs)
+    chosen = dict.fromkeys(residual_convs(graph) if convs is None else convs)
     ends = {_end_of_chain(graph, name): name for name in chosen}
     renamed: dict[str, str] = {}  # value -> the gated value that later nodes read in its place
     counts: dict[str, int] = {}
@@ -590,16 +647,14 @@ def residual_convs(graph: Graph) -> tuple[str, ...]:
     Of the operands of an addition, the residual branch is the one with most convolutions since they last were one
     value; shortcuts, the stem and whatever stands outside a residual block are left alone.
     """
-    ancestors: dict[str, set[str]] = {}
+    convs = [node.name for node in graph.nodes if isinstance(node, Conv)]
+    bits = {name: 1 << index for index, name in enumerate(convs)}
+    behind: dict[str, int] = {}  # value -> the convolutions that it is made of, a bit each
+    chosen = 0
     for node in graph.nodes:
-        ancestors[node.name] = {node.name}.union(*(ancestors[source] for source in node.inputs))
-    chosen: set[str] = set()
-    for node in graph.nodes:
-        if not isinstance(node, Add):
-            continue
-        common = set.intersection(*(ancestors[source] for source in node.inputs))
-        branches = [
-            {n for n in ancestors[source] - common if isinstance(graph.by_name[n], Conv)} for source in node.inputs
-        ]
-        chosen |= max(branches, key=len)
-    return tuple(node.name for node in graph.nodes if node.name in chosen)
+        operands = [behind[source] for source in node.inputs]
+        behind[node.name] = reduce(or_, operands, bits.get(node.name, 0))
+        if isinstance(node, Add):
+            common = reduce(and_, operands)
+            chosen |= max((operand & ~common for operand in operands), key=int.bit_count)
+    return tuple(name for name in convs if chosen & bits[name])

@@ -14,10 +14,11 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.errors import GraphError
-from manidp.graph import Conv, Gate, Graph, Linear, Node
+from manidp.errors import GraphError, some
+from manidp.graph import Conv, Gate, Graph, Linear
 
 Kept = Mapping[str, NDArray[np.bool_]]
+COUNTED = (Conv, Linear, Gate)
 
 
 @overload
@@ -31,8 +32,7 @@ def node_macs(graph: Graph, kept: Kept | None = None) -> dict[str, int] | dict[s
     a (B,) int64 array a node. Raises GraphError if a gate is missing or a shape is not (B, channels of the gate).
     """
     if kept is None:
-        everything = {gate.name: np.ones((1, gate.channels), dtype=bool) for gate in graph.gates}
-        return {name: int(macs[0]) for name, macs in _per_image(graph, everything, 1).items()}
+        return {node.name: node.macs(*graph.input_shapes(node)) for node in graph.nodes if isinstance(node, COUNTED)}
     return _per_image(graph, kept, _batch(graph, kept))
 
 
@@ -60,7 +60,7 @@ def _batch(graph: Graph, kept: Kept) -> int:
     batches = set()
     for gate in graph.gates:
         if gate.name not in kept:
-            raise GraphError(f"the kept channels of gate '{gate.name}' are needed; got {', '.join(kept) or 'none'}")
+            raise GraphError(f"the kept channels of gate '{gate.name}' are needed; got {some(kept) or 'none'}")
         shape = kept[gate.name].shape
         if len(shape) != 2 or shape[1] != gate.channels:
             raise GraphError(f"kept channels of gate '{gate.name}' have shape (B, {gate.channels}); got {shape}")
@@ -75,8 +75,8 @@ def _per_image(graph: Graph, kept: Kept, batch: int) -> dict[str, NDArray[np.int
     for node in graph.nodes:
         if isinstance(node, Conv):
             macs[node.name] = _conv(graph, node, kept, batch)
-        elif isinstance(node, (Linear, Gate)):
-            macs[node.name] = np.full(batch, _linear(graph, node), dtype=np.int64)
+        elif isinstance(node, COUNTED):
+            macs[node.name] = np.full(batch, node.macs(*graph.input_shapes(node)), dtype=np.int64)
     return macs
 
 
@@ -86,14 +86,7 @@ def _conv(graph: Graph, node: Conv, kept: Kept, batch: int) -> NDArray[np.int64]
     for value, gate in ((source, graph.zeroed_by.get(source)), (node.name, graph.wanted_by.get(node.name))):
         channels = graph.shapes[value][0]
         mask = np.ones((batch, channels), dtype=bool) if gate is None else kept[gate]
-        counts.append(mask.reshape(batch, node.groups, -1).sum(axis=2, dtype=np.int64))
+        counts.append(mask.reshape(batch, node.groups, channels // node.groups).sum(axis=2, dtype=np.int64))
     _, *positions = graph.shapes[node.name]
     pairs: NDArray[np.int64] = (counts[0] * counts[1]).sum(axis=1)
     return pairs * node.kernel**2 * math.prod(positions)
-
-
-def _linear(graph: Graph, node: Node) -> int:
-    (x,) = graph.input_shapes(node)
-    if isinstance(node, Gate):
-        return node.hidden * (x[0] + node.channels)
-    return x[0] * graph.shapes[node.name][0]
