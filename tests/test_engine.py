@@ -497,12 +497,12 @@ def test_code_and_workspace_are_bounded_before_anything_is_compiled(monkeypatch:
     plan = plan_of(graph, random_weights(graph), ISA[0])
     generator = codegen.Generator(plan, ISAS[ISA[0]])
     assert 0.9 * len(generator.text) < generator.size < len(generator.text)
-    monkeypatch.setattr(codegen, "CODE_LIMIT", 20_000)
-    with pytest.raises(UnsupportedError, match=r"up to 20,000 characters of generated code.*takes more: \d\d,\d\d\d"):
+    monkeypatch.setenv("MANIDP_MAX_CODE", "20000")
+    with pytest.raises(UnsupportedError, match=r"takes \d\d,\d\d\d characters of generated code; .* MANIDP_MAX_CODE"):
         codegen.Generator(plan, ISAS[ISA[0]])
     monkeypatch.undo()
-    monkeypatch.setattr(codegen, "WORKSPACE_LIMIT", 1000)
-    with pytest.raises(UnsupportedError, match=rf"within 1,000 bytes can be run; .* {4 * generator.workspace:,}"):
+    monkeypatch.setenv("MANIDP_MAX_WORKSPACE_BYTES", "1000")
+    with pytest.raises(UnsupportedError, match=rf"needs {4 * generator.workspace:,} bytes .* MANIDP_MAX_WORKSPACE_B"):
         codegen.Generator(plan, ISAS[ISA[0]])
 
 

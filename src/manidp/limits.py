@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, fields
 
-from manidp.errors import GraphError
+from manidp.errors import GraphError, ManiDPError
 
 FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # least and largest normal float32
 NAME_LENGTH = 255  # characters in the name of a node
@@ -24,25 +24,29 @@ _SAYS = {
     "map_bytes": "makes maps of {} bytes of one image",
     "weights": "has {} weights",
     "macs": "takes {} multiply-adds for one image",
+    "code": "takes {} characters of generated code",
+    "workspace_bytes": "needs {} bytes at one time to compute an image",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The largest numbers that a network may have; the last four are of a whole network, bytes are of float32.
+    """The largest numbers that a network may have, and that the engine may spend on it; bytes are of float32.
 
     ``MANIDP_MAX_NAME=N`` in the environment, NAME a field's name in capitals, takes the place of a default.
     """
 
     nodes: int = 20_000
     channels: int = 2**20
-    side: int = 4096
+    side: int = 2**15
     window: int = 128
     elements: int = 2**26
     live_bytes: int = 2**30
     map_bytes: int = 2**33
     weights: int = 2**30
     macs: int = 10**12
+    code: int = 16 * 2**20  # LLVM IR: 2,500 gated layers; LLVM takes about a second for each million
+    workspace_bytes: int = 2**31
 
     @classmethod
     def from_environment(cls) -> Limits:
@@ -56,12 +60,12 @@ class Limits:
                 chosen[field.name] = int(text)
         return cls(**chosen)
 
-    def check(self, name: str, value: int, what: object) -> None:
-        """Raises GraphError if ``value`` exceeds the limit ``name``; ``what`` has it."""
+    def check(self, name: str, value: int, what: object, error: type[ManiDPError] = GraphError) -> None:
+        """Raises ``error`` if ``value`` exceeds the limit ``name``; ``what`` has it."""
         limit = getattr(self, name)
         if value > limit:
             came = f"{value:,}" if value < 10**18 else "more than 10^18"
-            raise GraphError(
+            raise error(
                 f"{what} {_SAYS[name].format(came)}; the limit is {limit:,}, "
                 f"which MANIDP_MAX_{name.upper()} in the environment raises"
             )

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from manidp.errors import UnsupportedError
 from manidp.graph import Pool
+from manidp.limits import Limits
 from manidp.runtime.ir import FLOAT, HALF, Element, Function
 from manidp.runtime.plan import (
     WINOGRAD,
@@ -193,8 +194,6 @@ def _mask_of(f: Function, word: str, integer: str) -> str:
     return f(f"bitcast i{f.lanes} {word} to <{f.lanes} x i1>")
 
 
-CODE_LIMIT = 16 * 2**20  # characters of LLVM IR: 2,500 gated layers; LLVM takes about a second for each million
-WORKSPACE_LIMIT = 2**31  # bytes
 _PART = 64  # steps in one function: LLVM's time grows with the square of a function's length
 _TILE = (
     "ptr %x, ptr %weights, ptr %li, i64 %ni, ptr %lo, i64 %no, ptr %products, i64 %block, i64 %row, i64 %stride, "
@@ -205,7 +204,7 @@ _TILE = (
 class Generator:
     """Writes the module for a plan: ``text`` is LLVM IR, ``workspace`` the floats that one call needs.
 
-    Raises UnsupportedError beyond CODE_LIMIT or WORKSPACE_LIMIT.
+    Raises UnsupportedError beyond the limits of code and workspace (``manidp.limits``).
     """
 
     def __init__(self, plan: Plan, isa: Isa) -> None:
@@ -216,6 +215,7 @@ class Generator:
         self.tables: dict[str, str] = {}  # constant arrays: contents -> name
         places = itertools.accumulate((gate.channels for gate in plan.graph.gates), initial=0)
         self.gates = {gate.name: place for gate, place in zip(plan.graph.gates, places, strict=False)}
+        self.limits = Limits.from_environment()
         self.size = 0  # characters of code so far
         self.scratch = 0  # floats behind the plan's own workspace, shared by all convolutions
         main = self._main()
@@ -240,11 +240,7 @@ class Generator:
             ]
         )
         self.workspace = plan.workspace + self.scratch
-        if 4 * self.workspace > WORKSPACE_LIMIT:
-            raise UnsupportedError(
-                f"networks that compute an image within {WORKSPACE_LIMIT:,} bytes can be run; "
-                f"this one needs {4 * self.workspace:,}"
-            )
+        self.limits.check("workspace_bytes", 4 * self.workspace, "the network", UnsupportedError)
 
     def _shared(
         self, key: object, arguments: str, write: Callable[[Function], None], element: Element | None = None
@@ -269,11 +265,7 @@ class Generator:
 
     def _count(self, code: str) -> None:
         self.size += len(code)
-        if self.size > CODE_LIMIT:
-            raise UnsupportedError(
-                f"networks that take up to {CODE_LIMIT:,} characters of generated code can be run; "
-                f"this one takes more: {self.size:,} after {len(self.functions)} functions"
-            )
+        self.limits.check("code", self.size, "the network", UnsupportedError)
 
     # The network
 
