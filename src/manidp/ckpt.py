@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.errors import CkptError
-from manidp.files import replacing
+from manidp.files import open_regular, replacing
 from manidp.formats import HEAD, looks_like
 
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
@@ -69,7 +69,7 @@ def read_ckpt(source: str | Path | BufferedIOBase) -> dict[str, NDArray[Any]]:
     """
     if isinstance(source, (str, Path)):
         try:
-            with open(source, "rb") as file:
+            with open_regular(source) as file:
                 return _read(file, str(source))
         except OSError as error:
             raise CkptError(f"cannot read '{source}': {error.strerror or error}") from error

@@ -6,6 +6,7 @@ command that needs them, so that ``manidp --help`` is fast and works with the ba
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -117,17 +118,17 @@ def classify(
     Pictures are JPEG, PNG, WebP, BMP, GIF (the first frame) and TIFF; other files in a folder are skipped. One
     that cannot be read is reported and does not stop the others; the exit code is then 1.
     """
-    import manidp
+    from manidp import load_model
     from manidp.images import load_pictures, load_sample
     from manidp.macs import ungated_macs
 
-    engine = manidp.load(model)
+    checkpoint = load_model(model)
     truth: list[str | None]
     errors: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     if paths:
         with progress() as bars:
-            pictures = load_pictures(paths, engine.checkpoint.preprocessing.size, steps(bars, "Reading"))
+            pictures = load_pictures(paths, checkpoint.preprocessing.size, steps(bars, "Reading"))
         images, names = pictures.images, [str(path) for path in pictures.paths]
         truth, errors, left_out = [None] * len(names), tuple(map(str, pictures.errors)), pictures.left_out
     else:
@@ -136,11 +137,11 @@ def classify(
         images, truth = bundled.images[chosen], [bundled.classes[label] for label in bundled.labels[chosen]]
         assert bundled.indices is not None
         names = [f"test image {index}" for index in bundled.indices[chosen]]
-    rows = _classified(engine, images, names, truth)
+    rows = _classified(checkpoint, images, names, truth)
     if as_json:
         say_json({"model": model, "images": rows, "errors": errors}, indent=2)
     else:
-        _print_classified(rows, ungated_macs(engine.checkpoint.graph))
+        _print_classified(rows, ungated_macs(checkpoint.graph))
         for line in left_out:
             complain(line)
     if errors:
@@ -158,12 +159,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Accuracy, mean multiply-adds and time per image over a labelled set; without --data, the bundled 200 images."""
-    import manidp
+    from manidp import load_model
     from manidp.machine import describe
 
-    engines = {name: manidp.load(name) for name in dict.fromkeys([model, *([beside] if beside else [])])}
-    images, description = _labelled(data, {name: engine.checkpoint for name, engine in engines.items()})
-    rows = _evaluated(engines, images)
+    models = {name: load_model(name) for name in dict.fromkeys([model, *([beside] if beside is not None else [])])}
+    images, description = _labelled(data, models)
+    rows = _evaluated(models, images)
     if as_json:
         say_json({"data": description, "machine": describe(), "models": rows}, indent=2)
     else:
@@ -285,7 +286,7 @@ def train(
     ] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads; results repeat to the bit only at one count.")
+        int | None, typer.Option(help="CPU threads; results repeat to the bit only at one count.", min=1, max=1024)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in OUT stopped.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events to OUT.")] = False,
@@ -359,14 +360,13 @@ def convert(
 
 def _is_ckpt(source: str) -> bool:
     """Whether this is MindSpore's kind of file: by how it begins; where there is no file, by its suffix."""
-    try:
-        if os.path.isfile(source):
-            with open(source, "rb") as file:
-                head = file.read(9)
-            return head[8:] != b"{" and (head[:1] == b"\n" or source.lower().endswith(".ckpt"))
-    except OSError:
-        pass  # whoever reads it says why it cannot be read
-    return source.lower().endswith(".ckpt")
+    from manidp.files import open_regular
+    from manidp.formats import HEAD, is_ckpt
+
+    head = b""
+    with contextlib.suppress(OSError), open_regular(source) as file:  # whoever reads it says what is wrong
+        head = file.read(HEAD)
+    return is_ckpt(head) or (source.lower().endswith(".ckpt") and head[8:9] != b"{")
 
 
 def _read_ckpt(source: str, thresholds: Path | None) -> Any:
@@ -555,7 +555,9 @@ def hub_pack(
     if mindspore and folder and os.path.realpath(mindspore) == os.path.realpath(folder):
         raise ManiDPError(f"{folder}: would be written twice; give another name")
     found = find_model(model)
-    called = name or found.name.rpartition("/")[2]
+    called = name if name is not None else found.name.rpartition("/")[2]
+    if not called.strip() or not called.isprintable():
+        raise ManiDPError(f"--name: a name of printable characters is needed for the card; got {called!r}")
     if mindspore is not None:
         card = pack(found.checkpoint, mindspore, called, home=home or HOME)
         say(f'{card}: load it with mindspore_hub.load("{card}", source="local")')
@@ -581,8 +583,8 @@ def report(
     if overview:
         _kind(overview, (".png", ".svg"))
     _check_outputs([out, *([overview] if overview else [])], [one.path for one in found.values()])
+    images, _ = _labelled(data, {name: one.checkpoint for name, one in found.items()})
     engine, dense = (Engine(found[name].checkpoint) for name in (model, beside))
-    images, _ = _labelled(data, {model: engine.checkpoint, beside: dense.checkpoint})
     with progress() as bars:
         findings = collect(engine, images, dense, steps(bars, "Running"))
     write_report(findings, out)
@@ -645,15 +647,16 @@ def bench(
         _print_bench(found)
 
 
-def _classified(engine: Any, images: Any, names: list[str], truth: list[str | None]) -> list[dict[str, Any]]:
+def _classified(checkpoint: Any, images: Any, names: list[str], truth: list[str | None]) -> list[dict[str, Any]]:
     import numpy as np
 
     from manidp.macs import ungated_macs
+    from manidp.runtime.engine import Engine
 
     if not names:
         return []
-    dense = ungated_macs(engine.checkpoint.graph)
-    result = engine.run(images)
+    dense = ungated_macs(checkpoint.graph)
+    result = Engine(checkpoint).run(images)
     shifted = np.exp(result.logits - result.logits.max(1, keepdims=True))
     probabilities = shifted / shifted.sum(1, keepdims=True)
     stages = _stages(result.kept)
@@ -663,7 +666,7 @@ def _classified(engine: Any, images: Any, names: list[str], truth: list[str | No
         rows.append(
             {
                 "image": name,
-                "class": engine.checkpoint.classes[best],
+                "class": checkpoint.classes[best],
                 "probability": round(float(probabilities[i, best]), 4),
                 "truth": truth[i],
                 "macs": int(result.macs[i]),
@@ -684,15 +687,17 @@ def _stages(kept: dict[str, Any]) -> dict[str, Any]:
     return {stage: np.concatenate(masks, axis=1).mean(1) for stage, masks in groups.items()}
 
 
-def _evaluated(engines: dict[str, Any], images: Any) -> list[dict[str, Any]]:
+def _evaluated(models: dict[str, Any], images: Any) -> list[dict[str, Any]]:
     """One row a model. The models take turns over the whole set; the time is the median of the rounds."""
     import time
 
     import numpy as np
 
     from manidp.macs import ungated_macs
+    from manidp.runtime.engine import Engine
 
-    labels = {name: images.relabelled(engine.checkpoint.classes, name).labels for name, engine in engines.items()}
+    labels = {name: images.relabelled(model.classes, name).labels for name, model in models.items()}
+    engines = {name: Engine(model) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     results = {}
     for _ in range(9 if len(images) <= 1000 else 3):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from manidp.checkpoint import Checkpoint
 from manidp.ckpt import BFLOAT16, bfloat16_to_float32
 from manidp.errors import CkptError
-from manidp.files import replacing
+from manidp.files import open_regular, replacing
 from manidp.graph import Gate, Graph, resnet, with_gates
 from manidp.images import Preprocessing
 
@@ -97,7 +97,7 @@ def to_ckpt(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[np.float32]], NDA
 def read_thresholds(path: str | Path) -> NDArray[np.float64]:
     """The thresholds in a .npy file, float64 (gates,). Raises CkptError; runs nothing from the file."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             content = file.read(MAX_THRESHOLDS_BYTES + 1)
     except OSError as error:
         raise CkptError(f"cannot read '{path}': {error.strerror or error}") from error

@@ -34,7 +34,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from manidp.errors import ImageError
-from manidp.files import replacing
+from manidp.files import open_regular, replacing
 
 Progress = Callable[[int, int | None], None]  # done and total (None while unknown), of bytes or of pictures
 
@@ -175,7 +175,7 @@ def load_cifar10(folder: str | Path) -> tuple[ImageSet, ImageSet]:
     for name, sha1 in CIFAR10_SHA1.items():
         path = Path(folder) / name
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 records = file.read(CIFAR10_BATCH_BYTES + 1)
         except OSError as error:
             raise ImageError(f"{path}: {error.strerror}; `manidp data cifar10` brings CIFAR-10") from error

@@ -73,7 +73,7 @@ def run_job(job: Job, progress: Progress | None = None) -> Iterator[str | EpochR
         raise TrainingError(f"device must be cpu, or cuda where PyTorch finds a GPU; got {job.device}")
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    start = find_model(job.start) if job.start else None
+    start = find_model(job.start) if job.start is not None else None
     parent = start.checkpoint if start else None
     preprocessing = parent.preprocessing if parent else CIFAR10_PREPROCESSING
     sets = _Sets(job, preprocessing)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from manidp.errors import TrainingError
+from manidp.files import open_regular
 from manidp.graph import Graph
 
 
@@ -71,7 +72,7 @@ class Recipe:
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """A recipe file's settings: any of the fields of Recipe, by name. Raises TrainingError for anything else in it."""
     try:
-        with Path(path).open("rb") as file:
+        with open_regular(path) as file:
             settings = tomllib.load(file)
     except OSError as error:
         raise TrainingError(f"{path}: cannot be read: {error.strerror}") from error

@@ -1,0 +1,193 @@
+"""Every option of every command, given rubbish: exit code 0, 1 or 2, one line on stderr if 2, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+from manidp import cli, images
+from manidp.bench import measure
+from manidp.bench.measure import random_checkpoint
+from manidp.checkpoint import Checkpoint, save_checkpoint
+from manidp.graph import resnet, with_gates
+from manidp.images import load_sample
+from manidp.runtime import engine
+
+ROOT = Path(__file__).parent.parent
+RECORD = json.loads((ROOT / "benchmarks" / "bench.json").read_text())
+RECORD |= {"modes": RECORD["modes"][:1], "growth": []}
+RUBBISH = {
+    "empty": "",
+    "blank": "   ",
+    "absent": "absent/deep/x",
+    "folder": "folder",
+    "empty file": "nothing",
+    "text": "text.txt",
+    "zeros": "zeros.ckpt",
+    "pipe": "pipe",
+    "device": "/dev/null",
+    "of nobody": "~nobody-here/x",
+    "NUL": "a\0b",
+    "bytes": "\udcff\udcfe.png",
+    "controls": "\x1b[31m[bold]\n\u202e",
+    "long name": "x" * 300,
+    "long path": "x/" * 3000,
+    "minus one": "-1",
+    "zero": "0",
+    "huge": "9" * 400,
+    "float": "1.5",
+    "infinite": "1e999",
+    "NaN": "nan",
+    "address": "http://[",
+    "assignment": "epochs=",
+    "unknown setting": "x=1",
+}
+# What makes each command work; "new" stands for a path that is not there yet.
+WORKING: dict[str, dict[str, list[str]]] = {
+    "": {},
+    "classify": {"paths": ["set/cat"], "model": ["m.safetensors"]},
+    "evaluate": {"data": ["set"], "model": ["m.safetensors"]},
+    "data": {"name": ["sample"], "to": ["new"]},
+    "info": {"checkpoint": ["m.safetensors"]},
+    "train": {"data": ["set"], "out": ["new"], "start": ["m.safetensors"], "threads": ["1"],
+              "settings": ["epochs=1", "batch_size=4", "precision=float32", "learning_rate=0.01"]},
+    "convert": {"source": ["m.safetensors"], "out": ["new.ckpt"], "thresholds": ["new.npy"]},
+    "report": {"out": ["new.html"], "model": ["m.safetensors"], "beside": ["dense.safetensors"], "data": ["set"]},
+    "bench": {"model": ["m.safetensors"], "dense": ["dense.safetensors"], "data": ["set"]},
+    "hub": {},
+    "hub list": {},
+    "hub show": {"uid": ["manidp/1.0/manidp-res20_cifar10"]},
+    "hub pull": {"uid": ["manidp/1.0/manidp-res20_cifar10"]},
+    "hub add": {"file": ["m.safetensors"]},
+    "hub verify": {},
+    "hub pack": {"model": ["m.safetensors"], "folder": ["new"]},
+}  # fmt: skip
+
+
+def all_commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    yield " ".join(words), command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from all_commands(inner, (*words, name))
+
+
+COMMANDS = dict(all_commands(typer.main.get_command(cli.app)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("rubbish")
+    for name, graph in (("m", with_gates(resnet(8, width=4))), ("dense", resnet(8, width=4))):
+        model = random_checkpoint(graph)
+        sample = load_sample()
+        save_checkpoint(
+            type(model)(graph, model.weights, model.preprocessing, sample.classes), root / f"{name}.safetensors"
+        )
+    for label in ("cat", "dog"):
+        (root / "set" / label).mkdir(parents=True)
+        for number, pixels in enumerate(sample.images[sample.labels == sample.classes.index(label)][:4]):
+            Image.fromarray(pixels).save(root / "set" / label / f"{number}.png")
+    (root / "folder").mkdir()
+    (root / "nothing").touch()
+    (root / "text.txt").write_text("= not [what = anybody\nexpects")
+    (root / "zeros.ckpt").write_bytes(bytes(1000))
+    os.mkfifo(root / "pipe")
+    return root
+
+
+def words(name: str, given: dict[str, list[str]]) -> list[str]:
+    """The command line of a command, its parameters given by their names."""
+    line = name.split()
+    options, arguments = [], []
+    for parameter in COMMANDS[name].params:
+        for value in given.get(parameter.name, []):
+            if parameter.param_type_name == "argument":
+                arguments.append(value)
+            else:
+                options += [parameter.opts[0], value]
+    return [*line, *options, "--", *arguments] if arguments else [*line, *options]
+
+
+ENGINES: dict[int, engine.Engine] = {}
+
+
+def compiled(checkpoint: Checkpoint, make: Any = engine.Engine) -> engine.Engine:
+    size = len(checkpoint.graph.nodes)
+    if size not in ENGINES:
+        ENGINES[size] = make(checkpoint)
+    return ENGINES[size]
+
+
+def cases() -> list[tuple[str, str]]:
+    return [
+        (name, str(parameter.name))
+        for name, command in COMMANDS.items()
+        for parameter in command.params
+        if not getattr(parameter, "is_flag", False)
+    ]
+
+
+def test_every_command_has_a_line_that_works() -> None:
+    assert set(WORKING) == set(COMMANDS)
+
+
+@pytest.mark.parametrize(("name", "parameter"), cases())
+def test_rubbish_is_one_line(
+    name: str, parameter: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "train":
+        pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
+    if name == "report":
+        report = pytest.importorskip("manidp.report", reason="reports need matplotlib: pip install 'manidp[plots]'")
+        monkeypatch.setattr(report, "_page", lambda *_: "a page")
+        monkeypatch.setattr(report, "_overview", lambda *_: report.Figure())
+    monkeypatch.chdir(place)
+    for variable, value in {"MANIDP_OFFLINE": "1", "MANIDP_CACHE": str(place / "cache")}.items():
+        monkeypatch.setenv(variable, value)
+    # What takes long and is not what is tested: building the tree of commands, compiling, measuring.
+    monkeypatch.setattr(cli, "app", COMMANDS[""])
+    monkeypatch.setattr(engine, "Engine", compiled)
+    few = load_sample().take(np.arange(0, 200, 50))
+    monkeypatch.setattr(images, "load_sample", lambda: few)
+    monkeypatch.setattr(measure, "bench", lambda *_, **__: RECORD)
+    signal.signal(signal.SIGALRM, hangs)
+    for kind, rubbish in RUBBISH.items():
+        arguments = words(name, {**WORKING[name], parameter: [rubbish]})
+        monkeypatch.setattr(sys, "argv", ["manidp", *arguments])
+        signal.alarm(30)
+        try:
+            cli.main()
+            code: Any = None
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException as error:
+            pytest.fail(f"{kind}: {arguments}: {type(error).__name__}: {error}")
+        finally:
+            signal.alarm(0)
+        err = capsys.readouterr().err
+        assert code in (0, 1, 2), (kind, arguments)
+        assert "Traceback" not in err, (kind, arguments)
+        if code == 2:
+            assert err.startswith("manidp: "), (kind, arguments, err)
+            assert err.count("\n") == 1, (kind, arguments, err)
+        for new in place.glob("new*"):
+            shutil.rmtree(new) if new.is_dir() else new.unlink()
+
+
+class Hangs(BaseException):
+    """No command takes it for an error of its own."""
+
+
+def hangs(_: int, frame: types.FrameType | None) -> None:
+    raise Hangs(frame)
