@@ -465,8 +465,12 @@ def deep(blocks: int) -> Graph:
 
 
 def test_the_time_to_plan_grows_no_faster_than_the_network() -> None:
-    """3,000 nodes: about two seconds, where a square would take a minute."""
-    graph = deep(600)
+    """5,000 nodes, each value read twice: about a second, where a square would take minutes and 2^n would not end."""
+    nodes: list[Node] = [Input(name="image", dims=(1, 2, 2)), Conv(name="n0", inputs=("image",), channels=1)]
+    for i in range(1, 5000, 2):
+        nodes.append(Pool(name=f"n{i}", inputs=(f"n{i - 1}",), kind="average", kernel=1, stride=1))
+        nodes.append(Add(name=f"n{i + 1}", inputs=(f"n{i}", f"n{i - 1}")))
+    graph = Graph((*nodes, GlobalPool(name="last", inputs=(nodes[-1].name,))), "last")
     weights = random_weights(graph)
     start = time.process_time()
     codegen.Generator(plan_of(graph, weights, ISA[0]), ISAS[ISA[0]])
