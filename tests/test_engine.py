@@ -255,7 +255,7 @@ class SkipsOneTooMany(codegen.Generator):
 class ClosesLate(codegen.Generator):
     def __init__(self, plan, isa):  # type: ignore[no-untyped-def]
         super().__init__(plan, isa)
-        changed = self.text.replace("fcmp ogt", "fcmp oge")
+        changed = self.text.replace("fcmp ugt", "fcmp uge")
         assert changed != self.text
         self.text = changed
 

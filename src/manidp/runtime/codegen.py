@@ -209,7 +209,6 @@ class Generator:
 
     def __init__(self, plan: Plan, isa: Isa) -> None:
         self.plan, self.isa, self.lanes, self.element = plan, isa, isa.lanes, isa.element
-        self.careful = self.element == HALF
         self.names: dict[object, str] = {}  # what a function does -> its name
         self.functions: list[str] = []
         self.tables: dict[str, str] = {}  # constant arrays: contents -> name
@@ -256,7 +255,6 @@ class Generator:
                 arguments,
                 lanes=self.lanes,
                 element=element or self.element,
-                careful=self.careful,
             )
             write(function)
             self.functions.append(function.text())
@@ -916,10 +914,9 @@ class Generator:
                 sums = g.load("%sums", g.scaled(c, self.lanes))
                 if step.pooled.part == "max":
                     total = g(f"call nnan float @llvm.vector.reduce.fmax.{v}({g.vector} {sums})")
-                    if self.careful:
-                        bits = g(f"bitcast <{self.lanes} x i1> {g.is_nan(sums)} to i{self.lanes}")
-                        bad = g(f"icmp ne i{self.lanes} {bits}, 0")
-                        total = g(f"select i1 {bad}, float {FLOAT.literal(np.nan)}, float {total}")
+                    bits = g(f"bitcast <{self.lanes} x i1> {g.is_nan(sums)} to i{self.lanes}")
+                    bad = g(f"icmp ne i{self.lanes} {bits}, 0")
+                    total = g(f"select i1 {bad}, float {FLOAT.literal(np.nan)}, float {total}")
                 else:
                     total = g(f"call reassoc float @llvm.vector.reduce.fadd.{v}(float 0.0, {g.vector} {sums})")
                 g.do(f"store float {g(f'fmul float {total}, %factor')}, ptr {g.at('%into', c)}, align 4")
@@ -975,7 +972,7 @@ class Generator:
                 if step.kind in ("add", "multiply"):
                     y = g.arithmetic("fadd" if step.kind == "add" else "fmul", y, g.load("%other", here))
                 else:
-                    y = g.activate(step.kind, y)
+                    y = g.activate(step.kind, g.spoil(y))
                 g.store(y, "%into", here)
                 return []
 
@@ -991,14 +988,14 @@ class Generator:
 
     def _decide(self, f: Function, step: Decide) -> None:
         """gate = saliency where it exceeds the threshold, else 0; lists of kept and closed channels."""
-        above = "fcmp ugt" if self.careful else "fcmp ogt"  # NaN passes, to be seen in the logits
+        above = "fcmp ugt"  # NaN passes, to be seen in the logits
 
         def write(g: Function) -> None:
             threshold, most = g.splat(g.scalar("%threshold")), g.splat("%most")
 
             def one_vector(index: str) -> list[str]:
                 here = g.scaled(index, self.lanes)
-                saliency = g.minimum(g.maximum(g.load("%saliency", here), g.constant(0)), most)
+                saliency = g.minimum(g.maximum(g.spoil(g.load("%saliency", here)), g.constant(0)), most)
                 passes = g(f"{above} {g.vector} {saliency}, {threshold}")
                 g.store(g.select(passes, saliency, g.constant(0)), "%gate", here)
                 return []

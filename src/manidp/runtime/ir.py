@@ -35,8 +35,8 @@ HALF = Element("half", "f16", 2)
 class Function:
     """The text of one function; every method that makes a value returns its name.
 
-    Vectors hold ``lanes`` elements, floats unless said otherwise. With ``careful``, NaN goes through whatever is
-    computed, so that an overflow anywhere is seen at the end; float32 overflows too rarely to pay for that.
+    Vectors hold ``lanes`` elements, floats unless said otherwise. NaN goes through whatever is computed, so that an
+    overflow anywhere is seen at the end.
     """
 
     def __init__(
@@ -46,7 +46,6 @@ class Function:
         *,
         lanes: int,
         element: Element = FLOAT,
-        careful: bool = False,
         linkage: str = "internal",
     ) -> None:
         self.lines = [f"define {linkage} void @{name}({arguments}) #0 {{", "entry:"]
@@ -54,7 +53,6 @@ class Function:
         self.label = "entry"
         self.lanes = lanes
         self.element = element
-        self.careful = careful
 
     @cached_property
     def floats(self) -> Function:
@@ -218,21 +216,23 @@ class Function:
         return self(f"fadd contract {kind} {product}, {shifts}")
 
     def maximum(self, a: str, b: str) -> str:
+        """The larger of two, NaN if one of them is; cheapest if ``a`` is a constant."""
         return self._extreme("ogt", a, b)
 
     def minimum(self, a: str, b: str) -> str:
+        """The smaller of two, NaN if one of them is; cheapest if ``a`` is a constant."""
         return self._extreme("olt", a, b)
 
     def _extreme(self, comparison: str, a: str, b: str) -> str:
         chosen = self.select(self(f"fcmp {comparison} {self.vector} {a}, {b}"), a, b)  # b if one of them is NaN
-        return self.select(self.is_nan(a), a, chosen) if self.careful else chosen
+        return chosen if a.startswith("<") else self.select(self.is_nan(a), a, chosen)
 
     def is_nan(self, value: str) -> str:
         return self(f"fcmp uno {self.vector} {value}, {value}")
 
     def spoil(self, value: str) -> str:
-        """With ``careful``, NaN in place of infinities."""
-        return self.fma(value, self.constant(0), value) if self.careful else value
+        """NaN in place of infinities, all else as it is: what would make a decent number of them lets NaN through."""
+        return self.fma(value, self.constant(0), value)
 
     def combine(self, coefficients: Sequence[float], values: Sequence[str]) -> str:
         """The sum of coefficient * value, terms with coefficient 0 left out."""
@@ -272,7 +272,7 @@ class Function:
 
     def activate(self, kind: str, y: str) -> str:
         if kind == "relu":
-            return self.maximum(self.constant(0), y)  # in this order NaN goes through, to be seen in the logits
+            return self.maximum(self.constant(0), y)
         if kind == "relu6":
             return self.minimum(self.constant(6), self.maximum(self.constant(0), y))
         if kind in ("hardsigmoid", "hardswish"):
@@ -284,12 +284,13 @@ class Function:
     def _sigmoid(self, kind: str, y: str) -> str:
         """sigmoid(y), or y * sigmoid(y)."""
         exponential = self._exp(self.arithmetic("fsub", self.constant(0), y))
+        exponential = self.fma(y, self.constant(0), exponential)  # NaN if y is: its bits are no exponent
         sum_ = self.arithmetic("fadd", exponential, self.constant(1))
         return self.arithmetic("fdiv", self.constant(1) if kind == "sigmoid" else y, sum_)
 
     def _exp(self, x: str) -> str:
         """e^x for |x| <= 87 and clipped beyond: 2^n e^r, n = round(x / ln 2), a polynomial for e^r."""
-        x = self.minimum(self.maximum(x, self.constant(-87)), self.constant(87))
+        x = self.minimum(self.constant(87), self.maximum(self.constant(-87), x))
         magic = self.constant(1.5 * 2**23)  # adding it rounds to an integer, kept in the low bits
         shifted = self.fma(x, self.constant(1.4426950408889634), magic)
         n = self.arithmetic("fsub", shifted, magic)

@@ -392,8 +392,8 @@ class _Planner:
             maps=maps,
             vectors=vectors,
             everything=self.constants.add(np.arange(most + 1, dtype=np.int32)),
-            scale=self.constants.add(scale),
-            shift=self.constants.add(shift),
+            scale=self._constant("preprocessing", scale),
+            shift=self._constant("preprocessing", shift),
             constants=np.concatenate(self.constants.parts),
             workspace=workspace,
         )
@@ -527,10 +527,8 @@ class _Planner:
             weight = points.transpose(0, 3, 2, 1).reshape(node.channels, -1)
             line = 64 // self.element.size
             weight = np.pad(weight, ((0, 0), (0, (-(-weight.shape[1] // line) | 1) * line - weight.shape[1])))
-        most = np.finfo(f"f{self.element.size}").max
-        if (np.abs(weight) > most).any():
-            raise UnsupportedError(f"node '{node.name}': weights up to {most:.6g} can be run in this precision")
-        packed = self.constants.add(weight, self.element), weight[0].size, self.constants.add(bias)
+        name = f"node '{node.name}'"
+        packed = self._constant(name, weight, self.element), weight[0].size, self._constant(name, bias)
         inputs = Channels(self.graph.shapes[node.inputs[0]][0], self.graph.zeroed_by.get(node.inputs[0]))
         phases = winograd or 1
         source = self._read(node.inputs[0], winograd or node.stride)
@@ -593,7 +591,8 @@ class _Planner:
             done.add(node.name)
             if isinstance(node, BatchNorm):
                 if not (folded and node is nodes[0]):
-                    ops.append((node, Op("affine", self.constants.add(np.stack(self._affine(node), axis=1)))))
+                    affine = self._constant(f"node '{node.name}'", np.stack(self._affine(node), axis=1))
+                    ops.append((node, Op("affine", affine)))
             elif isinstance(node, Activation):
                 ops.append((node, Op("activate", node.kind)))
             elif isinstance(node, Multiply) and len(self.graph.shapes[others[0]]) == 1:
@@ -735,6 +734,13 @@ class _Planner:
     def _vector(self, vector: Vector, size: int) -> Vector:
         self.vectors[vector] = size
         return vector
+
+    def _constant(self, owner: str, array: Array, element: Element = FLOAT) -> int:
+        """Offset of an array among the constants. Raises UnsupportedError for numbers that ``element`` cannot hold."""
+        most = np.finfo(f"f{element.size}").max
+        if (np.abs(array) > most).any():
+            raise UnsupportedError(f"{owner}: weights up to {most:.6g} can be run in this precision")
+        return self.constants.add(array, element)
 
     def _weight(self, node: Node, name: str) -> Array:
         return np.asarray(self.weights[f"{node.name}.{name}"])
