@@ -634,6 +634,12 @@ def test_links_between_classes_give_no_picture_two_labels(folder: Path) -> None:
         load_folder(folder, (8, 8))
 
 
+def test_a_class_whose_name_no_checkpoint_can_hold_is_refused_at_once(folder: Path) -> None:
+    (folder / "dog").rename(folder / os.fsdecode(b"h\xfcnd"))
+    with pytest.raises(ImageError, match=r"h\\udcfcnd': the name of a class must be UTF-8"):
+        load_folder(folder, (8, 8))
+
+
 def remove_dog(root: Path) -> None:
     for path in (root / "dog").iterdir():
         path.unlink()

@@ -32,7 +32,7 @@ from manidp.runtime import reference
 from manidp.runtime.reference import Result
 
 # Names as folders may have them: markup, mathematics, another script, what XML forbids, what is longer than its place.
-CLASSES = ("<b>bold</b> & co", "$x_{$", "日本", "bell\x07\ud800", "a name longer than there is room for it", "unseen")
+CLASSES = ("<b>bold</b> & co", "$x_{$", "日本", "bell\x07\ufffe", "a name longer than there is room for it", "unseen")
 NAMES_SHOWN = ("<b>bold</b> & co", "$x_{$", "日本", "bell\ufffd\ufffd", "a name longer than there is roo…")
 DENSE = resnet(8, width=4, num_classes=len(CLASSES), image=(3, 8, 8))
 GATED = with_gates(DENSE)

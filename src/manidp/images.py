@@ -401,6 +401,9 @@ def load_folder(
         found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except (OSError, ValueError) as error:
         raise ImageError(f"{shown(root)}: {_reason(error)}") from error
+    for name in found:
+        if name != name.encode("utf-8", "replace").decode():  # no checkpoint could hold it
+            raise ImageError(f"{shown(root / name)}: the name of a class must be UTF-8; rename this folder")
     if classes is None and len(found) < 2:
         raise ImageError(
             f"{shown(root)}: expected a subfolder of pictures for each of two classes or more, got {found}"
