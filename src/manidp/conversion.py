@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,12 +79,14 @@ def to_ckpt(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[np.float32]], NDA
     Within a block, that order is: all nodes as they are computed, then the gates.
     """
     graph = checkpoint.graph
-    blocks = {gate.name.rpartition(".")[0]: len(graph.nodes) for gate in graph.gates}
+    blocks = {gate.name.rpartition(".")[0] for gate in graph.gates}
+    first: dict[tuple[str, bool], int] = {}  # a block, or a node outside of all blocks -> place of its first node
     order = []
     for index, node in enumerate(graph.nodes):
-        block = next((block for block in blocks if block and node.name.startswith(f"{block}.")), node.name)
-        first = blocks[block] = min(blocks.get(block, index), index)
-        order.append((first, isinstance(node, Gate), index))
+        prefixes = itertools.accumulate(node.name.split(".")[:-1], "{}.{}".format)
+        block = next((prefix for prefix in prefixes if prefix in blocks), None)
+        key = (node.name, False) if block is None else (block, True)
+        order.append((first.setdefault(key, index), isinstance(node, Gate), index))
     names = [
         f"{graph.nodes[index].name}.{name}"
         for _, _, index in sorted(order)

@@ -274,8 +274,12 @@ class Graph:
         limits = Limits.from_environment()
         limits.check("nodes", len(self.nodes), "the graph")
         for node in self.nodes:
-            if not (0 < len(node.name) <= NAME_LENGTH and node.name.isprintable()):
-                raise GraphError(f"a node's name is 1 to {NAME_LENGTH} printable characters; got {brief(node.name)}")
+            name = node.name
+            if not (0 < len(name) <= NAME_LENGTH and name.isprintable() and name == name.strip()):
+                raise GraphError(
+                    f"a node's name is 1 to {NAME_LENGTH} printable characters, "
+                    f"the first and the last no space; got {brief(name)}"
+                )
         named = self.by_name
         if len(named) != len(self.nodes):
             twice = sorted(name for name, count in Counter(node.name for node in self.nodes).items() if count > 1)

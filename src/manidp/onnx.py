@@ -3,6 +3,10 @@
 A runtime that knows nothing of gates computes every channel and multiplies by the gate: the answers are the same, the
 time is not saved. Input ``image``: float32 (B, C, H, W), normalised; mean, std and classes are in the model's metadata.
 Output ``logits``: float32 (B, classes).
+
+Names: a parameter has its own, as in the graph; it ends in a dot and a word, such as ``.weight``. All that a node
+makes is called NODE:WHAT, where WHAT is a word of ours; ``NODE:out`` is what the node is for. So no two names meet,
+whatever the nodes are called.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ except ImportError as error:
     raise MissingExtraError("this needs onnx; install it with: pip install 'manidp[onnx]'") from error
 
 OPSET = 17
+MAX_BYTES = 2**31 - 2**24  # protobuf ends at 2 GiB; the rest is for everything but weights
 
 
 def write_onnx(checkpoint: Checkpoint, path: str | Path) -> None:
@@ -55,13 +60,15 @@ def write_onnx(checkpoint: Checkpoint, path: str | Path) -> None:
 
 
 def onnx_model(checkpoint: Checkpoint) -> ModelProto:
-    """The model as onnx's own data, checked by onnx."""
+    """The model as onnx's own data, checked by onnx. Raises CheckpointError for 2 GiB and more: ONNX cannot hold it."""
     graph = checkpoint.graph
+    if sum(value.nbytes for value in checkpoint.weights.values()) > MAX_BYTES:
+        raise CheckpointError(f"an ONNX file holds weights of at most {MAX_BYTES:,} bytes; these have more")
     constants: dict[str, TensorProto] = {}
     nodes = [made for node in graph.nodes for made in _nodes(node, graph, checkpoint, constants)]
-    nodes.append(helper.make_node("Identity", [graph.output], ["logits"]))
+    nodes.append(helper.make_node("Identity", [_value(graph.output)], ["logits"]))
     float32 = helper.np_dtype_to_tensor_dtype(np.dtype(np.float32))
-    given = helper.make_tensor_value_info(graph.input.name, float32, ["batch", *graph.input.dims])
+    given = helper.make_tensor_value_info("image", float32, ["batch", *graph.input.dims])
     made = helper.make_tensor_value_info("logits", float32, ["batch", graph.num_classes])
     body = helper.make_graph(nodes, "manidp", [given], [made], list(constants.values()))
     model = helper.make_model(
@@ -75,56 +82,62 @@ def onnx_model(checkpoint: Checkpoint) -> ModelProto:
 
 
 def _nodes(node: Node, graph: Graph, checkpoint: Checkpoint, constants: dict[str, TensorProto]) -> Iterator[NodeProto]:
-    """The ONNX nodes of one node; the last of them makes the value of its name."""
-    name, inputs = node.name, list(node.inputs)
+    """The ONNX nodes of one node; the last of them makes what the node is for."""
+    inputs = [_value(source) for source in node.inputs]
 
-    def constant(local: str, value: Any = None) -> str:
-        """Name of a parameter of the node, or of a ``value``."""
-        full = f"{name}.{local}"
-        array = checkpoint.weights[full] if value is None else np.asarray(value)
-        constants[full] = numpy_helper.from_array(array, full)
-        return full
+    def parameter(local: str) -> str:
+        name = f"{node.name}.{local}"
+        constants[name] = numpy_helper.from_array(checkpoint.weights[name], name)
+        return name
 
-    def op(kind: str, sources: list[str], out: str = name, **attributes: Any) -> NodeProto:
-        return helper.make_node(kind, sources, [out], **attributes)
+    def constant(what: str, value: Any) -> str:
+        name = made(what)
+        constants[name] = numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    def made(what: str) -> str:
+        return _value(node.name, what)
+
+    def op(kind: str, sources: list[str], what: str = "out", **attributes: Any) -> NodeProto:
+        return helper.make_node(kind, sources, [made(what)], **attributes)
 
     match node:
         case Input():
-            pass
+            yield op("Identity", ["image"])
         case Conv():
-            bias = [constant("bias")] if node.bias else []
-            yield op("Conv", [*inputs, constant("weight"), *bias], group=node.groups, **_window(node))
+            bias = [parameter("bias")] if node.bias else []
+            yield op("Conv", [*inputs, parameter("weight"), *bias], group=node.groups, **_window(node))
         case BatchNorm():
-            parameters = [constant(local) for local in ("gamma", "beta", "moving_mean", "moving_variance")]
+            parameters = [parameter(local) for local in ("gamma", "beta", "moving_mean", "moving_variance")]
             yield op("BatchNormalization", [*inputs, *parameters], epsilon=node.eps)
         case Activation(kind="relu6"):
             yield op("Clip", [*inputs, constant("low", np.float32(0)), constant("high", np.float32(6))])
         case Activation(kind="silu"):
-            yield op("Sigmoid", inputs, f"{name}.sigmoid")
-            yield op("Mul", [*inputs, f"{name}.sigmoid"])
+            yield op("Sigmoid", inputs, "sigmoid")
+            yield op("Mul", [*inputs, made("sigmoid")])
         case Activation(kind="hardsigmoid"):
             yield op("HardSigmoid", inputs, alpha=1 / 6, beta=0.5)
         case Activation():
             yield op({"relu": "Relu", "sigmoid": "Sigmoid", "hardswish": "HardSwish"}[node.kind], inputs)
         case Gate():
-            yield op("GlobalAveragePool", inputs, f"{name}.pooled")
-            yield op("Flatten", [f"{name}.pooled"], f"{name}.mean")
-            yield op("Gemm", [f"{name}.mean", constant("fc1.weight")], f"{name}.fc1", transB=1)
-            yield op("Relu", [f"{name}.fc1"], f"{name}.hidden")
-            fc2 = [f"{name}.hidden", constant("fc2.weight"), constant("fc2.bias")]
-            yield op("Gemm", fc2, f"{name}.fc2", transB=1)
+            yield op("GlobalAveragePool", inputs, "pooled")
+            yield op("Flatten", [made("pooled")], "mean")
+            yield op("Gemm", [made("mean"), parameter("fc1.weight")], "fc1", transB=1)
+            yield op("Relu", [made("fc1")], "hidden")
+            fc2 = [made("hidden"), parameter("fc2.weight"), parameter("fc2.bias")]
+            yield op("Gemm", fc2, "fc2", transB=1)
             limits = [constant("zero", np.float32(0)), constant("saliency_max", np.float32(node.saliency_max))]
-            yield op("Clip", [f"{name}.fc2", *limits], f"{name}.saliency")
-            yield op("Greater", [f"{name}.saliency", constant("threshold")], f"{name}.kept")
-            yield op("Where", [f"{name}.kept", f"{name}.saliency", limits[0]])
+            yield op("Clip", [made("fc2"), *limits], "saliency")
+            yield op("Greater", [made("saliency"), parameter("threshold")], "kept")
+            yield op("Where", [made("kept"), made("saliency"), limits[0]])
         case Add():
             yield op("Sum", inputs)
         case Multiply():
             value, factor = graph.input_shapes(node)
             if len(factor) < len(value):
                 shape = constant("shape", np.array([-1, *factor, 1, 1], np.int64))
-                yield op("Reshape", [inputs[1], shape], f"{name}.factor")
-                inputs[1] = f"{name}.factor"
+                yield op("Reshape", [inputs[1], shape], "factor")
+                inputs[1] = made("factor")
             yield op("Mul", inputs)
         case Concat():
             yield op("Concat", inputs, axis=1)
@@ -134,15 +147,19 @@ def _nodes(node: Node, graph: Graph, checkpoint: Checkpoint, constants: dict[str
             yield op("AveragePool", inputs, count_include_pad=1, **_window(node))
         case GlobalPool():
             kind = "GlobalMaxPool" if node.kind == "max" else "GlobalAveragePool"
-            yield op(kind, inputs, f"{name}.pooled")
-            yield op("Flatten", [f"{name}.pooled"])
+            yield op(kind, inputs, "pooled")
+            yield op("Flatten", [made("pooled")])
         case Flatten():
             yield op("Flatten", inputs)
         case Linear():
-            bias = [constant("bias")] if node.bias else []
-            yield op("Gemm", [*inputs, constant("weight"), *bias], transB=1)
+            bias = [parameter("bias")] if node.bias else []
+            yield op("Gemm", [*inputs, parameter("weight"), *bias], transB=1)
         case _:
             raise NotImplementedError(type(node).__name__)
+
+
+def _value(node: str, what: str = "out") -> str:
+    return f"{node}:{what}"
 
 
 def _window(node: Conv | Pool) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import manidp
+from hostile.names import like_ours
 from manidp.bundle import description
 from manidp.checkpoint import bundled, checkpoint_path, load_checkpoint
 from manidp.ckpt import read_ckpt, write_ckpt
@@ -61,6 +62,15 @@ def test_parameters_have_the_names_of_the_original() -> None:
     assert {p.name: p.shape for p in network.get_parameters()} == {name: v.shape for name, v in values.items()}
     assert {p.name for p in network.trainable_params()} == {name for name in values if ".moving_" not in name}
     np.testing.assert_array_equal(network.thresholds, thresholds)
+
+
+@pytest.mark.parametrize("graph", like_ours(), ids=lambda graph: ascii(graph.nodes[1].name))
+def test_nodes_may_be_called_anything(graph: Graph) -> None:
+    checkpoint, images = checkpoint_of(graph), images_for(graph)
+    network = from_checkpoint(checkpoint)
+    assert weights(network).keys() == checkpoint.weights.keys()
+    logits = network(mindspore.Tensor(images)).asnumpy()
+    assert_close(logits, run(graph, checkpoint.weights, images).logits)
 
 
 def test_a_checkpoint_comes_back_from_a_network() -> None:

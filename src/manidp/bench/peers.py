@@ -70,8 +70,7 @@ def _onnxruntime(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(_onnx(checkpoint, batch), options, providers=["CPUExecutionProvider"])
-    name = checkpoint.graph.input.name
-    return Opened(lambda images: np.asarray(session.run(["logits"], {name: images})[0]))
+    return Opened(lambda images: np.asarray(session.run(["logits"], {"image": images})[0]))
 
 
 def _openvino(checkpoint: Checkpoint, batch: int, threads: int, precision: str | None = None) -> Opened:

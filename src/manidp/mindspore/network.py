@@ -39,7 +39,8 @@ class Network(nn.Cell):
         cells = []
         for node in nodes[1:]:
             cell = _cell(node, threshold_of.get(node["name"]))
-            cell.update_parameters_name(node["name"] + ".")
+            for name, parameter in cell.parameters_and_names():  # update_parameters_name wants letters
+                parameter.name = f"{node['name']}.{name}"
             cells.append(cell)
         self.num_classes = nodes[index[description["output"]]]["shape"][0]
         self.gate_names = tuple(gates)
@@ -74,7 +75,9 @@ class Network(nn.Cell):
             values = (*values, value)
         records: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
         for gate in range(len(self.gates)):
-            feature = values[self.gated[gate]].mean((2, 3))
+            feature = values[self.gated[gate]]
+            if feature.ndim == 4:
+                feature = feature.mean((2, 3))
             records = (*records, (saliencies[gate], values[self.gates[gate]], feature))
         return values[self.output], records
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from manidp.errors import CheckpointError
+from manidp.errors import CheckpointError, some
 from manidp.graph import (
     Activation,
     Add,
@@ -64,29 +64,15 @@ class Output:
     records: Mapping[str, GateRecord]
 
 
-class _Scope(nn.Module):
-    """A namespace: makes ``state_dict`` carry the graph's own parameter names, dots and all."""
-
-    def place(self, path: str, value: Tensor, trained: bool) -> None:
-        first, _, rest = path.partition(".")
-        if rest:
-            if first not in self._modules:
-                self.add_module(first, _Scope())
-            scope = self._modules[first]
-            assert isinstance(scope, _Scope)
-            scope.place(rest, value, trained)
-        elif trained:
-            self.register_parameter(first, nn.Parameter(value))
-        else:
-            self.register_buffer(first, value)
-
-
-class Network(_Scope):
+class Network(nn.Module):
     """A graph's parameters and how to run it. ``state_dict`` has exactly the names of ``graph.parameters``.
 
     Fresh weights: convolutions N(0, sqrt(2 / (kernel^2 * out))); gates are the identity (fc2 = 0, bias = 1,
     threshold = 0), so that a net and its gated copy give the same logits to the last bit.
     Departs: the reference starts gates at random, which makes the activations of a fresh net explode.
+
+    The parameters are all the module's own, under their whole names. Each such name has a dot, as no attribute of a
+    module has: whatever a file calls its nodes, they meet neither one another nor what torch or we keep in a module.
     """
 
     def __init__(self, graph: Graph, *, seed: int = 0) -> None:
@@ -97,8 +83,10 @@ class Network(_Scope):
         for node in graph.nodes:
             for name, shape in node.parameters(*graph.input_shapes(node)).items():
                 value = _fresh(node, name, shape, generator)
-                self.place(f"{node.name}.{name}", value, trained=name not in BUFFERS)
-        self._values: dict[str, Tensor] = {}
+                if name in BUFFERS:
+                    self._buffers[f"{node.name}.{name}"] = value
+                else:  # not register_parameter: it refuses dots
+                    self._parameters[f"{node.name}.{name}"] = nn.Parameter(value)
 
     def _collect(self) -> dict[str, Tensor]:
         return dict(self.named_parameters()) | dict(self.named_buffers())
@@ -109,14 +97,16 @@ class Network(_Scope):
 
     def load(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
         """Take over all parameters; names and shapes must be exactly the graph's, else CheckpointError."""
+        self.load_state_dict({name: torch.from_numpy(np.array(w, np.float32)) for name, w in weights.items()})
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take over all parameters and statistics; raises CheckpointError unless names and shapes are the graph's."""
         own = self._collect()
-        wrong = sorted(own.keys() ^ weights.keys())
-        wrong += [name for name in own.keys() & weights.keys() if tuple(weights[name].shape) != tuple(own[name].shape)]
+        wrong = sorted(own.keys() ^ state_dict.keys())
+        wrong += [name for name, value in own.items() if name in state_dict and state_dict[name].shape != value.shape]
         if wrong:
-            raise CheckpointError(f"weights do not fit the graph; missing, unknown or of another shape: {wrong[:8]}")
-        with torch.no_grad():
-            for name, value in own.items():
-                value.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))
+            raise CheckpointError(f"weights do not fit the graph; missing, unknown or of another shape: {some(wrong)}")
+        return super().load_state_dict(state_dict, strict=False, assign=assign)  # strict takes dots for submodules
 
     def forward(self, images: Tensor) -> Output:
         """Run a batch (B, C, H, W) of normalised images."""
@@ -150,16 +140,19 @@ class Network(_Scope):
     def _mean_of(self, name: str, values: Mapping[str, Tensor], pooled: dict[str, Tensor]) -> Tensor:
         """Mean over H and W of a value, from ``pooled`` if it is there.
 
-        A method, not a closure of ``forward``: one that calls itself would keep all values of a pass alive until the
-        garbage collector runs.
+        Pooling is linear: the mean of a gated map is the gate times the mean of the map.
         """
-        if name not in pooled:
+        gated: list[Node] = []
+        while name not in pooled:
             node = self.graph.by_name[name]
-            if isinstance(node, Multiply) and isinstance(self.graph.by_name[node.inputs[1]], Gate):
-                # Pooling is linear: the mean of a gated map is the gate times the mean of the map.
-                pooled[name] = self._mean_of(node.inputs[0], values, pooled) * values[node.inputs[1]]
-            else:
+            if not (isinstance(node, Multiply) and isinstance(self.graph.by_name[node.inputs[1]], Gate)):
                 pooled[name] = _mean(values[name])
+                break
+            gated.append(node)
+            name = node.inputs[0]
+        for node in reversed(gated):
+            pooled[node.name] = pooled[node.inputs[0]] * values[node.inputs[1]]
+            name = node.name
         return pooled[name]
 
     def _step(self, node: Node, own: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
@@ -220,7 +213,9 @@ class _SpatialMean(torch.autograd.Function):
 
 
 def _mean(x: Tensor) -> Tensor:
-    """Mean over H and W, in float32: (B, C, H, W) -> (B, C)."""
+    """Mean over H and W, in float32: (B, C, H, W) -> (B, C); a vector (B, C) is its own."""
+    if x.dim() == 2:
+        return x.float()
     mean: Tensor = _SpatialMean.apply(x)  # type: ignore[no-untyped-call]
     return mean
 
