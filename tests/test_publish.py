@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import manidp
+from manidp.bundle import pack
 from manidp.checkpoint import Checkpoint, load_checkpoint
 from manidp.errors import HubError
 from manidp.graph import resnet, with_gates
@@ -85,3 +86,50 @@ def test_percentiles_that_cannot_be_are_left_out(percentiles: object) -> None:
     figures = measured(replace(made(), provenance={"measured": {**MEASURED, "macs_percentiles": percentiles}}))
     assert figures is not None
     assert figures.percentiles == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["/", "a\0b", "\ud800", "x" * 5000, "a/" * 3000, "/dev/null", "/dev/null/x", ".", ".."]
+)
+def test_what_is_no_new_folder_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").touch()
+    checkpoint = made()
+    for write in (lambda: write_folder(checkpoint, name, "small"), lambda: pack(checkpoint, name, "small")):
+        with pytest.raises(
+            HubError, match=r"is no name of a new folder|a new folder or an empty one is needed"
+        ) as caught:
+            write()
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"mean_macs": float("nan")}, {"mean_macs": float("inf")}, {"mean_macs": -1.0}, {"correct": -1},
+        {"macs_percentiles": {"50": float("nan"), "1": 10**400, "9" * 5000: 1.0, "x": 1.0, "-1": 1.0, "2": -1}},
+        {"macs_percentiles": [1]}, {"total": 10**400}, {"correct": 10**400, "total": 10**400},
+        {"data": "\x1b[31m\n---\n# x:"},
+    ],
+)  # fmt: skip
+def test_figures_that_cannot_be_are_not_on_the_card(figures: dict[str, object], tmp_path: Path) -> None:
+    checkpoint = replace(made(), provenance={"measured": {**MEASURED, **figures}})
+    text = card(checkpoint, "small")
+    assert " nan" not in text and " inf" not in text and text.count("\n---") == 1 and "\x1b" not in text
+    found = measured(checkpoint)
+    if "macs_percentiles" in figures:
+        assert found is not None and not found.percentiles
+    elif "mean_macs" in figures or figures.get("correct") == -1:
+        assert found is None
+
+
+def test_what_a_checkpoint_says_makes_no_lines_of_the_card(tmp_path: Path) -> None:
+    """Provenance and class names are a stranger's: whatever they hold, the card has the lines it always has."""
+    said = "\ud800\x1b[31m\n---\n# heading:\n```\n\u202e"
+    classes = tuple(f"{said} {n}" for n in range(10))
+    plain = card(replace(made(), provenance={"data": {"images": "x"}}), "small")
+    text = card(replace(made(), provenance={"data": {said: said}, "recipe": {}}, classes=classes), "small")
+    assert len(text.splitlines()) == len(plain.splitlines()) and len(text) < 5000
+    write_folder(replace(made(), provenance={"data": {"x": "\u202e" * 10**6}}), tmp_path / "out", "\udcff")
+    assert len((tmp_path / "out" / "README.md").read_bytes()) < 20_000

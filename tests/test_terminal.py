@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -204,3 +205,44 @@ def test_a_title_of_a_bar_is_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
         terminal.steps(bars, "[/x]\x1b]0;title\x07")(1, 2)
         bars.refresh()
     assert "[/x]\\x1b]0;title\\x07" in stderr.text()
+
+
+LONG = {"rows": "|a|b|\n|-|-|\n" + "|1|2|\n" * 70_000, "brackets": "[" * 500_000, "headings": "# a\n" * 100_000}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_card_is_shown_in_part_and_says_so(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "cards" / "me" / "1.0"
+    place.mkdir(parents=True)
+    (place / "a.md").write_text(f"# a\n---\nmodel-name: a\n---\n{LONG[name]}")
+    arguments = ["hub", "show", "me/1.0/a", "--source", str(tmp_path / "cards")]
+    start = time.process_time()
+    assert run(arguments, monkeypatch, Stdout("utf-8", True)) == 0
+    assert time.process_time() - start < 5  # all of it takes half a minute
+    assert "more characters are not shown; all of them go into a file or pipe\n" in capsys.readouterr().err
+    stdout = Stdout("utf-8", False)
+    assert run(arguments, monkeypatch, stdout) == 0
+    assert stdout.text().endswith(LONG[name].strip("\n") + "\n") and not capsys.readouterr().err
+
+
+def test_a_long_list_of_cards_is_shown_in_part_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "cards" / "me" / "1.0"
+    place.mkdir(parents=True)
+    for stem in "abc":
+        (place / f"{stem}.md").write_text(
+            f"# a\n---\nmodel-name: {'x' * 10**6}\n{'junk' * 20}\n" + "junk\n" * 20 + "---\n"
+        )
+    monkeypatch.setattr(cli, "MOST_LISTED", 2)
+    stdout = Stdout("utf-8", False)
+    assert run(["hub", "list", "me/", "--source", str(tmp_path / "cards")], monkeypatch, stdout) == 0
+    assert stdout.text().count("me/1.0/") == 2 and stdout.text().count("x") == 2 * cli.MOST_IN_A_CELL
+    assert capsys.readouterr().err == "manidp: 1 more cards are not listed; give words to search for, or --json\n"
+    assert (
+        run(["hub", "show", "me/1.0/a", "--source", str(tmp_path / "cards")], monkeypatch, Stdout("utf-8", False)) == 0
+    )
+    err = capsys.readouterr().err
+    assert err.count("\n") == 11 and err.endswith("me/1.0/a: 11 more remarks; --json has all\n")

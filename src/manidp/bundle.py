@@ -19,7 +19,6 @@ import datetime
 import hashlib
 import json
 import re
-import secrets
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -30,9 +29,9 @@ from manidp.card import Asset, ModelCard, write_card
 from manidp.checkpoint import Checkpoint
 from manidp.ckpt import write_ckpt
 from manidp.conversion import to_ckpt, write_thresholds
-from manidp.errors import HubError
+from manidp.errors import HubError, quoted
 from manidp.graph import Gate, Graph
-from manidp.publish import measured, sections
+from manidp.publish import beside, measured, sections
 
 NETWORK = Path(__file__).parent / "mindspore" / "network.py"
 HOME = "https://example.com/manidp/manidp/tree/main"
@@ -64,9 +63,9 @@ def pack(checkpoint: Checkpoint, folder: str | Path, name: str, *, home: str = H
     stem = name.replace("-", "_")
     if not _NAME.fullmatch(name) or stem.endswith("cn"):
         raise HubError("a model's name is of small letters and digits, joined by '-' or '_', and does not end in 'cn'; "
-                       f"got {name!r}")  # fmt: skip
+                       f"got {quoted(name)}")  # fmt: skip
     folder = Path(folder)
-    temporary = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    temporary = beside(folder)
     try:
         if folder.is_dir():
             folder.rmdir()  # if it is empty
@@ -79,7 +78,7 @@ def pack(checkpoint: Checkpoint, folder: str | Path, name: str, *, home: str = H
             raise
     except OSError as error:
         reason = f"{error.strerror or error}; a new folder or an empty one is needed"
-        raise HubError(f"cannot write the bundle to '{folder}': {reason}") from error
+        raise HubError(f"cannot write the bundle to {quoted(str(folder))}: {reason}") from error
     return folder / f"{stem}.md"
 
 

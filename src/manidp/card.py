@@ -127,6 +127,8 @@ def render_card(card: ModelCard) -> str:
             lines += [f"    asset-sha256: {asset.sha256}", ""]
     lines += ["---", "", card.body]
     text = "\n".join(lines).rstrip("\n") + "\n"
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text
     faults = card_faults(text.encode(), f"the card '{card.title}'")
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""

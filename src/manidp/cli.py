@@ -426,6 +426,9 @@ Sources = Annotated[
 ]
 
 
+MOST_LISTED, MOST_IN_A_CELL = 2000, 200  # cards and characters: laying out a table takes long
+
+
 @hub_app.command("list")
 def hub_list(
     words: Annotated[list[str] | None, typer.Argument(help="Only cards that hold all these words.")] = None,
@@ -445,11 +448,13 @@ def hub_list(
     table = Table(box=SIMPLE)
     for heading in ("uid", "model", "data set", "MindSpore"):
         table.add_column(heading, overflow="fold")
-    for one in found:
+    for one in found[:MOST_LISTED]:
         fields = one.card.fields
         keys = ("model-name", "train-dataset", "mindspore-version")
-        table.add_row(str(one.uid), *(fields.get(key, "") for key in keys))
+        table.add_row(str(one.uid), *(fields.get(key, "")[:MOST_IN_A_CELL] for key in keys))
     show(table)
+    if len(found) > MOST_LISTED:
+        complain(f"{len(found) - MOST_LISTED:,} more cards are not listed; give words to search for, or --json")
 
 
 @hub_app.command("show")
@@ -474,8 +479,10 @@ def hub_show(
         weak = "" if asset.verifiable else " (weak: what comes cannot be verified)"
         facts.append(f"- **{asset.file_format}**: {asset.link} sha256 {asset.sha256}{weak}")
     show_markdown(f"# {card.title}\n\n" + "\n".join(facts) + f"\n\n{card.body}")
-    for remark in card.remarks:
+    for remark in card.remarks[:10]:
         complain(f"{listed.uid}, {remark}")
+    if len(card.remarks) > 10:
+        complain(f"{listed.uid}: {len(card.remarks) - 10:,} more remarks; --json has all")
 
 
 @hub_app.command("pull")

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from manidp.checkpoint import Found, checkpoint_path, load_checkpoint
-from manidp.errors import HubError
+from manidp.errors import HubError, quoted
 from manidp.files import sha256_of
 
 
@@ -26,5 +26,5 @@ def find_model(name: str | Path) -> Found:
     try:
         decision = hub.resolve(name)
     except HubError as error:
-        raise HubError(f"there is no file '{name}', and as the name of a card: {error}") from error
+        raise HubError(f"there is no file {quoted(name)}, and as the name of a card: {error}") from error
     return hub.load(decision)

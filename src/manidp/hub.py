@@ -31,7 +31,7 @@ from manidp.ckpt import read_ckpt, write_ckpt
 from manidp.conversion import from_ckpt, to_ckpt
 from manidp.download import Downloader, TransferError, is_offline, origins, target_of
 from manidp.errors import CardError, HubError, quoted
-from manidp.files import open_regular, replacing, sha256_of, sync_folder
+from manidp.files import open_regular, replacing, sha256_of, sweep, sync_folder
 from manidp.graph import resnet, with_gates
 from manidp.images import Preprocessing, Progress
 
@@ -214,7 +214,6 @@ class Website:
         parse_card(content, f"{uid} ({self.name})")  # a page that is no card is not kept as one
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(kept.parent, f".{kept.name}.*.tmp", older_than_s=3600)  # of killed processes
             with replacing(kept) as file:
                 file.write(content)
         except OSError as error:
@@ -246,11 +245,11 @@ def _inside(cache: Path, *names: str) -> Path:
     return path
 
 
-def _sweep(folder: Path, pattern: str, older_than_s: float) -> None:
-    """Delete what processes that were killed left behind; nobody else is at work on files so old."""
-    for path in folder.glob(pattern):
+def _forget(parts: Path) -> None:
+    """Delete the downloads that nobody has gone on with for long."""
+    for path in parts.iterdir():
         with contextlib.suppress(OSError):
-            if time.time() - path.lstat().st_mtime >= older_than_s:
+            if time.time() - path.lstat().st_mtime >= FORGOTTEN_S:
                 path.unlink()
 
 
@@ -489,7 +488,7 @@ class Hub:
             failed.append(f"{decision.beside} has another sha256")
         part = _inside(self.cache, "parts", digest)
         part.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(part.parent, "*", FORGOTTEN_S)
+        _forget(part.parent)
         down = set()
         for link in decision.links:
             host = target_of(link).origin
@@ -584,7 +583,7 @@ class Hub:
                     "bringing a large file, wait for it and try again; if it hangs, end it"
                 ) from error
         try:
-            _sweep(self.cache / "files", f".{sha256}.*.tmp", 0.0)
+            sweep(self.cache / "files" / sha256)
             yield
         finally:
             lock.release()

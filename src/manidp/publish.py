@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from manidp.checkpoint import Checkpoint, save_checkpoint
-from manidp.errors import HubError
+from manidp.errors import HubError, quoted
 from manidp.files import replacing
 from manidp.macs import ungated_macs
+from manidp.terminal import escaped
+
+_LONGEST_FACT = 2000  # characters
+_MOST_MACS = 1e18  # and neither NaN nor infinity
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,12 @@ def measured(checkpoint: Checkpoint) -> Measured | None:
     dense = ungated_macs(checkpoint.graph)
     match checkpoint.provenance.get("measured"):
         case {"data": str(data), "correct": int(correct), "total": int(total), "mean_macs": float(macs),
-              **more} if 0 <= correct <= total > 0 < dense:  # fmt: skip
+              **more} if 0 <= correct <= total > 0 < dense and 0 <= macs < _MOST_MACS:  # fmt: skip
             given = more.get("macs_percentiles")
             percentiles = {
                 int(q): float(value)
                 for q, value in (given.items() if isinstance(given, Mapping) else ())
-                if q.isdecimal() and isinstance(value, (int, float))
+                if re.fullmatch("[0-9]{1,3}", q) and isinstance(value, (int, float)) and 0 <= value < _MOST_MACS
             }
             return Measured(data, correct, total, macs, dense, dict(sorted(percentiles.items())))
     return None
@@ -63,19 +68,29 @@ def write_folder(checkpoint: Checkpoint, folder: str | Path, name: str) -> None:
     ``manidp.load(folder)`` reads it back. Raises HubError if it cannot be written.
     """
     folder = Path(folder)
-    temporary = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    temporary = beside(folder)
     try:
         temporary.mkdir(parents=True)
         try:
             save_checkpoint(checkpoint, temporary / "model.safetensors")
             with replacing(temporary / "README.md") as file:
-                file.write(card(checkpoint, name).encode())
+                file.write(card(checkpoint, name).encode("utf-8", "backslashreplace"))
             os.replace(temporary, folder)  # takes the place of an empty folder, of no other
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         reason = f"{error.strerror or error}; a new folder or an empty one is needed"
-        raise HubError(f"cannot write the model to '{folder}': {reason}") from error
+        raise HubError(f"cannot write the model to {quoted(str(folder))}: {reason}") from error
+
+
+def beside(folder: Path) -> Path:
+    """A name for what becomes ``folder`` once it is whole. Raises HubError if that is no name of a folder."""
+    try:
+        if b"\0" in os.fsencode(folder):
+            raise ValueError("it holds a NUL character")
+        return folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    except ValueError as error:
+        raise HubError(f"{quoted(str(folder))} is no name of a new folder: {error}") from error
 
 
 def card(checkpoint: Checkpoint, name: str) -> str:
@@ -97,7 +112,7 @@ def sections(checkpoint: Checkpoint, use: Iterable[str]) -> Iterator[str]:
     graph = checkpoint.graph
     height, width = checkpoint.preprocessing.size
     yield from ("## What it is", "")
-    yield f"An image classifier for {len(checkpoint.classes)} classes: {', '.join(checkpoint.classes)}."
+    yield f"An image classifier for {len(checkpoint.classes)} classes: {', '.join(map(_plain, checkpoint.classes))}."
     yield f"It reads {width} x {height} pixels, RGB; without gates an image takes {ungated_macs(graph):,}"
     yield "multiply-adds."
     if graph.gates:
@@ -130,7 +145,7 @@ def _figures(measured: Measured | None) -> Iterator[str]:
         return
     right = f"{measured.correct:,} of {measured.total:,} right ({measured.accuracy:.2%})"
     fewer = 1 - measured.macs / measured.dense
-    yield f"- {right} on {measured.data}: every image, last epoch,"
+    yield f"- {right} on {_plain(measured.data)}: every image, last epoch,"
     yield "  the thresholds in the file"
     yield f"- {measured.macs / 1e6:.3f} M multiply-adds an image on average ({fewer:.1%} fewer than without gates)"
     if measured.percentiles:
@@ -148,11 +163,13 @@ def _trained(provenance: Mapping[str, Any]) -> Iterator[str]:
             for one in value if isinstance(value, list) else [value]:
                 facts = one.items() if isinstance(one, Mapping) else [("", one)]
                 yield f"- {titles.get(key, key.replace('_', ' '))}: " + ", ".join(
-                    f"{name} {_plain(fact)}".strip() for name, fact in facts if fact is not None
+                    f"{_plain(name)} {_plain(fact)}".strip() for name, fact in facts if fact is not None
                 )
     if not known:
         yield "Not on record."
 
 
 def _plain(fact: object) -> str:
-    return fact if isinstance(fact, str) else json.dumps(fact)
+    """A fact on one line, which makes no line of the card's own and nothing that a terminal would obey."""
+    text = fact if isinstance(fact, str) else json.dumps(fact)
+    return escaped(" ".join(text[:_LONGEST_FACT].split()))

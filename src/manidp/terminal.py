@@ -26,6 +26,7 @@ _ESCAPED = frozenset(
 )  # controls, formats (such as bidi overrides), surrogates, line ends
 _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # formats, but several scripts are not written without them
 _LONGEST = 2000  # characters of one complaint
+_MOST_LAID_OUT = 12_000  # characters of Markdown, whose layout takes much longer than its length
 
 
 def escaped(text: str, keep: str = "") -> str:
@@ -72,15 +73,21 @@ def show(renderable: Any) -> None:
 
 
 def show_markdown(text: str) -> None:
-    """Print Markdown, laid out for a person; into a file or pipe, and where boxes cannot be shown, as it is written."""
+    """Print Markdown, laid out for a person; into a file or pipe, and where boxes cannot be shown, as it is written.
+
+    Of a very long text only the beginning is laid out, and a complaint says so.
+    """
     console = _console(file=_Page())
     if console.is_terminal and not console.options.ascii_only:
         from rich.markdown import Markdown
 
-        show(Markdown(text, hyperlinks=False))  # where a link leads is to be seen
+        show(Markdown(text[:_MOST_LAID_OUT], hyperlinks=False))  # where a link leads is to be seen
+        if len(text) > _MOST_LAID_OUT:
+            complain(
+                f"{len(text) - _MOST_LAID_OUT:,} more characters are not shown; all of them go into a file or pipe"
+            )
     else:
-        for line in text.splitlines():
-            say(line)
+        _write("".join(f"{escaped(line)}\n" for line in text.splitlines()))
 
 
 def progress() -> Progress:
