@@ -53,9 +53,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, a picture and a card; whatever can be named is named so that a terminal might obey."""
     root = tmp_path_factory.mktemp("hostile")
     model = random_checkpoint(with_gates(resnet(8, width=4)))
-    classes = tuple(f"{HOSTILE} {index}" for index in range(10))
-    classes = tuple(name.replace("\ud800", "") for name in classes)
-    save_checkpoint(replace(model, classes=classes, provenance={HOSTILE[:-30]: [HOSTILE]}), root / "m.safetensors")
+    said = HOSTILE.replace("\ud800", "")  # which no checkpoint may hold
+    classes = tuple(f"{said} {index}" for index in range(10))
+    save_checkpoint(replace(model, classes=classes, provenance={said[:-30]: [said]}), root / "m.safetensors")
     (root / "me" / "1.0").mkdir(parents=True)
     text = HOSTILE.encode("utf-8", "replace").decode().replace("\r\n", " ")
     card = f"# {text}\n---\nmodel-name: {text}\n---\n\n[{text}](https://x.org)\n\n```\n{text}\n```\n\n> {text}\n"
