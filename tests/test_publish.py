@@ -127,7 +127,7 @@ def test_figures_that_cannot_be_are_not_on_the_card(figures: dict[str, object], 
 def test_what_a_checkpoint_says_makes_no_lines_of_the_card(tmp_path: Path) -> None:
     """Provenance and class names are a stranger's: whatever they hold, the card has the lines it always has."""
     said = "\ud800\x1b[31m\n---\n# heading:\n```\n\u202e"
-    classes = tuple(f"{said} {n}" for n in range(10))
+    classes = tuple(f"{said[1:]} {n}" for n in range(10))  # half of a surrogate pair is refused
     plain = card(replace(made(), provenance={"data": {"images": "x"}}), "small")
     text = card(replace(made(), provenance={"data": {said: said}, "recipe": {}}, classes=classes), "small")
     assert len(text.splitlines()) == len(plain.splitlines()) and len(text) < 5000
