@@ -7,6 +7,7 @@ that write down which mutant they are at, so that a crash of the process is told
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import resource
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_cases import assert_same_result, close_calls, some_images
+from hostile import strangers
 from hostile.mutate import checkpoint_mutant, ckpt_mutant
 from manidp.checkpoint import Checkpoint, load_checkpoint
 from manidp.ckpt import read_ckpt
@@ -63,6 +65,7 @@ def try_ckpt(path: Path, runs: bool) -> str:
 KINDS: dict[str, tuple[Callable[[int], bytes], Callable[[Path, bool], str]]] = {
     "checkpoint": (checkpoint_mutant, try_checkpoint),
     "ckpt": (ckpt_mutant, try_ckpt),
+    **strangers.KINDS,
 }
 
 
@@ -114,6 +117,7 @@ def _peak() -> float:
 
 
 def _child(kind: str, first: int, count: int, note: str) -> None:
+    logging.disable(logging.WARNING)
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(first, first + count):
