@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import socket
 import socketserver
 import ssl
 import threading
@@ -126,3 +128,27 @@ def in_turn(*routes: Route) -> Route:
     """The first route for the first request, and so on; the last for all that follow."""
     left = list(routes)
     return lambda request: (left.pop(0) if len(left) > 1 else left[0])(request)
+
+
+@contextlib.contextmanager
+def trickling(content: bytes, every: float = 0.05) -> Iterator[int]:
+    """The port of a server that sends this byte by byte, and the last one again and again, whatever it is asked."""
+    done = threading.Event()
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            client, _ = listening.accept()
+            with client:
+                for byte in itertools.chain(content, itertools.repeat(content[-1])):
+                    client.sendall(bytes([byte]))
+                    if done.wait(every):
+                        return
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            done.set()
+            thread.join(3)

@@ -1,8 +1,6 @@
 """Bringing a file from servers that behave, and from servers that do not."""
 
-import contextlib
 import hashlib
-import itertools
 import os
 import re
 import socket
@@ -18,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopback import TLS, Loopback, Request, Route, in_turn, redirect, serving, status, whole
+from loopback import TLS, Loopback, Request, Route, in_turn, redirect, serving, status, trickling, whole
 from manidp.download import Downloader, TransferError, origins, target_of
 from manidp.errors import HubError
 from manidp.files import sha256_of
@@ -325,35 +323,11 @@ def _drip_rest(request: Request) -> None:
     "content", [b"\x16\x03\x03\x40\0" + bytes(999), b"HTTP/1.1 400 no\r\n", b"\x15\x03\x03\0\2\2\x28"]
 )
 def test_tls_that_goes_on_for_ever_is_ended(content: bytes, tmp_path: Path) -> None:
-    with _trickling(content) as port:
+    with trickling(content) as port:
         origin, start = f"https://127.0.0.1:{port}", time.monotonic()
         with pytest.raises(TransferError, match=r"stalled, 0 bytes|connection failed") as caught:
             Downloader(origins([origin]), patience=0.4, attempts=1).file(origin, tmp_path / "p", DIGEST, LIMIT)
     assert caught.value.kind == "unreachable" and time.monotonic() - start < 2
-
-
-@contextlib.contextmanager
-def _trickling(content: bytes, every: float = 0.05) -> Iterator[int]:
-    """The port of a server that sends this byte by byte, and the last one again and again, whatever it is asked."""
-    done = threading.Event()
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            client, _ = listening.accept()
-            with client:
-                for byte in itertools.chain(content, itertools.repeat(content[-1])):
-                    client.sendall(bytes([byte]))
-                    if done.wait(every):
-                        return
-
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        try:
-            yield listening.getsockname()[1]
-        finally:
-            done.set()
-            thread.join(3)
 
 
 def test_a_redirect_is_followed_only_to_hosts_on_the_list(server: Loopback, tmp_path: Path) -> None:
@@ -493,7 +467,7 @@ def test_what_a_proxy_does_wrong_is_not_said_of_the_server(tmp_path: Path, monke
         (b"\xff\r\n\r\n", "connection failed"),
         (b"H", "stalled, 0 bytes"),
     ):
-        with _trickling(content, every=0.001) as port:
+        with trickling(content, every=0.001) as port:
             told = failure(f"127.0.0.1:{port}")
         assert told.startswith(f"the proxy 127.0.0.1:{port} that https_proxy names: ") and re.search(said, told), told
 

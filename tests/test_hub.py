@@ -107,10 +107,16 @@ def test_names_and_addresses_of_cards(text: str, uid: Uid) -> None:
     assert parse_uid(text) == uid and parse_uid(str(uid)) == uid
 
 
+def test_names_that_begin_like_devices_are_names() -> None:
+    for text in ("con1/com/lpt", "nul_/1.0/aux-net", "a/1.0/com12"):
+        assert str(parse_uid(text)) == text
+
+
 BAD_NAMES = [
     "", "manidp-res20", "a/b", "a/b/c/d/e", "a//b/c", "/a/b/c", "a/b/c/", "../a/b", "a/../b", "a/b/..", "a/./b/c",
     "a/.b/c", "a/-b/c", "a/b./c", "a/b/c\n", " a/b/c", "a/b/c d", "a/b/ç", "a/b/c%2e", "a\\b\\c", "a/b/c:d", "a/b/c\0",
     f"a/b/{'c' * 101}", "https://h/a/b", f"{TREE}/../../../etc/a/b/c/d.md", f"{TREE}/a/b/c.md?x=y", "file:///a/b/c",
+    "a/b/nul", "CON/b/c", "a/com1.x/c", "a/b/Lpt9", "\ud800/b/c", "\x1b[31m/b/c", "a" * 70_000, "a/" * 3000,
 ]  # fmt: skip
 
 
@@ -341,9 +347,12 @@ def test_a_folder_of_too_many_cards_is_an_error(tmp_path: Path, monkeypatch: pyt
 
 
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for sources, hosts in (([tmp_path / "none"], []), (["http://example.com/cards"], []), ([], ["http://example.com"])):
+    for sources, hosts in (([tmp_path / "none"], []), (["http://example.com/cards"], []), (["https://["], [])):
         with pytest.raises(HubError):
             open_hub(sources, hosts=hosts)
+    for host in ("http://example.com", "[", "a b", "h:x", "\x1b"):
+        with pytest.raises(HubError, match="list of hosts"):
+            open_hub(hosts=[host])
     monkeypatch.setenv("MANIDP_HUB_HOSTS", "mirror.example, other.example:8443")
     allowed = open_hub().downloader.allowed
     assert allowed == {"https://download.mindspore.cn:443", "https://mirror.example:443", "https://other.example:8443"}
@@ -437,7 +446,8 @@ def test_a_decision_says_what_and_where_from_and_does_nothing(tmp_path: Path, se
     "link",
     ["http://[", "https://[", "//[", "https://h:x/f", "https://h:99999/f", "https://me:pw@h/f", "https://\xe9/f", "h", "://",
      "https://" + "a" * 64 + ".com/f", "https://h/a b", "https://h/\x1b[31m", "file:///etc/passwd",
-     "https://h/" + "x" * 9999, "https://h/..", "https://h/%00", "https://h/f\x00"],
+     "https://h/" + "x" * 9999, "https://h/..", "https://h/%00", "https://h/f\x00",
+     "https://h/" + "x" * 4000],
 )  # fmt: skip
 def test_a_link_that_is_no_address_is_said_in_one_line(tmp_path: Path, link: str) -> None:
     hub = hub_with(tmp_path, offline=True, a=card_text((link, DIGEST)))
@@ -446,7 +456,9 @@ def test_a_link_that_is_no_address_is_said_in_one_line(tmp_path: Path, link: str
         hub.fetch(decision)
     said = str(caught.value)
     assert said.isprintable() and len(said) < 800 and "If you have the file from elsewhere" in said
-    assert ("is not an address to download from" in said) != (link in ("https://h/..", "https://h/%00"))
+    assert ("is not an address to download from" in said) != (
+        link in ("https://h/..", "https://h/%00", "https://h/" + "x" * 4000)
+    )
     (tmp_path / "f").write_bytes(CONTENT)
     hub.add(tmp_path / "f")
     assert hub.fetch(hub.resolve("me/1.0/a")).read_bytes() == CONTENT  # what is there needs no address
@@ -459,6 +471,7 @@ def test_a_link_that_is_no_address_is_said_in_one_line(tmp_path: Path, link: str
         (card_text(("https://h/f", "")), "nothing of the sha256"),
         (card_text(("https://h/f", DIGEST), kind="mslite"), r"names no .ckpt file \(mslite\)"),
         (card_text(), "no files at all"),
+        (card_text(*[("https://h/f", DIGEST)] * 99, kind="x" * 9000), r"names no .ckpt file \((x{20}, ){8}x{20}\)$"),
     ],
 )
 def test_a_card_without_a_verifiable_ckpt_leads_nowhere(tmp_path: Path, text: str, said: str) -> None:
@@ -941,6 +954,10 @@ def test_a_model_at_hand_is_had_without_what_the_hub_needs() -> None:
         ("runs/mine", "there is no file 'runs/mine', and as the name of a card: .*is not the name of a card"),
         ("runs/mine/model", "there is no file 'runs/mine/model', and .*there is no card"),
         ("runs/mine.safetensors", "no such file"),
+        ("a/\0b", r"there is no file 'a/\\x00b'"),
+        ("a//b", "'a//b' is not the name of a card"),
+        ("a/\x1b[31m", r"'a/\\x1b\[31m' is not the name of a card"),
+        ("https://[/a/b", r"'https://\[/a/b' is not the name of a card"),
     ],
 )
 def test_a_model_that_is_not_there_is_an_error_that_says_where_was_looked(name: str, said: str) -> None:

@@ -103,6 +103,11 @@ def target_of(url: str) -> Target:
     return Target(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), path)
 
 
+def _short(url: str) -> str:
+    """A checked address as a message can hold it."""
+    return url if len(url) <= 200 else f"{url[:200]}..."
+
+
 def _is_host(name: str) -> bool:
     """Whether this is the name of a host, or an address of IPv4 or IPv6."""
     return re.fullmatch(r"(?=.{1,253}$)[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})*|[0-9a-f:.]{2,45}", name) is not None
@@ -115,9 +120,12 @@ def origins(hosts: Iterable[str]) -> frozenset[str]:
     """
     allowed = set()
     for entry in hosts:
-        target = target_of(entry if "://" in entry else f"https://{entry}")
+        try:
+            target = target_of(entry if "://" in entry else f"https://{entry}")
+        except TransferError as error:
+            raise HubError(f"the list of hosts: {error}") from error
         if target.path != "/":
-            raise HubError(f"{entry!r} in the list of hosts must be HOST or HOST:PORT, without a path")
+            raise HubError(f"{quoted(entry)} in the list of hosts must be HOST or HOST:PORT, without a path")
         allowed.add(target.origin)
     return frozenset(allowed)
 
@@ -157,7 +165,7 @@ class Downloader:
             return str(error)
         if target.origin not in self.allowed:
             known = ", ".join(sorted(self.allowed)) or "none"
-            return f"the host of {url} is not on the list of allowed hosts ({known})"
+            return f"the host of {_short(url)} is not on the list of allowed hosts ({known})"
         return None
 
     def text(self, url: str, limit: int) -> bytes:
@@ -168,14 +176,14 @@ class Downloader:
         def once() -> bytes:
             with self._response(url, 0, clock) as response:
                 if not response.goes_on_at(0):
-                    raise TransferError("passing", f"{url}: the server sends a part that nobody asked for")
+                    raise TransferError("passing", f"{_short(url)}: the server sends a part that nobody asked for")
                 _expect_ok(response, url)
                 clock.allow(limit)
                 content = bytearray()
                 for chunk in response.body():
                     content += chunk
                     if len(content) > limit:
-                        raise TransferError("wrong", f"{url}: more than {limit:,} bytes came")
+                        raise TransferError("wrong", f"{_short(url)}: more than {limit:,} bytes came")
                 response.expect_whole(len(content))
                 return bytes(content)
 
@@ -233,13 +241,13 @@ class Downloader:
             with self._response(url, offset, clock) as response:
                 if not response.goes_on_at(offset):
                     part.unlink(missing_ok=True)
-                    raise TransferError("passing", f"{url}: the server does not go on at byte {offset:,}")
+                    raise TransferError("passing", f"{_short(url)}: the server does not go on at byte {offset:,}")
                 _expect_ok(response, url)
                 if response.status == HTTPStatus.OK:
                     offset = 0  # the server sends all of it
                 total = None if response.length is None else offset + response.length
                 if (total or 0) > limit:
-                    raise TransferError("refused", f"{url}: {total:,} bytes; the limit is {limit:,}")
+                    raise TransferError("refused", f"{_short(url)}: {total:,} bytes; the limit is {limit:,}")
                 clock.allow(limit if total is None else total)
                 free = shutil.disk_usage(part.parent).free
                 if response.length is not None and response.length > free:
@@ -249,7 +257,7 @@ class Downloader:
                     for chunk in response.body():
                         done += len(chunk)
                         if done > limit:
-                            raise TransferError("wrong", f"{url}: more than {limit:,} bytes came")
+                            raise TransferError("wrong", f"{_short(url)}: more than {limit:,} bytes came")
                         file.write(chunk)
                         if progress is not None:
                             progress(done, total)
@@ -274,10 +282,11 @@ class Downloader:
             start = file.read(64)
         part.unlink()
         if resumed:  # what was there before may have been damaged, or the start of another version
-            raise TransferError("passing", f"{url}: the resumed file has the wrong digest")
+            raise TransferError("passing", f"{_short(url)}: the resumed file has the wrong digest")
         page = " (an HTML page)" if start.lstrip().lower().startswith((b"<!doctype", b"<html")) else ""
         raise TransferError(
-            "wrong", f"{url}: what came is not the file: sha256 {came} of {size:,} bytes{page}, expected {sha256}"
+            "wrong",
+            f"{_short(url)}: what came is not the file: sha256 {came} of {size:,} bytes{page}, expected {sha256}",
         )
 
     @contextlib.contextmanager
@@ -288,7 +297,7 @@ class Downloader:
             if refusal is not None:
                 raise TransferError("refused", refusal)
             if self.offline:
-                raise TransferError("refused", f"{url}: not asked, as MANIDP_OFFLINE=1")
+                raise TransferError("refused", f"{_short(url)}: not asked, as MANIDP_OFFLINE=1")
             target = target_of(url)
             with _Connection(target, self, clock) as connection:
                 response = connection.get(target.path, offset)
@@ -297,13 +306,13 @@ class Downloader:
                     return
                 location = response.headers.get("Location", "")
             if not location:
-                raise TransferError("wrong", f"{url}: a redirect to nowhere")
+                raise TransferError("wrong", f"{_short(url)}: a redirect to nowhere")
             try:
                 url = urllib.parse.urljoin(url, location)
             except ValueError as error:
-                said = f"{url}: a redirect to {quoted(location)}, which is no address: {error}"
+                said = f"{_short(url)}: a redirect to {quoted(location)}, which is no address: {error}"
                 raise TransferError("refused", said) from error
-        raise TransferError("wrong", f"{url}: more than {MAX_REDIRECTS} redirects")
+        raise TransferError("wrong", f"{_short(url)}: more than {MAX_REDIRECTS} redirects")
 
 
 def _own_file(path: str, flags: int) -> int:
@@ -348,9 +357,9 @@ def _expect_ok(response: _Response, url: str) -> None:
     status = response.status
     if status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
         if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise TransferError("wrong", f"{url}: came encoded though it was not asked to be")
+            raise TransferError("wrong", f"{_short(url)}: came encoded though it was not asked to be")
         return
-    said = f"{url}: the server says {status}" + (f" {quoted(response.reason)}" if response.reason else "")
+    said = f"{_short(url)}: the server says {status}" + (f" {quoted(response.reason)}" if response.reason else "")
     if status in _PASSING:
         after = response.headers.get("Retry-After", "")
         raise TransferError("passing", said, float(after) if re.fullmatch("[0-9]{1,9}", after) else 0.0)
@@ -388,7 +397,7 @@ class _Response:
     def expect_whole(self, received: int) -> None:
         if self.length is not None and received < self.length:
             url = f"{self._connection.target.origin}{self._connection.target.path}"
-            raise TransferError("passing", f"{url}: cut short, {received:,} of {self.length:,} bytes came")
+            raise TransferError("passing", f"{_short(url)}: cut short, {received:,} of {self.length:,} bytes came")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ MAX_CARDS = 20_000
 MAX_ARCHIVE_BYTES = 32 * 2**20
 FORGOTTEN_S = 30 * 86_400
 """A download that was broken off so long ago is not gone on with; it is deleted."""
-_PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,98}[A-Za-z0-9_-])?")
+_PART = re.compile(r"(?!(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$))[A-Za-z0-9_]([A-Za-z0-9_.-]{0,98}[A-Za-z0-9_-])?")
 _TREE = "mshub_res/assets/"  # where cards are in the hub's repository
 _DEVICES = {"ascend", "cpu", "gpu"}  # of the names with four parts
 _log = logging.getLogger(__name__)
@@ -64,10 +64,7 @@ class Uid:
     def __post_init__(self) -> None:
         parts = [self.publisher, self.version, self.stem, *([self.device] if self.device else [])]
         if not all(_PART.fullmatch(part) for part in parts):
-            raise HubError(
-                f"{quoted(str(self))} is not the name of a card: publisher/version/name or "
-                "publisher/device/version/name expected, such as noah-cvlab/gpu/1.1/manidp_v1.0_cifar10"
-            )
+            raise _no_name(str(self))
 
     def __str__(self) -> str:
         return "/".join(part for part in (self.publisher, self.device, self.version, self.stem) if part)
@@ -76,20 +73,30 @@ class Uid:
 def parse_uid(text: str) -> Uid:
     """A uid, or the address of its card on the hub (``https://.../mshub_res/assets/UID.md``).
 
-    Each part is of letters, digits, '_', '.' and '-', does not start with '.' or '-' nor end in '.', and has at most
-    100 of them. Raises HubError.
+    Each part is of letters, digits, '_', '.' and '-', does not start with '.' or '-' nor end in '.', has at most 100 of
+    them, and is no name of a device on Windows (such as nul). Raises HubError.
     """
     name = text
     if re.match("https?://", text):
         path = text.partition("://")[2].removesuffix(".md").split("/")[1:]
         tail = "/".join(path).partition(_TREE)[2]
         name = tail or "/".join(path[-4 if _DEVICES.intersection(path[-3:-2]) else -3 :])
-    match name.split("/"):
-        case [publisher, version, stem]:
-            return Uid(publisher, "", version, stem)
-        case [publisher, device, version, stem] if device:
-            return Uid(publisher, device, version, stem)
-    return Uid(name, "", "", "")  # which is none
+    try:
+        match name.split("/"):
+            case [publisher, version, stem]:
+                return Uid(publisher, "", version, stem)
+            case [publisher, device, version, stem] if device:
+                return Uid(publisher, device, version, stem)
+    except HubError:
+        pass
+    raise _no_name(text)
+
+
+def _no_name(text: str) -> HubError:
+    return HubError(
+        f"{quoted(text)} is not the name of a card: publisher/version/name or publisher/device/version/name expected, "
+        "such as noah-cvlab/gpu/1.1/manidp_v1.0_cifar10"
+    )
 
 
 # Where cards are ----------------------------------------------------------------------------------------------------
@@ -664,7 +671,7 @@ def _chosen(listed: Listed) -> Asset:
         weak = assets[0].sha256
         raise HubError(f"the card '{listed.uid}' gives {f'only {len(weak)} digits' if weak else 'nothing'} of the "
                        "sha256 of its .ckpt: what came could not be verified, so it is not brought")  # fmt: skip
-    formats = ", ".join(asset.file_format or "no format" for asset in listed.card.assets)
+    formats = ", ".join(asset.file_format[:20] or "no format" for asset in listed.card.assets[:9])
     raise HubError(f"the card '{listed.uid}' names no .ckpt file ({formats or 'no files at all'})")
 
 
