@@ -4,7 +4,10 @@ VENV := .venv
 MANIDP := $(VENV)/bin/manidp
 TRAIN := $(MANIDP) train --data cifar10 --resume
 
-.PHONY: help run test check data model cards table figure test-mindspore clean
+FIRST ?= 0
+MUTANTS ?= 20000
+
+.PHONY: help run test check fuzz data model cards table figure test-mindspore clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -75,6 +78,9 @@ $(VENV)/.dev: $(VENV)/.base
 	$(VENV)/bin/python -m pip install --quiet torch==2.13.0
 	$(VENV)/bin/python -m pip install --quiet --editable '.[torch,bench,dev]'
 	touch $@
+
+fuzz: $(VENV)/.dev  ## Try many more mutants of every kind of file than the tests do: FIRST=0 MUTANTS=20000
+	PYTHONPATH=tests nice $(VENV)/bin/python -m hostile.campaign $(FIRST) $(MUTANTS)
 
 test-mindspore: .venv-mindspore/.ready  ## The tests that need MindSpore, in its own environment (numpy < 2)
 	.venv-mindspore/bin/python -m pytest tests/with_mindspore

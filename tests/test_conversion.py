@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 
 from manidp.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manidp.ckpt import BFLOAT16, read_ckpt, write_ckpt
-from manidp.conversion import from_ckpt, read_thresholds, to_ckpt, write_thresholds
+from manidp.conversion import (
+    from_ckpt,
+    prefix_of,
+    read_thresholds,
+    resnet_of_ckpt,
+    to_ckpt,
+    write_thresholds,
+)
 from manidp.errors import CheckpointError, CkptError
 from manidp.graph import Graph, resnet, with_gates
 from manidp.images import CIFAR10_CLASSES, Preprocessing
@@ -69,6 +76,28 @@ def test_what_is_no_parameter_is_ignored_and_listed() -> None:
     back, ignored = from_ckpt({**more, **values}, thresholds, SMALL, MINDSPORE, CIFAR10_CLASSES)
     assert ignored == ("moments.conv_1_3x3.weight", "epoch_num")
     assert_same(back, checkpoint)
+
+
+@pytest.mark.parametrize("prefix", ["network.", "_backbone.", "train.network."])
+def test_a_prefix_of_all_names_is_left_off(prefix: str) -> None:
+    checkpoint = random_checkpoint(SMALL)
+    values, thresholds = to_ckpt(checkpoint)
+    named = {f"{prefix}{name}": value for name, value in values.items()}
+    more = {f"moments.{prefix}{name}": value + 1 for name, value in values.items()}
+    assert prefix_of({**more, **named}) == prefix and prefix_of(values) == prefix_of({}) == ""
+    assert resnet_of_ckpt({**more, **named}) == SMALL
+    back, ignored = from_ckpt({**more, **named}, thresholds, SMALL, MINDSPORE, CIFAR10_CLASSES)
+    assert ignored == tuple(more)
+    assert_same(back, checkpoint)
+    del named[f"{prefix}classifier.bias"]
+    with pytest.raises(CkptError, match=f"lacks 1 of the network's .* {prefix}classifier.bias"):
+        from_ckpt({**more, **named}, thresholds, SMALL, MINDSPORE, CIFAR10_CLASSES)
+
+
+def test_a_ckpt_of_endless_classes_is_refused_before_their_names_are_made() -> None:
+    values, _ = to_ckpt(random_checkpoint(SMALL))
+    with pytest.raises(CkptError, match=r"1,099,511,627,776 channels or features; .* MANIDP_MAX_CHANNELS"):
+        resnet_of_ckpt({**values, "classifier.weight": np.empty((2**40, 0), np.float32)})
 
 
 def test_other_precisions_are_widened_exactly() -> None:

@@ -372,7 +372,7 @@ def _is_ckpt(source: str) -> bool:
 def _read_ckpt(source: str, thresholds: Path | None) -> Any:
     from manidp.checkpoint import Found
     from manidp.ckpt import read_ckpt
-    from manidp.conversion import from_ckpt, read_thresholds, resnet_of_ckpt
+    from manidp.conversion import from_ckpt, prefix_of, read_thresholds, resnet_of_ckpt
     from manidp.files import sha256_of
     from manidp.images import CIFAR10_CLASSES, MINDSPORE_PREPROCESSING
 
@@ -387,6 +387,8 @@ def _read_ckpt(source: str, thresholds: Path | None) -> Any:
     sha256 = sha256_of(path)
     provenance = {"converted_from": {"name": path.name, "sha256": sha256}}
     checkpoint, ignored = from_ckpt(values, given, graph, MINDSPORE_PREPROCESSING, classes, provenance)
+    if prefix := prefix_of(values):
+        complain(f"{source}: the network's names begin with '{prefix}', which is left off")
     return Found(path.stem, path, sha256, checkpoint, ignored)
 
 

@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ from numpy.typing import NDArray
 
 from manidp.checkpoint import Checkpoint
 from manidp.ckpt import BFLOAT16, bfloat16_to_float32
-from manidp.errors import CkptError
+from manidp.errors import CkptError, GraphError, some
 from manidp.files import open_regular, replacing
 from manidp.graph import Gate, Graph, resnet, with_gates
 from manidp.images import Preprocessing
 
+STEM = "conv_1_3x3.weight"
 MAX_THRESHOLDS_BYTES = 2**20
 _NPY = re.compile(
     rb"\x93NUMPY(?:\x01\x00..|\x02\x00....)\{'descr': '([<>]f[248])', 'fortran_order': (?:False|True), "
@@ -38,8 +40,9 @@ def from_ckpt(
 ) -> tuple[Checkpoint, tuple[str, ...]]:
     """The checkpoint that a .ckpt's values and the thresholds of its gates make, and the names that were ignored.
 
-    Names and shapes must be the graph's. ``thresholds``: one for each gate, in the order of the gates; () for a graph
-    without gates. Values that are no parameters of the graph (an optimizer's state, an epoch count) are ignored.
+    Names and shapes must be the graph's, but for a prefix (``prefix_of``). ``thresholds``: one for each gate, in the
+    order of the gates; () for a graph without gates. Values that are no parameters of the graph (an optimizer's state,
+    an epoch count) are ignored.
     Raises CkptError for what is missing, of another shape or no floating-point numbers, CheckpointError for the rest.
     """
     given = np.asarray(thresholds, np.float32)
@@ -47,17 +50,32 @@ def from_ckpt(
         raise CkptError(f"the network has {len(graph.gates)} gates and needs a threshold for each; got {given.shape}")
     weights = {f"{gate.name}.threshold": np.asarray(value) for gate, value in zip(graph.gates, given, strict=True)}
     wanted = _without_thresholds(graph)
-    missing = [name for name in wanted if name not in values]
+    prefix = prefix_of(values, next(iter(wanted), ""))
+    named = {f"{prefix}{name}": name for name in wanted}  # the .ckpt's name -> the graph's
+    missing = [name for name in named if name not in values]
     if missing:
-        raise CkptError(f"the .ckpt lacks {len(missing)} of the network's {len(wanted)} values: {_some(missing)}; "
-                        f"it holds {_some(list(values))}")  # fmt: skip
-    for name, shape in wanted.items():
-        if values[name].shape != shape:
-            raise CkptError(f"'{name}' has the shape {values[name].shape}; the network asks for {shape}")
-        weights[name] = _float32(name, values[name])
-    ignored = tuple(name for name in values if name not in wanted)
+        raise CkptError(f"the .ckpt lacks {len(missing)} of the network's {len(wanted)} values: {some(missing)}; "
+                        f"it holds {some(values)}")  # fmt: skip
+    for full, name in named.items():
+        value, shape = values[full], wanted[name]
+        if value.shape != shape:
+            raise CkptError(f"'{full}' has the shape {brief(value.shape)}; the network asks for {shape}")
+        weights[name] = _float32(full, value)
+    ignored = tuple(name for name in values if name not in named)
     ordered = {name: weights[name] for name in graph.parameters}
     return Checkpoint(graph, ordered, preprocessing, classes, provenance or {}), ignored
+
+
+def prefix_of(values: Mapping[str, NDArray[Any]], name: str = STEM) -> str:
+    """What stands before the names of a network in a .ckpt, such as "network." if a training cell was saved, or "".
+
+    ``name`` is one of the network's, by default the first of the original's. Of several prefixes, the shortest: what
+    an optimizer keeps of each value has a longer one.
+    """
+    if name in values:
+        return ""
+    prefixes = [value.removesuffix(name) for value in values if value.endswith(f".{name}")]
+    return min(prefixes, key=len, default="")
 
 
 def resnet_of_ckpt(values: Mapping[str, NDArray[Any]]) -> Graph:
@@ -65,12 +83,16 @@ def resnet_of_ckpt(values: Mapping[str, NDArray[Any]]) -> Graph:
 
     Raises CkptError if they are not of a CIFAR ResNet with the original's names.
     """
-    stem, head = values.get("conv_1_3x3.weight"), values.get("classifier.weight")
-    blocks = sum(f"stage_1.{index}.conv_a.weight" in values for index in range(len(values)))
+    prefix = prefix_of(values)
+    stem, head = values.get(f"{prefix}{STEM}"), values.get(f"{prefix}classifier.weight")
+    blocks = sum(f"{prefix}stage_1.{index}.conv_a.weight" in values for index in range(len(values)))
     if stem is None or head is None or stem.ndim != 4 or head.ndim != 2 or not blocks or not head.shape[0]:
-        raise CkptError(f"the .ckpt is of no CIFAR ResNet with the original's names; it holds {_some(list(values))}")
-    graph = resnet(6 * blocks + 2, num_classes=head.shape[0], width=stem.shape[0])
-    return with_gates(graph) if any(".mb1." in name for name in values) else graph
+        raise CkptError(f"the .ckpt is of no CIFAR ResNet with the original's names; it holds {some(values)}")
+    try:
+        graph = resnet(6 * blocks + 2, num_classes=head.shape[0], width=stem.shape[0])
+        return with_gates(graph) if any(".mb1." in name for name in values) else graph
+    except GraphError as error:
+        raise CkptError(f"the .ckpt is of no network that can be: {error}") from error
 
 
 def to_ckpt(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float64]]:
@@ -134,7 +156,3 @@ def _float32(name: str, value: NDArray[Any]) -> NDArray[np.float32]:
         raise CkptError(f"'{name}' is of type {value.dtype}; the network's values are floating-point numbers")
     with np.errstate(over="ignore"):  # what becomes infinite the checkpoint refuses
         return value.astype(np.float32)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")

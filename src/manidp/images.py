@@ -35,6 +35,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from manidp.errors import ImageError
 from manidp.files import open_regular, replacing
+from manidp.limits import FLOAT32_MAX, FLOAT32_TINY
 
 Progress = Callable[[int, int | None], None]  # done and total (None while unknown), of bytes or of pictures
 
@@ -60,8 +61,11 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or len(self.size) != 2:
             raise ImageError(f"preprocessing needs three means, three stds and a size (H, W); got {self}")
-        if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and min(self.std) > 0):
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and min(self.std) >= FLOAT32_TINY):
             raise ImageError(f"preprocessing needs finite means and positive stds; got {self.mean} and {self.std}")
+        largest = max((1 + abs(mean)) / std for mean, std in zip(self.mean, self.std, strict=True))
+        if largest > FLOAT32_MAX:
+            raise ImageError(f"preprocessing would make pixels of up to {largest:.3g}, more than a float32 holds")
         if min(self.size) < 1:
             raise ImageError(f"preprocessing needs a positive size; got {self.size}")
 
