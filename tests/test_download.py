@@ -520,6 +520,19 @@ def test_nothing_is_written_or_read_through_a_link(server: Loopback, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outside", "p"]
 
 
+def test_a_link_that_comes_meanwhile_is_not_followed(server: Loopback, tmp_path: Path) -> None:
+    part, outside = tmp_path / "p", tmp_path / "outside"
+    outside.write_bytes(b"mine")
+
+    def route(request: Request) -> None:
+        part.symlink_to(outside)
+        whole(CONTENT)(request)
+
+    with pytest.raises(TransferError, match="cannot be written to"):
+        bring(server, route, part)
+    assert outside.read_bytes() == b"mine"
+
+
 def assert_left_alone(server: Loopback, part: Path) -> None:
     before = part.lstat()
     with pytest.raises(TransferError, match="cannot be gone on with: ") as caught:
