@@ -97,7 +97,7 @@ def run_program(program: Program, plan: Plan, images: Array) -> tuple[Result, Ar
     results = _between_sentinels(margin, count * program.result_size)
     constants[margin:-margin], workspace[margin:-margin] = plan.constants, 0
     images, state = np.ascontiguousarray(images), (ctypes.c_int64 * 2)()
-    addresses = [array[margin:].ctypes.data for array in (results, workspace, constants)]
+    addresses = [array[margin:].ctypes.data for array in (results, constants, workspace)]
     program.run(
         images.ctypes.data, images.dtype == np.uint8, addresses[0], ctypes.addressof(state), count, *addresses[1:]
     )

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from manidp.checkpoint import Found, checkpoint_path, load_checkpoint
-from manidp.errors import HubError, quoted
+from manidp.errors import CheckpointError, HubError, quoted
 from manidp.files import sha256_of
 
 
@@ -16,6 +16,9 @@ def find_model(name: str | Path) -> Found:
     A bundled name, a file, a folder that holds model.safetensors, or, where there is no such file, the name of a card
     on the hub. Raises CheckpointError, HubError, CardError or CkptError.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise CheckpointError(f"a model is called by a name or a path; got {name!r:.80}")
+    name = name if isinstance(name, str) else Path(name)
     if isinstance(name, Path) or "/" not in name or name.endswith(".safetensors") or os.path.exists(name):
         path = checkpoint_path(name)
         checkpoint = load_checkpoint(path)

@@ -270,7 +270,7 @@ class Generator:
     def _main(self) -> str:
         f = Function(
             "run",
-            "ptr %images, i64 %bytes, ptr %results, ptr %state, i64 %count, ptr %w, ptr %k",
+            "ptr %images, i64 %bytes, ptr %results, ptr %state, i64 %count, ptr %k, ptr %w",
             lanes=self.lanes,
             linkage="dso_local",
         )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
-import queue
+import operator
+import os
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, filterfalse, repeat, starmap
+from queue import SimpleQueue
+from typing import Any, Self
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -16,14 +21,15 @@ from numpy.typing import NDArray
 
 from manidp.checkpoint import Checkpoint
 from manidp.errors import ImageError, ManiDPError, UnsupportedError
-from manidp.images import load_picture
 from manidp.runtime.codegen import ISAS, Generator, Isa
+from manidp.runtime.inputs import Images, batch_of
 from manidp.runtime.ir import FLOAT, HALF
 from manidp.runtime.plan import Plan, make_plan
 from manidp.runtime.reference import Result
 
+MAX_THREADS = 1024
+MAX_WORKSPACES = 2**34  # bytes of all threads
 _ELEMENTS = {"float32": FLOAT, "float16": HALF}
-_LLVM = threading.Lock()  # parsing and compiling share one global context
 _RUN = ctypes.CFUNCTYPE(
     None,
     ctypes.c_void_p,  # images
@@ -31,13 +37,21 @@ _RUN = ctypes.CFUNCTYPE(
     ctypes.c_void_p,  # results: of each image logits and gates
     ctypes.c_void_p,  # state
     ctypes.c_int64,  # number of images
-    ctypes.c_void_p,  # workspace
     ctypes.c_void_p,  # constants
+    ctypes.c_void_p,  # workspace
 )
+# What llvmlite itself holds during every call into LLVM, whose parsing and compiling share one global context.
+_LLVM = getattr(llvm.ffi.lib, "_lock", None) or threading.RLock()
 
 
 class Program:
-    """A plan as machine code. ``run`` may be called from many threads at once, each with its own workspace."""
+    """A plan as machine code. ``run`` may be called from many threads at once, each with its own workspace.
+
+    ``run(images, are_bytes, results, state, count, constants, workspace)`` takes images until all ``count`` are done
+    and returns nothing; the other numbers are addresses. ``results`` are float32 (count, ``result_size``): logits, then
+    the gates one after the other. ``state`` are two int64: number of the next image, and 1 if a number was met that is
+    not finite.
+    """
 
     def __init__(self, plan: Plan, isa: Isa) -> None:
         generator = Generator(plan, isa)
@@ -45,17 +59,102 @@ class Program:
         self.workspace = generator.workspace
         self.result_size = plan.graph.num_classes + sum(gate.channels for gate in plan.graph.gates)
         self._code = _compile(generator.text, isa)
-        self._run = _RUN(self._code.get_function_address("run"))
+        self.run = _RUN(self._code.get_function_address("run"))
 
-    def run(
-        self, images: int, are_bytes: bool, results: int, state: int, count: int, work: int, constants: int
-    ) -> None:
-        """Take images until all ``count`` are done; the other numbers are addresses.
 
-        ``results`` are float32 (count, ``result_size``): logits, then the gates one after the other. ``state`` are two
-        int64: number of the next image, and 1 if a number was met that is not finite.
-        """
-        self._run(images, are_bytes, results, state, count, work, constants)
+class _Address(int):
+    """Where an array begins. Whatever holds the address keeps the array alive, and ``also``."""
+
+    def __new__(cls, array: NDArray[Any], also: object = None) -> Self:
+        address = super().__new__(cls, array.ctypes.data)
+        address.kept = array, also
+        return address
+
+    kept: tuple[NDArray[Any], object]
+
+
+class _Runner:
+    """A program with its memory and its helping threads; the engine and every run under way keep it alive.
+
+    An interrupt comes between two Python instructions, and there no thread ever holds a workspace: to take one, run in
+    it and give it back is one step of iterators written in C. Helpers take such steps only, so no interrupt meets them.
+    """
+
+    def __init__(self, program: Program, threads: int) -> None:
+        self.threads = threads
+        self.result_size = program.result_size
+        self.memory = 4 * (len(program.constants) + threads * program.workspace)
+        needed = f"{threads} threads of {4 * program.workspace:,} bytes each"
+        if 4 * threads * program.workspace > MAX_WORKSPACES:
+            raise ManiDPError(f"all threads together may have {MAX_WORKSPACES:,} bytes; {needed} are more")
+        try:
+            constants = _aligned(len(program.constants))
+            self._workspaces = [_Address(_aligned(program.workspace)) for _ in range(threads)]
+        except MemoryError as error:
+            raise ManiDPError(f"there is no memory for {needed}; ask for fewer") from error
+        constants[:] = program.constants
+        self._constants = _Address(constants, program)
+        self._run = program.run
+        self.begin()
+        _RUNNERS.add(self)
+
+    def begin(self) -> None:
+        """All workspaces are free and no helper is started: so it is at first, and in a child after a fork."""
+        self._free: SimpleQueue[int] = SimpleQueue()
+        for workspace in self._workspaces:
+            self._free.put(workspace)
+        self._jobs: SimpleQueue[Iterator[None] | None] = SimpleQueue()
+        self._to_start = iter([self._helper() for _ in range(self.threads - 1)])
+        weakref.finalize(self, deque, map(self._jobs.put, repeat(None, self.threads - 1)), 0).atexit = False
+
+    def _helper(self) -> tuple[Any, tuple[Any, ...]]:
+        """A thread's function and arguments: it moves on each job by a step, until it meets None."""
+        return deque, (map(next, iter(self._jobs.get, None), repeat(None)), 0)
+
+    def run(self, batch: NDArray[Any]) -> tuple[NDArray[np.float32], bool]:
+        """Results (B, ``result_size``) of at least one image, and whether all numbers met are finite."""
+        results = np.empty((len(batch), self.result_size), dtype=np.float32)
+        state = (ctypes.c_int64 * 2)()
+        hands = min(self.threads, len(batch))
+        turns = repeat((), hands)
+        done: SimpleQueue[None] = SimpleQueue()
+        run = partial(
+            self._run, _Address(batch), batch.dtype == np.uint8, _Address(results), state, len(batch), self._constants
+        )
+        used = filterfalse(run, starmap(self._free.get, turns))  # passes on what it was given, as run returns nothing
+        job = map(done.put, map(self._free.put, used))
+        if hands > 1:
+            self._start_helpers()
+            for _ in range(hands - 1):
+                self._jobs.put(job)
+        next(job)
+        for _ in range(hands - len(list(turns))):  # turns that nobody took are not waited for
+            done.get()
+        return results, not state[1]
+
+    def _start_helpers(self) -> None:
+        try:
+            deque(starmap(_thread.start_new_thread, self._to_start), 0)
+        except RuntimeError as error:
+            self._to_start = chain([self._helper()], self._to_start)
+            raise ManiDPError(f"{self.threads} threads cannot be had: {error}; ask for fewer") from error
+
+
+_RUNNERS: weakref.WeakSet[_Runner] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for runner in _RUNNERS:
+        runner.begin()
+    _LLVM.__exit__(None, None, None)
+
+
+if hasattr(os, "register_at_fork"):  # a child has one thread: what others held and did at the fork is lost in it
+    os.register_at_fork(
+        before=_LLVM.__enter__,
+        after_in_parent=partial(_LLVM.__exit__, None, None, None),
+        after_in_child=_after_fork_in_child,
+    )
 
 
 class Engine:
@@ -64,16 +163,19 @@ class Engine:
     ``precision``: "float32", or "float16" for maps and convolutions where the CPU has such arithmetic. ``threads``
     work on different images; ``isa`` forces one of ``available_isas(precision)``, by default the widest.
     Many threads may call ``run`` at once: at most ``threads`` images are computed at any time, and ``memory`` bytes
-    are all that the engine ever holds. Raises UnsupportedError for a node, precision or instruction set it cannot run.
+    are all that the engine ever holds. It goes on in forked children; a copy or a pickle is of checkpoint and options,
+    and is compiled anew. ``close``, or the end of a ``with`` block, gives memory and threads back.
+    Raises UnsupportedError for a node, precision or instruction set it cannot run, ManiDPError for other options.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, *, precision: str = "float32", threads: int = 1, isa: str | None = None
     ) -> None:
-        if threads < 1:
-            raise ManiDPError(f"an engine needs at least one thread; got {threads}")
-        self.checkpoint, self.graph, self.threads = checkpoint, checkpoint.graph, threads
+        if not isinstance(checkpoint, Checkpoint):
+            raise ManiDPError(f"an engine runs a Checkpoint; got {checkpoint!r:.80}; manidp.load takes names and paths")
+        self.checkpoint, self.graph, self.threads = checkpoint, checkpoint.graph, _threads(threads)
         self.precision, self.isa = precision, _choose(precision, isa)
+        self._again = partial(type(self), precision=precision, threads=self.threads, isa=isa)
         std = np.array(checkpoint.preprocessing.std, dtype=np.float64)
         mean = np.array(checkpoint.preprocessing.mean, dtype=np.float64)
         plan = make_plan(
@@ -84,60 +186,43 @@ class Engine:
             scale=1 / (255 * std),
             shift=-mean / std,
         )
-        self._program = Program(plan, self.isa)
-        constants, *workspaces = (
-            _aligned(size) for size in (len(plan.constants), *[self._program.workspace] * threads)
-        )
-        constants[:] = plan.constants
-        self._arrays = (constants, *workspaces)
-        self._constants = constants.ctypes.data
-        self._workspaces: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for workspace in workspaces:
-            self._workspaces.put(workspace.ctypes.data)
-        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="manidp") if threads > 1 else None
+        self._runner: _Runner | None = _Runner(Program(plan, self.isa), self.threads)
 
     @property
     def memory(self) -> int:
         """Bytes held for weights and for the workspaces of all threads; no run needs more but its own results."""
-        return sum(array.nbytes for array in self._arrays)
+        return 0 if self._runner is None else self._runner.memory
 
-    def run(self, images: NDArray[Any] | Sequence[str | Path]) -> Result:
+    def close(self) -> None:
+        """Give back memory and threads, at once or as soon as runs under way have ended; no other run is begun."""
+        self._runner = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[partial[Engine], tuple[Checkpoint]]:
+        return self._again, (self.checkpoint,)
+
+    def run(self, images: Images) -> Result:
         """Logits, gates, kept channels and multiply-adds of each image.
 
-        ``images``: uint8 (B, H, W, C), which are normalised as the checkpoint says, float (B, C, H, W), already
-        normalised, or paths of pictures. Raises ImageError for other shapes and for numbers that are not finite.
+        ``images``: uint8 (B, H, W, C), which are normalised as the checkpoint says, or float (B, C, H, W), already
+        normalised; arrays of NumPy or tensors of any framework. Or the path of a picture, or a PIL picture, fitted as
+        ``load_picture`` does. Or a list of such, with images of one kind: uint8 (H, W, C), paths and pictures, or
+        float (C, H, W). Raises ImageError for what is none of these and for numbers that are not finite.
         """
-        batch = self._batch(images)
-        count = len(batch)
-        results = np.empty((count, self._program.result_size), dtype=np.float32)
-        state = (ctypes.c_int64 * 2)()
-        arguments = (
-            batch.ctypes.data,
-            batch.dtype == np.uint8,
-            results.ctypes.data,
-            ctypes.addressof(state),
-            count,
-        )
-        if self._pool is None or count == 1:
-            self._work(arguments)
-        else:
-            alive = (batch, results, state)
-            helpers = [self._pool.submit(self._work, arguments, *alive) for _ in range(min(self.threads, count) - 1)]
-            self._work(arguments)
-            for helper in helpers:
-                helper.result()
+        runner = self._runner
+        if runner is None:
+            raise ManiDPError("this engine is closed; load the model anew")
+        batch = batch_of(images, self.graph.input.dims)
+        results, finite = runner.run(batch) if len(batch) else (np.empty((0, runner.result_size), np.float32), True)
         logits = results[:, : self.graph.num_classes]
-        if state[1]:
+        if not finite:
             self._complain(batch, logits)
         return Result(self.graph, logits, results[:, self.graph.num_classes :])
-
-    def _work(self, arguments: tuple[int, bool, int, int, int], *_alive: object) -> None:
-        """``_alive`` is what the addresses among the arguments point to: a helper must not outlive it."""
-        workspace = self._workspaces.get()
-        try:
-            self._program.run(*arguments, workspace, self._constants)
-        finally:
-            self._workspaces.put(workspace)
 
     def _complain(self, batch: NDArray[Any], logits: NDArray[np.float32]) -> None:
         bad = np.flatnonzero(~np.isfinite(batch).all(axis=(1, 2, 3)))
@@ -146,18 +231,15 @@ class Engine:
         bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
         raise ManiDPError(f"the logits of images {bad.tolist()} are not finite: their values overflow {self.precision}")
 
-    def _batch(self, images: NDArray[Any] | Sequence[str | Path]) -> NDArray[Any]:
-        channels, height, width = self.graph.input.dims
-        if not isinstance(images, np.ndarray):
-            images = np.stack([load_picture(Path(path), (height, width)) for path in images])
-        if images.dtype == np.uint8 and images.shape[1:] == (height, width, channels):
-            return np.ascontiguousarray(images)
-        if images.dtype.kind == "f" and images.shape[1:] == (channels, height, width):
-            return np.ascontiguousarray(images, dtype=np.float32)
-        raise ImageError(
-            f"images are uint8 (B, {height}, {width}, {channels}) or float (B, {channels}, {height}, {width}); "
-            f"got {images.dtype} {images.shape}"
-        )
+
+def _threads(threads: object) -> int:
+    try:
+        number = 0 if isinstance(threads, bool) else operator.index(threads)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if not 1 <= number <= MAX_THREADS:
+        raise ManiDPError(f"threads must be a whole number from 1 to {MAX_THREADS:,}; got {threads!r:.80}")
+    return number
 
 
 def available_isas(precision: str = "float32") -> tuple[str, ...]:
@@ -171,7 +253,7 @@ def emulating_isas(precision: str) -> tuple[str, ...]:
 
 
 def _runnable(precision: str) -> list[Isa]:
-    if precision not in _ELEMENTS:
+    if not isinstance(precision, str) or precision not in _ELEMENTS:
         raise UnsupportedError(f"precisions {' and '.join(map(repr, _ELEMENTS))} can be run; got {precision!r}")
     features = llvm.get_host_cpu_features()
     return [
@@ -183,8 +265,8 @@ def _runnable(precision: str) -> list[Isa]:
 
 def _choose(precision: str, name: str | None) -> Isa:
     available = available_isas(precision)
-    if name in available + emulating_isas(precision):
-        return ISAS[str(name)]
+    if isinstance(name, str) and name in available + emulating_isas(precision):
+        return ISAS[name]
     if name is None and available:
         return ISAS[available[0]]
     if not available:
