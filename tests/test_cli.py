@@ -315,6 +315,7 @@ def test_training_starts_from_a_name_on_the_hub(
     assert (tuned.provenance["from"], tuned.provenance["teacher"]) == (origin, [origin])
     weight = "stage_1.0.conv_a.weight"
     assert np.abs(tuned.weights[weight] - parent.checkpoint.weights[weight]).max() < 1e-3
+    arguments[3] = tmp_path / "another"
     code, _, err = run(capsys, "train", "--from", "mindspore/1.7/manidp_cifar10", *arguments)
     assert code == 2
     assert "manidp hub add" in err

@@ -34,7 +34,7 @@ from manidp.terminal import (
 
 if TYPE_CHECKING:
     from manidp.torch.job import Finished
-    from manidp.torch.train import EpochRecord
+    from manidp.torch.state import EpochRecord
 
 
 def _help_alone(context: typer.Context) -> None:
@@ -294,7 +294,7 @@ def train(
 ) -> None:
     """Train or fine-tune, dense or gated; resumable. The last epoch is kept, never a best one."""
     from manidp.torch.job import Finished, Job, run_job
-    from manidp.torch.train import EpochRecord
+    from manidp.torch.state import EpochRecord
 
     job = Job(
         data=data, out=out, recipe=recipe, settings=tuple(settings or ()), start=start, network=network, gates=gates,

@@ -202,3 +202,26 @@ def test_nothing_of_a_pass_outlives_its_output() -> None:
         assert gc.collect() == 0
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("channels", [3, 4, 12])
+def test_the_gradient_of_a_strided_projection_of_few_channels_is_right(channels: int) -> None:
+    """Some versions of oneDNN write beyond their memory here and end the process."""
+    graph = Graph(
+        (
+            Input(name="image", dims=(channels, 32, 32)),
+            Conv(name="a", inputs=("image",), channels=8, kernel=1, stride=2, padding=0),
+            GlobalPool(name="b", inputs=("a",)),
+            Linear(name="out", inputs=("b",), features=2),
+        ),
+        "out",
+    )
+    network, chance = Network(graph), torch.Generator().manual_seed(0)
+    images = torch.randn(8, channels, 32, 32, generator=chance)
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = images.clone(memory_format=layout).requires_grad_(True)
+        network(x).logits.square().sum().backward()
+        assert x.grad is not None
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from manidp.checkpoint import Checkpoint
 from manidp.errors import CheckpointError
 from manidp.graph import Gate, Graph, Linear
@@ -15,21 +17,25 @@ def network_from(checkpoint: Checkpoint) -> Network:
     return network.eval()
 
 
-def network_inheriting(graph: Graph, checkpoint: Checkpoint, *, seed: int = 0) -> Network:
+def network_inheriting(
+    graph: Graph, checkpoint: Checkpoint, *, classes: Sequence[str] | None = None, seed: int = 0
+) -> Network:
     """A network of another graph that starts from a checkpoint's weights.
 
     Fresh may be: the parameters of gates that the checkpoint lacks (they start as the identity) and of the classifier,
-    if its number of classes differs. All else must be there under the same name and in the same shape, and nothing of
-    the checkpoint may be left over: CheckpointError names what does not fit.
+    if it tells other ``classes`` (default: the checkpoint's) or another number of them. All else must be there under
+    the same name and in the same shape, and nothing of the checkpoint may be left over: CheckpointError names what does
+    not fit.
     """
     network = Network(graph, seed=seed)
     weights = network.weights()
     given = checkpoint.weights
+    same = graph.num_classes == len(checkpoint.classes) and tuple(classes or checkpoint.classes) == checkpoint.classes
     fresh = {
         f"{node.name}.{name}"
         for node in graph.nodes
         if (isinstance(node, Gate) and node.name not in checkpoint.graph.by_name)
-        or (isinstance(node, Linear) and node.name == graph.output and graph.num_classes != len(checkpoint.classes))
+        or (isinstance(node, Linear) and node.name == graph.output and not same)
         for name in node.parameters(*graph.input_shapes(node))
     }
     needed = weights.keys() - fresh

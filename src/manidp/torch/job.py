@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import os
 import platform
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from manidp.checkpoint import Checkpoint, Found, save_checkpoint
-from manidp.errors import TrainingError
+from manidp.errors import MissingExtraError, TrainingError
 from manidp.find import find_model
 from manidp.graph import Graph, resnet, with_classes, with_gates
 from manidp.images import (
@@ -28,10 +30,12 @@ from manidp.images import (
     load_folder,
 )
 from manidp.macs import ungated_macs
+from manidp.settings import brief
 from manidp.torch.convert import network_from, network_inheriting
 from manidp.torch.network import Network
-from manidp.torch.recipe import Recipe, checked_settings, parse_setting, read_recipe
-from manidp.torch.train import EpochRecord, Training, evaluate
+from manidp.torch.recipe import Recipe, parse_setting, read_recipe
+from manidp.torch.state import EpochRecord
+from manidp.torch.train import Training, check_folder, digest_of, evaluate, native_precision
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
@@ -58,48 +62,67 @@ class Job:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a job: the checkpoint's file, and the figures measured with it (None without a test set)."""
+    """The end of a job: the checkpoint's file, and the figures measured with it (None without a test set).
+
+    ``missed``: a line if the multiply-adds are more than 1 % beside the recipe's budget.
+    """
 
     file: Path
     measured: dict[str, Any] | None
+    missed: str | None = None
 
 
 def run_job(job: Job, progress: Progress | None = None) -> Iterator[str | EpochRecord | Finished]:
     """Do the job; yields messages worth reading, one record an epoch, and at last what was made.
 
-    Raises ManiDPError of a fitting kind before anything is written if the job cannot be done.
+    Raises ManiDPError of a fitting kind before anything is written if the job cannot be done. What goes wrong later,
+    a full disk for example, is one too, and the state of the last good epoch stays.
     """
-    if job.device not in ("cpu", "cuda") or (job.device == "cuda" and not torch.cuda.is_available()):
-        raise TrainingError(f"device must be cpu, or cuda where PyTorch finds a GPU; got {job.device}")
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
+    _check(job)
+    check_folder(job.out, job.resume)
+    settings = _settings(job)
     start = find_model(job.start) if job.start is not None else None
+    teachers = [find_model(name) for name in job.teachers]
     parent = start.checkpoint if start else None
     preprocessing = parent.preprocessing if parent else CIFAR10_PREPROCESSING
-    sets = _Sets(job, preprocessing)
+    sets = _Sets(job, preprocessing, start)
     yield from sets.messages
     graph = _graph(job, parent, sets.train)
-    recipe = _recipe(job, parent, graph)
-    network = network_inheriting(graph, parent, seed=recipe.seed) if parent else Network(graph, seed=recipe.seed)
-    teachers = [find_model(name) for name in job.teachers]
+    recipe = _recipe(settings, parent).resolved(graph)
     for teacher in teachers:
-        known = teacher.checkpoint.graph.num_classes
-        if known != graph.num_classes:
-            raise TrainingError(f"teacher {teacher.name} knows {known} classes; the data has {graph.num_classes}")
-    training = Training(
+        _check_teacher(teacher, graph, sets.train, preprocessing)
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    if parent:
+        network = network_inheriting(graph, parent, classes=sets.train.classes, seed=recipe.seed)
+    else:
+        network = Network(graph, seed=recipe.seed)
+    with Training(
         network, sets.train, preprocessing, recipe, job.out,
         teachers=[network_from(teacher.checkpoint) for teacher in teachers],
+        origin={"from": start and start.sha256, "teachers": [teacher.sha256 for teacher in teachers]},
         device=job.device, resume=job.resume, progress=progress,
-    )  # fmt: skip
-    writer = _tensorboard(job)
-    for record in training.epochs():
-        if writer is not None:
-            for name, value in asdict(record).items():
-                writer.add_scalar(name, value, record.epoch)
-        yield record
-    if writer is not None:
-        writer.close()
-    weights = training.finish()
+    ) as training:  # fmt: skip
+        if recipe.precision == "auto":
+            yield f"precision {training.recipe.precision}: {_why(training.recipe.precision, job.device)}"
+        with _events(job) as write:
+            for record in training.epochs():
+                write(record)
+                yield record
+        yield _finished(job, training, sets, start, teachers)
+
+
+def _why(precision: str, device: str) -> str:
+    if precision != native_precision(device):
+        return "that of the epochs already trained"
+    computes = "computes" if precision == "bfloat16" else "does not compute"
+    return f"{'the GPU' if device == 'cuda' else 'this processor'} {computes} bfloat16"
+
+
+def _finished(job: Job, training: Training, sets: _Sets, start: Found | None, teachers: list[Found]) -> Finished:
+    """Measure and save what was trained."""
+    graph, preprocessing = training.network.graph, sets.preprocessing
+    weights, missed = training.finish(), training.missed()
     measured = None
     if sets.test is not None:
         evaluation = evaluate(training.network, sets.test, preprocessing)
@@ -119,22 +142,36 @@ def run_job(job: Job, progress: Progress | None = None) -> Iterator[str | EpochR
             "manidp": version("manidp"), "torch": torch.__version__, "numpy": np.__version__,
             "python": platform.python_version(),
         },
-        "recipe": asdict(recipe),
+        "recipe": asdict(training.recipe),
         "from": _origin(start),
         "teacher": [_origin(teacher) for teacher in teachers] or None,
-        "data": {"name": sets.train_name, "images": len(sets.train), "sha256": _digest(sets.train)},
+        "data": {"name": sets.train_name, "images": len(sets.train), "sha256": digest_of(sets.train)},
         "training": {"device": job.device, "threads": torch.get_num_threads(), "epochs": len(training.records)},
         "measured": measured,
     }  # fmt: skip
     file = job.out / "model.safetensors"
     save_checkpoint(Checkpoint(graph, weights, preprocessing, sets.train.classes, provenance), file)
-    yield Finished(file, measured)
+    return Finished(file, measured, missed)
+
+
+def _check(job: Job) -> None:
+    """Refuse options that cannot be, before anything is read."""
+    if job.device not in ("cpu", "cuda") or (job.device == "cuda" and not torch.cuda.is_available()):
+        raise TrainingError(f"device must be cpu, or cuda where PyTorch finds a GPU; got {job.device}")
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if job.threads is not None and not 1 <= job.threads <= most:
+        raise TrainingError(f"threads must lie between 1 and {most} on this machine; got {job.threads}")
+    if job.holdout < 0:
+        raise TrainingError(f"holdout is a number of training images; got {job.holdout}")
+    if job.holdout and job.test is not None:
+        raise TrainingError("--test and --holdout both say what the final figures are of; give one of them")
 
 
 class _Sets:
     """Training and test images of a job, and what to call them."""
 
-    def __init__(self, job: Job, preprocessing: Preprocessing) -> None:
+    def __init__(self, job: Job, preprocessing: Preprocessing, start: Found | None) -> None:
+        self.preprocessing = preprocessing
         self.messages: list[str] = []
         self.test: ImageSet | None = None
         self.test_name = ""
@@ -142,27 +179,76 @@ class _Sets:
             self.train, self.test = load_cifar10(job.data)
             self.train_name, self.test_name = "CIFAR-10 training images", "CIFAR-10 test images"
         else:
-            self.train = self._folder(job.data, preprocessing, None)
+            self.train = self._folder(job.data, None)
             self.train_name = job.data.resolve().name
+        if start is not None:
+            self._meet(start)
         if job.test is not None:
-            self.test = self._folder(job.test, preprocessing, self.train.classes)
-            self.test_name = job.test.resolve().name
+            cifar10 = holds_cifar10(job.test)
+            test = load_cifar10(job.test)[1] if cifar10 else self._folder(job.test, self.train.classes)
+            self.test = test.relabelled(self.train.classes, "the training data")
+            self.test_name = "CIFAR-10 test images" if cifar10 else job.test.resolve().name
         if job.holdout:
-            if job.holdout >= len(self.train):
-                raise TrainingError(f"cannot hold out {job.holdout} of {len(self.train)} images")
-            order = np.random.default_rng(0).permutation(len(self.train))
-            self.test = _subset(self.train, np.sort(order[: job.holdout]))
-            self.train = _subset(self.train, np.sort(order[job.holdout :]))
+            self.train, self.test = split(self.train, job.holdout)
             self.test_name = f"{job.holdout} held-out {self.train_name}"
 
-    def _folder(self, folder: Path, preprocessing: Preprocessing, classes: tuple[str, ...] | None) -> ImageSet:
-        images, pictures = load_folder(folder, preprocessing.size, classes)
+    def _folder(self, folder: Path, classes: tuple[str, ...] | None) -> ImageSet:
+        images, pictures = load_folder(folder, self.preprocessing.size, classes)
         self.messages += [f"left out: {line}" for line in pictures.left_out]
         return images
 
+    def _meet(self, start: Found) -> None:
+        """The order of the start's classes where they are the data's, so that its classifier can stay."""
+        known = start.checkpoint.classes
+        if sorted(known) == sorted(self.train.classes):
+            self.train = self.train.relabelled(known, start.name)
+        else:
+            self.messages.append(f"the classifier starts anew: {start.name} knows other classes than the data")
 
-def _subset(images: ImageSet, chosen: np.ndarray[Any, Any]) -> ImageSet:
+
+def split(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
+    """All images but ``count``, and these: of each class in proportion, drawn at random but always the same ones.
+
+    Every class keeps one image or more; raises TrainingError if that cannot be.
+    """
+    chance = np.random.default_rng(0)
+    of_class = [chance.permutation(np.flatnonzero(images.labels == label)) for label in range(len(images.classes))]
+    sizes = np.array([len(places) for places in of_class])
+    spare = np.maximum(sizes - 1, 0)
+    if count > spare.sum():
+        raise TrainingError(
+            f"cannot hold out {count} of {len(images)} images: at least one of each of the {len(of_class)} classes "
+            f"stays for training; at most {spare.sum()} can be held out"
+        )
+    exact = count * sizes / len(images)
+    shares = np.minimum(exact.astype(int), spare)
+    while (missing := count - shares.sum()) > 0:  # one more for each class that is furthest below its part
+        open_ = np.flatnonzero(shares < spare)
+        shares[open_[np.argsort(shares[open_] - exact[open_], kind="stable")[:missing]]] += 1
+    held = np.sort(np.concatenate([places[:share] for places, share in zip(of_class, shares, strict=True)]))
+    stay = np.setdiff1d(np.arange(len(images)), held)
+    return _subset(images, stay), _subset(images, held)
+
+
+def _subset(images: ImageSet, chosen: NDArray[np.int64]) -> ImageSet:
     return ImageSet(images.images[chosen], images.labels[chosen], images.classes)
+
+
+def _check_teacher(teacher: Found, graph: Graph, data: ImageSet, preprocessing: Preprocessing) -> None:
+    """A teacher sees the images that the network sees, and speaks of the same classes."""
+    model = teacher.checkpoint
+    if model.classes != data.classes:
+        raise TrainingError(
+            f"teacher {teacher.name} must know the data's classes, in this order: {brief(list(data.classes))}; "
+            f"it knows {brief(list(model.classes))}"
+        )
+    if model.graph.input.dims != graph.input.dims or not np.allclose(
+        (model.preprocessing.mean, model.preprocessing.std), (preprocessing.mean, preprocessing.std), atol=0.01
+    ):
+        raise TrainingError(
+            f"teacher {teacher.name} must read images as the network does, by {preprocessing}; "
+            f"it reads them by {model.preprocessing}"
+        )
 
 
 def _graph(job: Job, parent: Checkpoint | None, data: ImageSet) -> Graph:
@@ -179,34 +265,50 @@ def _graph(job: Job, parent: Checkpoint | None, data: ImageSet) -> Graph:
     return with_gates(graph) if job.gates and not graph.gates else graph
 
 
-def _recipe(job: Job, parent: Checkpoint | None, graph: Graph) -> Recipe:
-    """Defaults, the parent's target if it was gated already, the file, the single settings: later ones win."""
-    inherited: dict[str, Any] = {}
+def _settings(job: Job) -> dict[str, Any]:
+    """The file's settings, then the single ones: later ones win."""
     given = read_recipe(job.recipe) if job.recipe else {}
     for text in job.settings:
-        given |= checked_settings(parse_setting(text), "--set")
-    if parent is not None and parent.graph.gates and not {"keep_rate", "macs_budget"} & given.keys():
+        given |= parse_setting(text)
+    return given
+
+
+def _recipe(settings: dict[str, Any], parent: Checkpoint | None) -> Recipe:
+    """Defaults, the parent's target if it was gated already and none is given, the settings."""
+    inherited: dict[str, Any] = {}
+    if parent is not None and parent.graph.gates and not {"keep_rate", "macs_budget"} & settings.keys():
         before = parent.provenance.get("recipe")
         if isinstance(before, dict):
             inherited = {name: before.get(name) for name in ("keep_rate", "macs_budget")} | {"reach": 0.0}
-    recipe = replace(Recipe(), **inherited | given)
-    recipe.check(graph)
-    return recipe
+    return Recipe(**inherited | settings)
 
 
 def _origin(model: Found | None) -> dict[str, str] | None:
     return {"name": model.name, "sha256": model.sha256} if model else None
 
 
-def _digest(images: ImageSet) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(images.images).data)
-    digest.update(images.labels.astype("<i8").tobytes())
-    return digest.hexdigest()
-
-
-def _tensorboard(job: Job) -> Any:
+@contextlib.contextmanager
+def _events(job: Job) -> Iterator[Callable[[EpochRecord], None]]:
+    """What writes a record as TensorBoard events, or nothing."""
     if not job.tensorboard:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
+        yield lambda record: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError("--tensorboard needs TensorBoard: pip install 'manidp[torch]'") from error
+    writer = SummaryWriter(str(job.out))
 
-    return SummaryWriter(str(job.out))
+    def write(record: EpochRecord) -> None:
+        try:
+            for name, value in asdict(record).items():
+                writer.add_scalar(name, value, record.epoch)
+            writer.flush()
+        except OSError as error:
+            raise TrainingError(f"{job.out}: TensorBoard's events cannot be written: {error.strerror}") from error
+
+    try:
+        yield write
+    finally:
+        with contextlib.suppress(OSError):
+            writer.close()

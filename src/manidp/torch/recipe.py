@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from manidp.errors import TrainingError
 from manidp.files import open_regular
 from manidp.graph import Graph
+from manidp.macs import macs_per_image, ungated_macs
+from manidp.settings import brief, check_settings
+
+MAX_BYTES = 2**20  # of a recipe file
+_PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How to train. Rates are per step, weights per loss term; defaults are those of a plain dense training.
 
-    ``keep_rate`` (share of channels, 0..1) or ``macs_budget`` (mean multiply-adds an image) is the target of gated
-    training, reached at ``reach`` x ``epochs`` and held from there on; a graph with gates needs exactly one of them.
+    ``keep_rate`` or ``macs_budget`` is the target of gated training, reached at ``reach`` x ``epochs`` and held from
+    there on; a graph with gates needs exactly one of them. ``macs_budget`` is the mean number of multiply-adds that an
+    image may take, gates included: 18.6e6, "18.6M" (also k and G), or "54%" of what the network takes without its
+    gates. ``keep_rate`` is a share of channels, 0.6 or "60%": each gate's threshold is set by the paper's rule for it.
     ``ema`` averages weights and statistics over steps (0: off). ``distillation`` is the share of the loss that
     follows the teachers. ``augment`` flips and crops at random; what a crop takes from beyond the border is black
     (``padding_mode`` "constant") or the image mirrored there ("reflect"). The gates' learning rate is the network's;
-    weight decay spares them. ``compiled`` runs network and teachers through torch.compile: about 1.4 times the images a
-    second on a CPU, but it needs a C++ compiler.
+    weight decay spares them. ``precision`` "auto" is bfloat16 where the processor computes it and float32 elsewhere,
+    decided when a run begins. ``compiled`` runs network and teachers through torch.compile: about 1.4 times the images
+    a second on a CPU, but it needs a C++ compiler.
     """
 
     epochs: int = 100
@@ -35,71 +46,80 @@ class Recipe:
     ema: float = 0.0
     distillation: float = 0.0
     temperature: float = 4.0
-    keep_rate: float | None = None
-    macs_budget: float | None = None
+    keep_rate: float | str | None = None
+    macs_budget: float | str | None = None
     reach: float = 0.65
     lambda_sparsity: float = 5e-3
     lambda_similarity: float = 1.0
     augment: bool = True
     padding_mode: Literal["constant", "reflect"] = "constant"
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
     compiled: bool = False
     seed: int = 0
 
-    def check(self, graph: Graph) -> None:
-        """Raises TrainingError for a recipe that cannot be followed with this graph."""
-        limits = {
-            "epochs": (1, 1e6), "batch_size": (1, 1e6), "learning_rate": (0, 1e3), "warmup_epochs": (0, 1e6),
-            "momentum": (0, 1), "weight_decay": (0, 1e3), "label_smoothing": (0, 1), "ema": (0, 1),
-            "distillation": (0, 1), "temperature": (1e-3, 1e3), "reach": (0, 1), "lambda_sparsity": (0, 1e6),
-            "lambda_similarity": (0, 1e6), "keep_rate": (0, 1), "macs_budget": (1, 1e15),
-        }  # fmt: skip
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise TrainingError(f"recipe: {name} must lie between {low} and {high:g}; got {value}")
-        choices = {"padding_mode": ("constant", "reflect"), "precision": ("bfloat16", "float32")}
-        for name, allowed in choices.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise TrainingError(f"recipe: {name} must be {' or '.join(allowed)}; got {value!r}")
-        targets = sum(target is not None for target in (self.keep_rate, self.macs_budget))
-        if graph.gates and targets != 1:
+    def resolved(self, graph: Graph) -> Recipe:
+        """The same recipe, its target a number. Raises TrainingError if it cannot be followed with this graph."""
+        if graph.gates and (self.keep_rate is None) == (self.macs_budget is None):
             raise TrainingError("recipe: a network with gates needs a target, keep_rate or macs_budget, not both")
-        if not graph.gates and targets:
+        if not graph.gates and not self.keep_rate is self.macs_budget is None:
             raise TrainingError("recipe: keep_rate and macs_budget are for a network with gates; this one has none")
+        recipe = self
+        if isinstance(self.keep_rate, str):
+            recipe = replace(recipe, keep_rate=_number("keep_rate", self.keep_rate, {"": 1.0, "%": 0.01}))
+        if isinstance(self.macs_budget, str):
+            units = _PREFIXES | {"%": ungated_macs(graph) / 100}
+            recipe = replace(recipe, macs_budget=_number("macs_budget", self.macs_budget, units))
+        check_settings(vars(recipe), Recipe, "recipe")
+        if recipe.macs_budget is not None:
+            _check_budget(graph, float(recipe.macs_budget))
+        return recipe
+
+
+def _check_budget(graph: Graph, budget: float) -> None:
+    kept = {gate.name: np.repeat([[False], [True]], gate.channels, axis=1) for gate in graph.gates}
+    least, most = macs_per_image(graph, kept).tolist()
+    if not least <= budget <= most:
+        dense = ungated_macs(graph)
+        raise TrainingError(
+            f"recipe: macs_budget is in multiply-adds an image, and this network can take {least / 1e6:.4g}M (all "
+            f"gates closed) to {most / 1e6:.4g}M (all open; {dense / 1e6:.4g}M without gates); got {budget:g}; "
+            f"write for example macs_budget={(least + most) / 2e6:.3g}M or macs_budget=60%"
+        )
+
+
+def _number(name: str, text: str, units: dict[str, float]) -> float:
+    """ "18.6M" -> 18.6e6."""
+    found = re.fullmatch(r"\s*([0-9]{0,20}\.?[0-9]{1,20}(?:[eE][+-]?[0-9]{1,2})?)\s*([kMG%]?)\s*", text)
+    if found is None or found[2] not in units:
+        known = ", ".join(unit for unit in units if unit)
+        raise TrainingError(f"recipe: {name} must be a number, perhaps followed by {known}; got {brief(text)}")
+    return float(found[1]) * units[found[2]]
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """A recipe file's settings: any of the fields of Recipe, by name. Raises TrainingError for anything else in it."""
     try:
         with open_regular(path) as file:
-            settings = tomllib.load(file)
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise TrainingError(f"{path}: not a recipe: more than {MAX_BYTES:,} bytes")
+        settings = tomllib.loads(content.decode())
     except OSError as error:
-        raise TrainingError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
         raise TrainingError(f"{path}: not TOML: {error}") from error
-    return checked_settings(settings, str(path))
+    check_settings(settings, Recipe, str(path))
+    return settings
 
 
 def parse_setting(text: str) -> dict[str, Any]:
-    """ "epochs=20" -> {"epochs": 20}; the value is read as TOML, or else is a string."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.strip().isidentifier():
-        raise TrainingError(f"a setting is NAME=VALUE, for example epochs=20; got {text!r}")
+    """ "epochs=20" -> {"epochs": 20}; the value is read as TOML, or else is a string. Raises TrainingError."""
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not name.isidentifier():
+        raise TrainingError(f"a setting is NAME=VALUE, for example epochs=20; got {brief(text)}")
     try:
-        return tomllib.loads(f"{name} = {value}")
-    except tomllib.TOMLDecodeError:
-        return {name.strip(): value.strip()}
-
-
-def checked_settings(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """The same settings if every name and type is a field of Recipe, else TrainingError."""
-    kinds = {"int": (int,), "float": (int, float), "float | None": (int, float), "bool": (bool,)}
-    known = {field.name: kinds.get(str(field.type), (str,)) for field in fields(Recipe)}
-    for name, value in settings.items():
-        if name not in known:
-            raise TrainingError(f"{where}: unknown setting {name!r}; known are {', '.join(known)}")
-        if not isinstance(value, known[name]) or (isinstance(value, bool) and bool not in known[name]):
-            expected = " or ".join(kind.__name__ for kind in known[name])
-            raise TrainingError(f"{where}: {name} must be {expected}; got {value!r}")
-    return settings
+        setting = {name: tomllib.loads(f"value = {value}")["value"]}
+    except (ValueError, RecursionError):
+        setting = {name: value}
+    check_settings(setting, Recipe, "--set")
+    return setting

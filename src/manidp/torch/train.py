@@ -6,25 +6,30 @@ The data set is one tensor, augmentation is a few indexed reads for the whole ba
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 
 from manidp.errors import TrainingError
-from manidp.files import replacing
+from manidp.files import replacing, sweep
+from manidp.graph import Graph
 from manidp.images import ImageSet, Preprocessing, Progress
 from manidp.macs import macs_per_image
+from manidp.settings import brief
 from manidp.torch.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
 from manidp.torch.network import Network, Output
 from manidp.torch.recipe import Recipe
@@ -35,25 +40,12 @@ from manidp.torch.schedule import (
     rate_for_budget,
     thresholds_for_rate,
 )
+from manidp.torch.state import EpochRecord, State, not_finite, read_state, read_tensors, write_state
 
 SAMPLE = 10_000  # images whose saliencies set the thresholds: the last ones of an epoch, so that they are not stale
 FOLLOW = 20  # steps after which the thresholds follow the saliencies, where a budget is to be met
+STATE = "state.safetensors"
 PADDING = 4  # pixels around an image for the random crop
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochRecord:
-    """What one epoch did. Losses are means over its images, in nats; macs is the mean over its last images."""
-
-    epoch: int
-    learning_rate: float
-    loss: float
-    cross_entropy: float
-    accuracy: float
-    sparsity: float = 0.0
-    similarity: float = 0.0
-    macs: float = 0.0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,9 +66,12 @@ class Training:
     """One training run in a folder; iterate over ``epochs()``, then ``finish()`` gives the network's weights.
 
     network: as made from the graph and perhaps loaded with weights. folder: holds ``state.safetensors`` (to resume
-    from) and ``log.jsonl`` (a record a line). teachers: run without gradient on the same crops; the network follows the
-    mean of their logits. progress: called with steps done and steps in all.
-    Raises TrainingError if the folder holds another run's state and ``resume`` is set, or any and it is not.
+    from) and ``log.jsonl`` (a record a line); one process at a time has it, until ``close()`` or the end of a ``with``.
+    teachers: run without gradient on the same crops; the network follows the mean of their logits. origin: JSON data
+    that tells where network and teachers come from, e.g. their files' digests; a run goes on only from the same graph,
+    recipe, data, classes, preprocessing and origin. progress: called with steps done and steps in all.
+    Raises TrainingError if the folder holds another run's state and ``resume`` is set, or any and it is not, if another
+    process has it, or if it cannot be used.
     """
 
     def __init__(
@@ -88,37 +83,81 @@ class Training:
         folder: Path,
         *,
         teachers: Sequence[Network] = (),
+        origin: Mapping[str, Any] | None = None,
         device: str = "cpu",
         resume: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        recipe.check(network.graph)
-        if len(data) < 2:
-            raise TrainingError(f"training needs at least two images; got {len(data)}")
+        recipe = recipe.resolved(network.graph)
+        _check_data(network.graph, data, preprocessing)
         if (recipe.distillation > 0) != bool(teachers):
             raise TrainingError("distillation needs a teacher checkpoint and a weight above 0; only one was given")
-        self.recipe, self.folder, self.device, self.progress = recipe, folder, device, progress
-        self.network = _placed(network, device)
-        self.forward = _callable(network, recipe)
-        self.teachers = [_callable(_placed(teacher, device).eval(), recipe) for teacher in teachers]
-        self.images = _Batches(data, preprocessing, recipe, device)
-        self.optimizer = torch.optim.SGD(
-            _groups(network, recipe), lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True
-        )
-        self.average = {name: value.clone() for name, value in network.state_dict().items()} if recipe.ema else {}
-        self.records: list[EpochRecord] = []
-        self.rate: float | None = None  # the keep rate that the budget asks for, found after each epoch
-        self.mean_cross_entropy = 0.0  # unknown before the first epoch: no image pays then
-        self.run = {"graph": network.graph.to_json(), "recipe": asdict(recipe), "images": len(data)}
-        self._start(resume)
+        self.folder, self.device, self.progress = folder, device, progress
+        self.lock = hold(folder)
+        try:
+            state = self._earlier(resume)
+            if recipe.precision == "auto":  # decided once: another processor goes on in the precision of the first
+                recorded = state.run.get("recipe") if state else None
+                chosen = recorded.get("precision") if isinstance(recorded, dict) else None
+                precision = chosen if chosen in ("bfloat16", "float32") else native_precision(device)
+                recipe = replace(recipe, precision=precision)
+            self.recipe = recipe
+            self.keep_rate = None if recipe.keep_rate is None else float(recipe.keep_rate)
+            self.budget = None if recipe.macs_budget is None else float(recipe.macs_budget)
+            self.network = _placed(network, device)
+            self.forward = _callable(network, recipe)
+            self.teachers = [_callable(_placed(teacher, device).eval(), recipe) for teacher in teachers]
+            self.images = _Batches(data, preprocessing, recipe, device)
+            self.optimizer = torch.optim.SGD(
+                _groups(network, recipe), lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True
+            )
+            self.average = {name: value.clone() for name, value in network.state_dict().items()} if recipe.ema else {}
+            self.records: list[EpochRecord] = []
+            self.rate: float | None = None  # the keep rate that the budget asks for, found after each epoch
+            self.mean_cross_entropy = 0.0  # unknown before the first epoch: no image pays then
+            self.run = {
+                "graph": network.graph.to_json(),
+                "recipe": asdict(recipe),
+                "data": {"images": len(data), "classes": list(data.classes), "sha256": digest_of(data)},
+                "preprocessing": asdict(preprocessing),
+                "origin": dict(origin or {}),
+            }
+            if state is None:
+                self._save()
+            else:
+                self._go_on(state)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self.lock.release()
 
     @property
     def state_path(self) -> Path:
         """Everything needed to go on, rewritten after every epoch."""
-        return self.folder / "state.safetensors"
+        return self.folder / STATE
+
+    @property
+    def log_path(self) -> Path:
+        """The run and its records as text, a JSON object a line."""
+        return self.folder / "log.jsonl"
 
     def epochs(self) -> Iterator[EpochRecord]:
-        """Train the epochs that remain; yields each one's record after its state is safe on disk."""
+        """Train the epochs that remain; yields each one's record after its state is safe on disk.
+
+        Raises TrainingError where the loss or a weight is not finite or the state cannot be written; the state of the
+        last good epoch then stays.
+        """
         while len(self.records) < self.recipe.epochs:
             record, saliencies = self._epoch(len(self.records))
             if saliencies:
@@ -136,14 +175,26 @@ class Training:
         if self.average:
             self.network.load_state_dict(self.average)
         for _ in range(4 if self.network.graph.gates else 1 if self.average else 0):
-            if self.recipe.macs_budget is not None:
+            if self.budget is not None:
                 saliencies = self._saliencies()
-                rate = rate_for_budget(self.network.graph, saliencies, self.recipe.macs_budget)
+                rate = rate_for_budget(self.network.graph, saliencies, self.budget)
                 means = {name: value.mean(0) for name, value in saliencies.items()}
                 self._set_thresholds(continuous_thresholds(means, rate))
             self._estimate_statistics()
         self.network.eval()
         return self.network.weights()
+
+    def missed(self) -> str | None:
+        """After ``finish()``: a line if the budget is missed by more than 1 % on training images, else None."""
+        if self.budget is None:
+            return None
+        macs = self._mean_macs(self._saliencies())
+        if abs(macs / self.budget - 1) <= 0.01:
+            return None
+        return (
+            f"the budget of {self.budget / 1e6:.4g}M multiply-adds is missed by {macs / self.budget - 1:+.1%}: "
+            f"training images take {macs / 1e6:.4g}M on average; train longer, or give another budget"
+        )
 
     def _epoch(self, epoch: int) -> tuple[EpochRecord, dict[str, NDArray[np.float32]]]:
         recipe, started = self.recipe, time.perf_counter()
@@ -167,7 +218,7 @@ class Training:
                 bad = next(i for i, values in enumerate(seen) if not values.isfinite().all())
                 raise TrainingError(
                     f"the loss is not finite at epoch {epoch}, step {bad} (learning rate {rate:.3g}); "
-                    f"{self.state_path} holds the last good epoch: lower the learning rate and start again"
+                    f"{self._last_good()}: lower the learning rate and start again"
                 )
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -225,21 +276,25 @@ class Training:
     def _retarget(self, epoch: int, saliencies: dict[str, NDArray[np.float32]]) -> float:
         """Set next epoch's thresholds; returns the mean MACs under this epoch's."""
         graph, recipe = self.network.graph, self.recipe
-        state = self.network.state_dict()
-        kept = {name: value > state[f"{name}.threshold"].item() for name, value in saliencies.items()}
-        macs = float(macs_per_image(graph, kept).mean())
+        macs = self._mean_macs(saliencies)
         if epoch > 0:  # in the first epoch the gates are still nearly constant and say nothing
             reach = max(1, round(recipe.reach * recipe.epochs))
-            if recipe.keep_rate is not None:
-                rate = keep_rate(epoch, reach, recipe.keep_rate)
+            if self.keep_rate is not None:
+                rate = keep_rate(epoch, reach, self.keep_rate)
                 self._set_thresholds(thresholds_for_rate(saliencies, rate))
-            elif recipe.macs_budget is not None:
+            elif self.budget is not None:
                 everything = {name: np.ones_like(value[:1], dtype=bool) for name, value in saliencies.items()}
                 full = float(macs_per_image(graph, everything)[0])
-                budget = full * keep_rate(epoch, reach, min(1.0, recipe.macs_budget / full))
+                budget = full * keep_rate(epoch, reach, min(1.0, self.budget / full))
                 self.rate = rate_for_budget(graph, saliencies, budget)
                 self._set_thresholds(continuous_thresholds({n: v.mean(0) for n, v in saliencies.items()}, self.rate))
         return macs
+
+    def _mean_macs(self, saliencies: Mapping[str, NDArray[np.float32]]) -> float:
+        """Mean multiply-adds of images with these saliencies, under the thresholds as they are."""
+        state = self.network.state_dict()
+        kept = {name: value > state[f"{name}.threshold"].item() for name, value in saliencies.items()}
+        return float(macs_per_image(self.network.graph, kept).mean())
 
     def _follow(self, recent: list[dict[str, Tensor]]) -> None:
         """Set the thresholds for the rate in force anew, on the saliencies of the last steps.
@@ -280,22 +335,23 @@ class Training:
             self.network(images)
         self.network.momentum = 0.1
 
-    def _start(self, resume: bool) -> None:
-        if not self.state_path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._save()
-            return
-        if not resume:
-            raise TrainingError(f"{self.folder} holds a run already; go on with --resume or choose another folder")
-        with safe_open(self.state_path, framework="pt") as file:
-            meta = json.loads(file.metadata()["manidp"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if meta["run"] != json.loads(json.dumps(self.run)):
-            differs = [key for key in self.run if meta["run"].get(key) != json.loads(json.dumps(self.run[key]))]
-            raise TrainingError(f"{self.state_path} is of another run: its {', '.join(differs)} differ from yours")
-        self.records = [EpochRecord(**record) for record in meta["records"]]
-        self.rate = meta["rate"]
+    def _earlier(self, resume: bool) -> State | None:
+        """The state that lies in the folder; what killed saves left there is removed."""
+        for path in (self.state_path, self.log_path, self.folder / "model.safetensors"):
+            sweep(path)
+        return read_state(self.state_path) if _holds_run(self.folder, resume) else None
+
+    def _go_on(self, state: State) -> None:
+        if found := _differences(state.run, json.loads(json.dumps(self.run))):
+            raise TrainingError(f"{self.state_path} is of another run: {'; '.join(found)}")
+        if len(state.records) > self.recipe.epochs:
+            raise TrainingError(
+                f"{self.state_path}: damaged: it has {len(state.records)} epochs of {self.recipe.epochs}"
+            )
+        self.records = list(state.records)
+        self.rate = state.rate
         self.mean_cross_entropy = self.records[-1].cross_entropy if self.records else 0.0
+        tensors = read_tensors(self.state_path, self._tensors())
         self.network.load_state_dict(_below(tensors, "network/"))
         for name, value in _below(tensors, "average/").items():
             self.average[name].copy_(value)
@@ -306,22 +362,124 @@ class Training:
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
         self._write_log()
 
-    def _save(self) -> None:
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that a state holds, by its names in the file."""
         tensors = {f"network/{name}": value for name, value in self.network.state_dict().items()}
         tensors |= {f"average/{name}": value for name, value in self.average.items()}
-        for name, parameter in self.network.named_parameters():
-            buffer = self.optimizer.state[parameter].get("momentum_buffer")
-            if buffer is not None:
-                tensors[f"momentum/{name}"] = buffer
-        # A copy in plain layout: the file must not depend on strides.
-        plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        meta = {"run": self.run, "rate": self.rate, "records": [asdict(record) for record in self.records]}
-        _write(self.state_path, serialize(plain, {"manidp": json.dumps(meta)}))
+        if self.recipe.momentum > 0 and self.records:
+            for name, parameter in self.network.named_parameters():
+                buffer = self.optimizer.state[parameter].get("momentum_buffer")
+                tensors[f"momentum/{name}"] = torch.zeros_like(parameter) if buffer is None else buffer
+        return tensors
+
+    def _save(self) -> None:
+        tensors = self._tensors()
+        if bad := not_finite(tensors):
+            raise TrainingError(
+                f"'{bad}' is not finite after epoch {len(self.records) - 1}; {self._last_good()}: lower the learning "
+                f"rate and start again"
+            )
+        with self._writing(self.state_path):
+            write_state(self.state_path, State(self.run, self.rate, tuple(self.records)), tensors)
         self._write_log()
 
     def _write_log(self) -> None:
         lines = [json.dumps({"run": self.run})] + [json.dumps(asdict(record)) for record in self.records]
-        _write(self.folder / "log.jsonl", ("\n".join(lines) + "\n").encode())
+        with self._writing(self.log_path), replacing(self.log_path) as file:
+            file.write(("\n".join(lines) + "\n").encode())
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(f"{path}: cannot be written: {error.strerror or error}; {self._last_good()}") from error
+
+    def _last_good(self) -> str:
+        return f"{self.state_path} holds the last good epoch" if self.state_path.exists() else "nothing was trained yet"
+
+
+def hold(folder: Path) -> FileLock:
+    """Have the folder of a run, made if need be, for this process alone; the system frees it when the process ends.
+
+    Raises TrainingError if another has it or if it cannot be one.
+    """
+    lock = FileLock(folder / ".lock", thread_local=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise TrainingError(
+            f"{folder}: another process trains there now; wait for its end or choose another folder"
+        ) from None
+    except FileExistsError as error:
+        raise _no_folder(folder) from error
+    except OSError as error:
+        raise TrainingError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    return lock
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """What Training would refuse this folder for, as far as it can be told before data are read; nothing is written."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise _no_folder(folder)
+    if _holds_run(folder, resume):
+        hold(folder).release()
+
+
+def _holds_run(folder: Path, resume: bool) -> bool:
+    there = os.path.lexists(folder / STATE)
+    if there and not resume:
+        raise TrainingError(f"{folder} holds a run already; go on with --resume or choose another folder")
+    return there
+
+
+def _no_folder(folder: Path) -> TrainingError:
+    came = "a file" if folder.exists() else "a symbolic link that leads nowhere"
+    return TrainingError(f"{folder}: expected a folder for the run, or none yet; got {came}")
+
+
+def native_precision(device: str) -> Literal["bfloat16", "float32"]:
+    """bfloat16 where the device computes it; where it does not, bfloat16 takes twice the time of float32."""
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities()
+        native = any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is Arm's
+    return "bfloat16" if native else "float32"
+
+
+def digest_of(data: ImageSet) -> str:
+    """sha256 of pixels and labels, in lower-case hex."""
+    digest = hashlib.sha256(np.ascontiguousarray(data.images).data)
+    digest.update(data.labels.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _check_data(graph: Graph, data: ImageSet, preprocessing: Preprocessing) -> None:
+    if len(data) < 2:
+        raise TrainingError(f"training needs at least two images; got {len(data)}")
+    if len(data.classes) != graph.num_classes:
+        raise TrainingError(f"the network tells {graph.num_classes} classes; the data has {len(data.classes)}")
+    if not graph.input.dims[1:] == preprocessing.size == data.images.shape[1:3]:
+        raise TrainingError(
+            f"the network reads images of {graph.input.dims[1:]} pixels (height, width) and its preprocessing makes "
+            f"{preprocessing.size}; the data's have {data.images.shape[1:3]}"
+        )
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What tells two runs apart, a few words for each thing: "recipe epochs 4 there, 5 here"."""
+    found = []
+    for key, mine in here.items():
+        other = there.get(key)
+        if key == "graph" or not isinstance(other, dict):
+            found += [] if other == mine else [f"another {key}"]
+            continue
+        for name in mine | other:
+            if (values := [one.get(name) for one in (other, mine)])[0] != values[1]:
+                found.append(f"{key} {name} {brief(values[0])} there, {brief(values[1])} here")
+    return found if len(found) <= 6 else [*found[:6], f"{len(found) - 6} more"]
 
 
 class _Batches:
@@ -397,14 +555,6 @@ def _joined(sample: list[dict[str, Tensor]]) -> dict[str, NDArray[np.float32]]:
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        with replacing(path) as file:
-            file.write(data)
-    except OSError as error:
-        raise TrainingError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 @torch.no_grad()

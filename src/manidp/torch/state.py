@@ -1,0 +1,139 @@
+"""What a run goes on from after an interruption: one safetensors file, written whole after every epoch.
+
+Tensors: ``network/<parameter>``, ``average/<parameter>`` where weights are averaged, ``momentum/<parameter>`` from the
+first epoch on. The header's entry ``manidp`` is JSON: ``version``, ``run`` (what tells this run from all others),
+``rate`` and ``records``. The file is read as one from outside is: anything else in it is a TrainingError.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from manidp.errors import TrainingError
+from manidp.files import open_regular, replacing
+from manidp.settings import brief
+
+VERSION = 2  # 1 had no version, and a run was no more than graph, recipe and number of images
+_DTYPES = {torch.float32: "F32"}  # all that a network holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """What one epoch did. Losses are means over its images, in nats; macs is the mean over its last images."""
+
+    epoch: int
+    learning_rate: float
+    loss: float
+    cross_entropy: float
+    accuracy: float
+    sparsity: float = 0.0
+    similarity: float = 0.0
+    macs: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class State:
+    """A run so far: ``run``, JSON data that identifies it, the keep ``rate`` in force, and the epochs' ``records``."""
+
+    run: dict[str, Any]
+    rate: float | None
+    records: tuple[EpochRecord, ...]
+
+
+def write_state(path: Path, state: State, tensors: Mapping[str, Tensor]) -> None:
+    """Write the file whole or not at all. Raises OSError."""
+    # A copy in plain layout: the file must not depend on strides.
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    records = [asdict(record) for record in state.records]
+    meta = {"version": VERSION, "run": state.run, "rate": state.rate, "records": records}
+    with replacing(path) as file:
+        file.write(serialize(plain, {"manidp": json.dumps(meta)}))
+
+
+def read_state(path: Path) -> State:
+    """All but the tensors. Raises TrainingError if the file is not a whole state of this version."""
+    try:
+        with open_regular(path), safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {})["manidp"]
+        meta = json.loads(text, parse_constant=_refuse)
+        if "version" not in meta and "run" in meta:
+            raise TrainingError(
+                f"{path}: of a run that an older manidp began, before a run's pictures, classes and models were "
+                f"recorded; finish it with that version or begin anew in another folder"
+            )
+        if meta["version"] != VERSION:
+            raise TrainingError(f"{path}: expected a state of version {VERSION}; got {brief(meta['version'])}")
+        if not isinstance(meta["run"], dict) or not isinstance(meta["records"], list):
+            raise ValueError("'run' or 'records' is something else")
+        records = tuple(_record(index, record) for index, record in enumerate(meta["records"]))
+        return State(meta["run"], None if meta["rate"] is None else _number("rate", meta["rate"], 0, 2), records)
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _foreign(path, error) from error
+
+
+def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors. Raises TrainingError unless names, shapes and types are the expected ones, all finite."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if wrong := sorted(names ^ expected.keys()):
+                raise ValueError(
+                    f"tensors missing or unknown: {', '.join(map(brief, wrong[:3]))} ({len(wrong)} in all)"
+                )
+            for name, like in expected.items():
+                part = file.get_slice(name)
+                if part.get_shape() != list(like.shape) or part.get_dtype() != _DTYPES[like.dtype]:
+                    raise ValueError(f"'{name}' must be {_DTYPES[like.dtype]} {list(like.shape)}; "
+                                     f"got {part.get_dtype()} {part.get_shape()}")  # fmt: skip
+            tensors = {name: file.get_tensor(name) for name in expected}
+        if bad := not_finite(tensors):
+            raise ValueError(f"'{bad}' holds NaN or infinity")
+        return tensors
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, ValueError) as error:
+        raise _foreign(path, error) from error
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity."""
+    return next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
+
+
+def _foreign(path: Path, error: Exception) -> TrainingError:
+    reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    return TrainingError(
+        f"{path}: damaged, or not the state of a run: {reason}; no run can go on from it: begin anew in another folder"
+    )
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(f"it holds {text}")
+
+
+def _record(index: int, record: object) -> EpochRecord:
+    names = [field.name for field in fields(EpochRecord)]
+    if not isinstance(record, dict) or record.keys() != set(names) or type(record["epoch"]) is not int:
+        raise ValueError(f"record {index} must hold {', '.join(names)}")
+    if record["epoch"] != index:
+        raise ValueError(f"record {index} is of epoch {brief(record['epoch'])}")
+    return EpochRecord(epoch=index, **{name: _number(name, record[name]) for name in names[1:]})
+
+
+def _number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+    if type(value) not in (int, float) or not (low <= value <= high and -1e300 < value < 1e300):  # type: ignore[operator]
+        raise ValueError(f"{name} is {brief(value)}")
+    return float(value)  # type: ignore[arg-type]
