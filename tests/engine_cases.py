@@ -97,10 +97,8 @@ def run_program(program: Program, plan: Plan, images: Array) -> tuple[Result, Ar
     results = _between_sentinels(margin, count * program.result_size)
     constants[margin:-margin], workspace[margin:-margin] = plan.constants, 0
     images, state = np.ascontiguousarray(images), (ctypes.c_int64 * 2)()
-    addresses = [array[margin:].ctypes.data for array in (results, constants, workspace)]
-    program.run(
-        images.ctypes.data, images.dtype == np.uint8, addresses[0], ctypes.addressof(state), count, *addresses[1:]
-    )
+    addresses = [array[margin:].ctypes.data for array in (results, workspace, constants)]
+    call_program(program, images, images.ctypes.data, ctypes.addressof(state), *addresses)
     for array, name in ((workspace, "workspace"), (results, "results"), (constants, "constants")):
         assert (array[:margin] == SENTINEL).all(), f"written before the {name}"
         assert (array[-margin:] == SENTINEL).all(), f"written behind the {name}"
@@ -108,6 +106,13 @@ def run_program(program: Program, plan: Plan, images: Array) -> tuple[Result, Ar
     made = results[margin:-margin].reshape(count, -1)
     classes = plan.graph.num_classes
     return Result(plan.graph, made[:, :classes], made[:, classes:]), workspace[margin:-margin]
+
+
+def call_program(
+    program: Program, images: Array, at: int, state: int, results: int, workspace: int, constants: int
+) -> None:
+    """Run a program on images that lie ``at`` an address."""
+    program.run(at, images.dtype == np.uint8, results, state, len(images), constants, workspace)
 
 
 def _between_sentinels(margin: int, size: int) -> Array:

@@ -404,7 +404,7 @@ class Generator:
             these_in = f(f"sub i64 {f.index(below_in, f.scaled(following, group.inputs))}, {first_in}")
             these_out = f(f"sub i64 {f.index(below_out, f.scaled(following, group.outputs))}, {first_out}")
             # the list counts inputs from the first group's first, a row of weights counts from its own group's first
-            own = f.at(weights, f.scaled(index, -group.row), element=self.element)
+            own = f(f"getelementptr {self.element.name}, ptr {weights}, i64 {f.scaled(index, -group.row)}")
             f.do(f"call void @{name}(ptr {x}, ptr {own}, ptr {bias}, ptr {f.at(li, first_in)}, i64 {these_in}, "
                  f"ptr {f.at(lo, first_out)}, i64 {these_out}, {rest})")  # fmt: skip
             return []

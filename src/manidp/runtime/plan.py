@@ -791,7 +791,7 @@ def _place(
 ) -> tuple[dict[MapKey, Map], dict[Vector, int], int]:
     """Layout and place of every map, place of every vector, and how many floats that takes."""
     layouts = _layouts(graph, steps, lanes)
-    slack = 16 * lanes  # the last block of a map may read, never write, this far beyond it
+    slack = 16 * lanes  # blocks may read, never write, up to 9 vectors beyond a map and one before (docs/engine.md)
     size = slack
 
     def floats(elements: int) -> int:
@@ -827,7 +827,7 @@ def _place(
         key: Map(places.get(in_place.get(key, key), -1), graph.shapes[key.node][0], layout)
         for key, layout in layouts.items()
     }
-    return maps, offsets, size + slack + max((layout.pitch * 8 for layout in layouts.values()), default=0)
+    return maps, offsets, size + slack
 
 
 def _whole(size: int, unit: int) -> int:

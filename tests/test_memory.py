@@ -1,0 +1,127 @@
+"""Generated code stays in its memory: every access in its region, nothing beyond the ends of what it is given.
+
+What must hold of which access, and why it does, is written in docs/engine.md.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from checked import Checked, run_checked
+from engine_cases import Array, assert_same_result, plan_of, random_weights, with_thresholds
+from manidp.graph import Concat, Conv, Gate, GlobalPool, Graph, Input, Linear, Multiply
+from manidp.runtime.codegen import ISAS
+from manidp.runtime.engine import available_isas, emulating_isas
+from manidp.runtime.ir import FLOAT, Function
+from manidp.runtime.plan import Channels, Plan, Vector
+from manidp.runtime.reference import run
+from test_engine_random import networks
+
+ISA = (*available_isas(), *available_isas("float16"), *emulating_isas("float16"))
+EXAMPLES = int(os.environ.get("MANIDP_EXAMPLES", "8"))
+GRAPH = Graph(
+    (
+        Input(name="image", dims=(3, 6, 6)),
+        Conv(name="x", inputs=("image",), channels=6),
+        Gate(name="gate", inputs=("x",), channels=16, hidden=3),
+        GlobalPool(name="mean", inputs=("x",)),
+        Conv(name="second", inputs=("x",), channels=16, groups=2),
+        Multiply(name="gated", inputs=("second", "gate")),
+        Linear(name="side", inputs=("mean",), features=16),
+        Conv(name="third", inputs=("gated",), channels=16, groups=4, stride=2),
+        Conv(name="fourth", inputs=("third",), channels=16),
+        Multiply(name="gated again", inputs=("fourth", "gate")),
+        Conv(name="fifth", inputs=("gated again",), channels=8),
+        GlobalPool(name="last", inputs=("fifth",)),
+        Concat(name="all", inputs=("last", "side")),
+    ),
+    "all",
+)
+IMAGES = np.random.default_rng(7).normal(size=(2, 3, 6, 6)).astype(np.float32)
+
+
+def gated_weights(keep: float) -> dict[str, Array]:
+    return with_thresholds(GRAPH, random_weights(GRAPH), IMAGES, {gate.name: keep for gate in GRAPH.gates})
+
+
+@pytest.mark.parametrize("isa", ISA)
+def test_every_access_of_random_networks_is_in_its_region(isa: str) -> None:
+    @settings(max_examples=EXAMPLES // 2, deadline=None, derandomize="MANIDP_EXAMPLES" not in os.environ,
+              database=None, suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(networks(), st.integers(0, 2**16), st.sampled_from((0.0, 0.1, 0.5, 1.0)), st.booleans())
+    def law(graph: Graph, seed: int, keep: float, bytes_: bool) -> None:
+        rng = np.random.default_rng(seed)
+        images = rng.normal(size=(2, *graph.input.dims)).astype(np.float32)
+        weights = with_thresholds(graph, random_weights(graph, seed), images, {g.name: keep for g in graph.gates})
+        if bytes_:
+            images = rng.integers(0, 256, (2, *graph.input.dims[1:], graph.input.dims[0]), np.uint8)
+        result, outside, accesses = run_checked(plan_of(graph, weights, isa), isa, images)
+        assert not outside
+        assert accesses > 0
+        if ISAS[isa].element == FLOAT and not bytes_:
+            assert_same_result(result, run(graph, weights, images))
+
+    law()
+
+
+@pytest.mark.parametrize("isa", ISA)
+def test_gates_fed_anything_keep_their_lists_in_range(isa: str) -> None:
+    """NaN, infinities and numbers of any size decide which channels are kept, never where they lie."""
+    images = np.concatenate([*(np.full_like(IMAGES, value) for value in (np.nan, np.inf, -np.inf, 1e38, 0)), IMAGES])
+    _, outside, _ = run_checked(plan_of(GRAPH, gated_weights(0.5), isa), isa, images)
+    assert not outside
+
+
+def with_a_list_that_a_file_writes(plan: Plan) -> Plan:
+    """The numbers of the channels to keep are another vector, too, which is what comes of two vectors of one name.
+
+    It has as many numbers as the gate has channels: the counts behind them stay, so that all loops end.
+    """
+    return replace(plan, vectors={**plan.vectors, Vector("gate", "list"): plan.vectors[Vector("side")]})
+
+
+class OneChannelTooMany(Checked):
+    def _list(self, f: Function, channels: Channels) -> tuple[str, str, str]:
+        kept, below, number = super()._list(f, channels)
+        return kept, below, f(f"add i64 {number}, 1")
+
+
+@pytest.mark.parametrize(
+    ("change", "generator"),
+    [(with_a_list_that_a_file_writes, Checked), (lambda plan: plan, OneChannelTooMany)],
+    ids=["a list that a file writes", "one channel too many"],
+)
+def test_an_access_outside_its_region_is_reported_and_not_made(
+    change: Callable[[Plan], Plan], generator: type[Checked]
+) -> None:
+    plan = plan_of(GRAPH, gated_weights(0.5), ISA[0])
+    assert not run_checked(plan, ISA[0], IMAGES)[1]
+    _, outside, _ = run_checked(change(plan), ISA[0], IMAGES, generator)
+    assert "load" in outside or "store" in outside
+
+
+def guarded(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", str(Path(__file__).parent / "guarded.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_nothing_beyond_the_ends_is_touched() -> None:
+    done = guarded(",".join(ISA), EXAMPLES)
+    last = done.stdout.strip().rpartition("\n")[2]
+    assert done.returncode != -signal.SIGSEGV, f"memory was left, running: {last}"
+    assert done.returncode == 0, f"{done.stderr}\nrunning: {last}"
+
+
+def test_guard_pages_notice_a_workspace_that_is_too_short() -> None:
+    assert guarded(ISA[0], 3, 2000).returncode == -signal.SIGSEGV
