@@ -53,7 +53,10 @@ class Checkpoint:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_tensors(self.graph, {name: (str(w.dtype), w.shape) for name, w in self.weights.items()})
+        _check_tensors(
+            self.graph,
+            {name: ("float32" if w.dtype == np.float32 else str(w.dtype), w.shape) for name, w in self.weights.items()},
+        )
         for name, value in self.weights.items():
             if not np.isfinite(value).all():
                 raise CheckpointError(f"tensor '{name}' holds NaN or infinity")
@@ -176,7 +179,7 @@ def _load(path: Path) -> Checkpoint:
         with safe_open(path, framework="np") as file:
             return _described(header, lambda name: np.array(file.get_tensor(name)))
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"not a whole safetensors file of float32 tensors: {error}") from error
+        raise CheckpointError(f"not a whole safetensors file of float32 tensors: {str(error)[:200]}") from error
 
 
 def _header(path: Path) -> dict[str, Any]:

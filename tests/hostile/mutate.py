@@ -12,8 +12,8 @@ import math
 import random
 import struct
 import zlib
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -452,29 +452,38 @@ def field(number: int, content: bytes | int) -> bytes:
     return varint(number << 3 | 2) + varint(len(content)) + content
 
 
-def ckpt_value(name: bytes, dims: list[int], kind: bytes, content: bytes) -> bytes:
+def ckpt_value(name: bytes, dims: Iterable[int], kind: bytes, content: bytes) -> bytes:
     tensor = b"".join(field(1, dim) for dim in dims) + field(2, kind) + field(3, content)
     return field(1, field(1, name) + field(2, tensor))
+
+
+@cache
+def _ckpt_values(gated: bool) -> tuple[tuple[bytes, tuple[int, ...], bytes, bytes], ...]:
+    """Name, dims, type and content of each value."""
+    graph = resnet(8, num_classes=3, width=2)
+    tensors = tensors_of(with_gates(graph) if gated else graph, random.Random(0))
+    return tuple(
+        (name.encode(), tuple(shape), b"Float32", data)
+        for name, (_, shape, data) in tensors.items()
+        if not name.endswith(".threshold")
+    )
+
+
+_encoded = lru_cache(1000)(ckpt_value)  # most values of a mutant are those of all others
 
 
 def ckpt_mutant(seed: int) -> bytes:
     """A .ckpt with one to three things wrong or odd: values, names, dims, types, lengths, checksum or bytes."""
     rng = random.Random(f"ckpt {seed}")
-    graph = with_gates(resnet(8, num_classes=3, width=2)) if rng.random() < 0.5 else resnet(8, num_classes=3, width=2)
-    values: list[list[Any]] = [
-        [name.encode(), list(shape), b"Float32", data]
-        for name, (_, shape, data) in tensors_of(graph, rng).items()
-        if not name.endswith(".threshold")
-    ]
+    values: list[list[Any]] = [list(value) for value in _ckpt_values(rng.random() < 0.5)]
     for _ in range(rng.choice((0, 1, 1, 2, 3))):
         value = rng.choice(values)
         choice = rng.randrange(8)
         if choice == 0:
             value[0] = rng.choice(NAMES).encode("utf-8", "surrogatepass")
         elif choice == 1:
-            value[1] = [
-                rng.choice((0, 1, 2, 3, 2**31, 2**40, 2**63, 2**64 - 1)) for _ in range(rng.choice((0, 1, 2, 4, 40)))
-            ]
+            dims = (0, 1, 2, 3, 2**31, 2**40, 2**63, 2**64 - 1)
+            value[1] = tuple(rng.choice(dims) for _ in range(rng.choice((0, 1, 2, 4, 40))))
         elif choice == 2:
             value[2] = rng.choice(
                 (b"Float16", b"Float64", b"BFloat16", b"Int4", b"str", b"Bool", b"Int64", b"", b"X" * 5000)
@@ -486,14 +495,14 @@ def ckpt_mutant(seed: int) -> bytes:
         elif choice == 5:
             values.remove(value)
         elif choice == 6:  # a head for very many classes, of which no byte need be there
-            value[1], value[3] = [rng.choice((2**20, 2**40, 2**62)), 0], b""
+            value[1], value[3] = (rng.choice((2**20, 2**40, 2**62)), 0), b""
         else:
             prefix = rng.choice((b"network.", b"_backbone.", b"moments."))
             for each in values:
                 each[0] = prefix + each[0]
         if not values:
             break
-    data = b"".join(ckpt_value(*value) for value in values)
+    data = b"".join(_encoded(*value) for value in values)
     if rng.random() < 0.2:
         data += b"crc_num" + zlib.crc32(data).to_bytes(10, "big")
     return spoiled(rng, data) if rng.random() < 0.5 else data
