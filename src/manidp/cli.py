@@ -292,7 +292,10 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events to OUT.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train or fine-tune, dense or gated; resumable. The last epoch is kept, never a best one."""
+    """Train or fine-tune, dense or gated; resumable. The last epoch is kept, never a best one.
+
+    Where the recipe's budget is missed by more than 1 %, the model is written, and the exit code is 1.
+    """
     from manidp.torch.job import Finished, Job, run_job
     from manidp.torch.state import EpochRecord
 
@@ -306,8 +309,11 @@ def train(
             if isinstance(event, EpochRecord):
                 say_json(asdict(event)) if as_json else say(_epoch_line(event))
             elif isinstance(event, Finished):
-                shown = {"file": str(event.file), "measured": event.measured}
+                shown = {"file": str(event.file), "measured": event.measured, "missed": event.missed}
                 say_json(shown) if as_json else say(_finished_line(event))
+                if event.missed:
+                    complain(event.missed)
+                    raise typer.Exit(1)
             else:
                 complain(event)
 
