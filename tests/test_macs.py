@@ -48,6 +48,12 @@ def test_gates_of_resnet20_cost_their_linear_layers() -> None:
     assert dense_macs(with_gates(resnet(20))) == 40_813_184 + 61_952
 
 
+def test_an_empty_batch_costs_nothing() -> None:
+    for graph in (with_gates(resnet(8)), with_gates(imagenet_resnet(18))):
+        kept = {gate.name: np.ones((0, gate.channels), dtype=bool) for gate in graph.gates}
+        assert macs_per_image(graph, kept).shape == (0,)
+
+
 def test_each_image_of_resnet20_costs_what_the_closed_formula_says() -> None:
     """fixed part + per block: k1 * in * 9 * HW + k1 * k2 * 9 * HW."""
     graph = with_gates(resnet(20))

@@ -22,6 +22,7 @@ from manidp.graph import (
     Input,
     Linear,
     Multiply,
+    Node,
     Pool,
     resnet,
     with_classes,
@@ -98,6 +99,30 @@ def test_every_node_type_equals_the_reference(kind: str) -> None:
         "out",
     )
     assert_network_equals_reference(graph, 3)
+
+
+def test_a_gate_may_scale_a_vector_and_what_another_scaled() -> None:
+    chain: list[Node] = [Input(name="image", dims=(3, 8, 8)), Conv(name="m0", inputs=("image",), channels=4)]
+    for index in range(1500):  # deeper than Python calls itself
+        gate = Gate(name=f"g{index}", inputs=("image",), channels=4, hidden=1)
+        chain += [gate, Multiply(name=f"m{index + 1}", inputs=(f"m{index}", gate.name))]
+    chain += [
+        Gate(name="last", inputs=("m1500",), channels=4, hidden=2),
+        GlobalPool(name="pool", inputs=("m0",)),
+        Multiply(name="scaled", inputs=("pool", "last")),
+        Linear(name="out", inputs=("scaled",), features=3),
+    ]
+    graph = Graph(tuple(chain), "out")
+    weights = random_weights(graph, 0)
+    for index in range(1500):  # all exactly 1
+        weights |= {f"g{index}.fc1.weight": np.zeros((1, 3), np.float32), f"g{index}.fc2.bias": np.ones(4, np.float32)}
+    images = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+    network = Network(graph).eval()
+    network.load(weights)
+    with torch.no_grad():
+        output = network(torch.from_numpy(images))
+    assert output.logits.numpy() == pytest.approx(run(graph, weights, images).logits, rel=1e-4, abs=1e-5)
+    assert output.records["last"].feature.shape == (2, 4)
 
 
 def test_state_has_exactly_the_graphs_parameters() -> None:

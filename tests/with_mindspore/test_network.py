@@ -73,6 +73,20 @@ def test_nodes_may_be_called_anything(graph: Graph) -> None:
     assert_close(logits, run(graph, checkpoint.weights, images).logits)
 
 
+def test_a_gate_may_scale_a_vector() -> None:
+    graph = Graph((
+        Input(name="image", dims=(3, 8, 8)),
+        GlobalPool(name="pool", inputs=("image",)),
+        Gate(name="gate", inputs=("image",), channels=3, hidden=2),
+        Multiply(name="scaled", inputs=("pool", "gate")),
+        Linear(name="out", inputs=("scaled",), features=2),
+    ), "out")  # fmt: skip
+    checkpoint, images = checkpoint_of(graph), images_for(graph)
+    logits, [(_, _, feature)] = from_checkpoint(checkpoint).records(mindspore.Tensor(images))
+    assert_close(logits.asnumpy(), run(graph, checkpoint.weights, images).logits)
+    assert_close(feature.asnumpy(), images.mean((2, 3)))
+
+
 def test_a_checkpoint_comes_back_from_a_network() -> None:
     checkpoint = checkpoint_of(gated_resnet())
     back = weights(from_checkpoint(checkpoint))
