@@ -179,7 +179,8 @@ def _load(path: Path) -> Checkpoint:
         with safe_open(path, framework="np") as file:
             return _described(header, lambda name: np.array(file.get_tensor(name)))
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"not a whole safetensors file of float32 tensors: {str(error)[:200]}") from error
+        reason = " ".join(str(error)[:200].split())
+        raise CheckpointError(f"not a whole safetensors file of float32 tensors: {reason}") from error
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def _header(path: Path) -> dict[str, Any]:
             head = file.read(HEAD)
             length = int.from_bytes(head[:8], "little")
             if len(head) < 8 or length > size - 8:
-                guess = looks_like(head)
+                guess = looks_like(head, str(path))
                 raise CheckpointError(
                     f"not a safetensors file: it looks like {guess}" if guess else
                     f"not a safetensors file, or cut short: of {size:,} bytes the header claims {length:,}"

@@ -25,7 +25,7 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
 )
 
 
-def looks_like(head: bytes) -> str | None:
+def looks_like(head: bytes, name: str = "FILE") -> str | None:
     """What a file with these first bytes seems to be, and what to do, in words that follow "it looks like"."""
     if not head:
         return "an empty file; perhaps its download failed"
@@ -38,7 +38,10 @@ def looks_like(head: bytes) -> str | None:
     if head[:1] == b"\x08" and 0 < head[1] < 32 and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a"):
         return "an ONNX model, which manidp writes but does not read"
     if is_ckpt(head):
-        return "a MindSpore .ckpt; make a checkpoint of it with: manidp convert FILE -o model.safetensors"
+        return (
+            f"a MindSpore .ckpt; make a checkpoint of it with: manidp convert {name} -o model.safetensors "
+            f"(and --thresholds FILE.npy, if it has gates)"
+        )
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
         return "a .safetensors file"
     return None
