@@ -9,6 +9,7 @@ import signal
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ WORKING: dict[str, dict[str, list[str]]] = {
     "evaluate": {"data": ["set"], "model": ["m.safetensors"]},
     "data": {"name": ["sample"], "to": ["new"]},
     "info": {"checkpoint": ["m.safetensors"]},
-    "train": {"data": ["set"], "out": ["new"], "start": ["m.safetensors"], "threads": ["1"],
+    "train": {"data": ["set"], "out": ["new"], "start": ["dense.safetensors"], "threads": ["1"],
               "settings": ["epochs=1", "batch_size=4", "precision=float32", "learning_rate=0.01"]},
     "convert": {"source": ["m.safetensors"], "out": ["new.ckpt"], "thresholds": ["new.npy"]},
     "report": {"out": ["new.html"], "model": ["m.safetensors"], "beside": ["dense.safetensors"], "data": ["set"]},
@@ -88,12 +89,9 @@ COMMANDS = dict(all_commands(typer.main.get_command(cli.app)))
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("rubbish")
-    for name, graph in (("m", with_gates(resnet(8, width=4))), ("dense", resnet(8, width=4))):
-        model = random_checkpoint(graph)
-        sample = load_sample()
-        save_checkpoint(
-            type(model)(graph, model.weights, model.preprocessing, sample.classes), root / f"{name}.safetensors"
-        )
+    sample, dense = load_sample(), resnet(8, width=4, num_classes=2)
+    for name, graph in (("m", with_gates(dense)), ("dense", dense)):
+        save_checkpoint(replace(random_checkpoint(graph), classes=("cat", "dog")), root / f"{name}.safetensors")
     for label in ("cat", "dog"):
         (root / "set" / label).mkdir(parents=True)
         for number, pixels in enumerate(sample.images[sample.labels == sample.classes.index(label)][:4]):
@@ -129,23 +127,7 @@ def compiled(checkpoint: Checkpoint, make: Any = engine.Engine) -> engine.Engine
     return ENGINES[size]
 
 
-def cases() -> list[tuple[str, str]]:
-    return [
-        (name, str(parameter.name))
-        for name, command in COMMANDS.items()
-        for parameter in command.params
-        if not getattr(parameter, "is_flag", False)
-    ]
-
-
-def test_every_command_has_a_line_that_works() -> None:
-    assert set(WORKING) == set(COMMANDS)
-
-
-@pytest.mark.parametrize(("name", "parameter"), cases())
-def test_rubbish_is_one_line(
-    name: str, parameter: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def prepare(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "train":
         pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
     if name == "report":
@@ -161,6 +143,60 @@ def test_rubbish_is_one_line(
     few = load_sample().take(np.arange(0, 200, 50))
     monkeypatch.setattr(images, "load_sample", lambda: few)
     monkeypatch.setattr(measure, "bench", lambda *_, **__: RECORD)
+
+
+def sweep(place: Path) -> None:
+    for new in place.glob("new*"):
+        shutil.rmtree(new) if new.is_dir() else new.unlink()
+
+
+def cases() -> list[tuple[str, str]]:
+    return [
+        (name, str(parameter.name))
+        for name, command in COMMANDS.items()
+        for parameter in command.params
+        if not getattr(parameter, "is_flag", False)
+    ]
+
+
+def test_files_may_have_names_that_are_no_unicode(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
+    monkeypatch.chdir(place)
+    odd = os.fsdecode(b"\xffodd")
+    shutil.copytree("set", odd)
+    shutil.copy("dense.safetensors", f"{odd}.safetensors")
+    for line in (
+        words("train", {**WORKING["train"], "data": [odd], "start": [f"{odd}.safetensors"], "out": [f"{odd}-run"]}),
+        words("convert", {**WORKING["convert"], "out": [f"{odd}.ckpt"]}),
+        ["convert", f"{odd}.ckpt", "--thresholds", "new.npy", "-o", "back.safetensors"],
+        ["info", "back.safetensors"],
+        ["info", f"{odd}-run"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["manidp", *line])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code, line
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_line_that_works(
+    name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else rubbish would not come far."""
+    assert set(WORKING) == set(COMMANDS)
+    prepare(name, place, monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["manidp", *words(name, WORKING[name])])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert (stop.value.code or 0) == (2 if name == "hub add" else 0), capsys.readouterr().err  # no card names the file
+    sweep(place)
+
+
+@pytest.mark.parametrize(("name", "parameter"), cases())
+def test_rubbish_is_one_line(
+    name: str, parameter: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(name, place, monkeypatch)
     signal.signal(signal.SIGALRM, hangs)
     for kind, rubbish in RUBBISH.items():
         arguments = words(name, {**WORKING[name], parameter: [rubbish]})
@@ -181,8 +217,7 @@ def test_rubbish_is_one_line(
         if code == 2:
             assert err.startswith("manidp: "), (kind, arguments, err)
             assert err.count("\n") == 1, (kind, arguments, err)
-        for new in place.glob("new*"):
-            shutil.rmtree(new) if new.is_dir() else new.unlink()
+        sweep(place)
 
 
 class Hangs(BaseException):

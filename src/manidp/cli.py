@@ -380,7 +380,7 @@ def _read_ckpt(source: str, thresholds: Path | None) -> Any:
     from manidp.ckpt import read_ckpt
     from manidp.conversion import from_ckpt, prefix_of, read_thresholds, resnet_of_ckpt
     from manidp.files import sha256_of
-    from manidp.images import CIFAR10_CLASSES, MINDSPORE_PREPROCESSING
+    from manidp.images import CIFAR10_CLASSES, MINDSPORE_PREPROCESSING, shown
 
     path = Path(source)
     values = read_ckpt(path)
@@ -391,7 +391,7 @@ def _read_ckpt(source: str, thresholds: Path | None) -> Any:
     numbered = tuple(f"class {i}" for i in range(graph.num_classes))
     classes = CIFAR10_CLASSES if graph.num_classes == len(CIFAR10_CLASSES) else numbered
     sha256 = sha256_of(path)
-    provenance = {"converted_from": {"name": path.name, "sha256": sha256}}
+    provenance = {"converted_from": {"name": shown(path.name), "sha256": sha256}}
     checkpoint, ignored = from_ckpt(values, given, graph, MINDSPORE_PREPROCESSING, classes, provenance)
     if prefix := prefix_of(values):
         complain(f"{source}: the network's names begin with '{prefix}', which is left off")

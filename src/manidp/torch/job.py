@@ -28,6 +28,7 @@ from manidp.images import (
     holds_cifar10,
     load_cifar10,
     load_folder,
+    shown,
 )
 from manidp.macs import ungated_macs
 from manidp.settings import brief
@@ -180,14 +181,14 @@ class _Sets:
             self.train_name, self.test_name = "CIFAR-10 training images", "CIFAR-10 test images"
         else:
             self.train = self._folder(job.data, None)
-            self.train_name = job.data.resolve().name
+            self.train_name = shown(job.data.resolve().name)
         if start is not None:
             self._meet(start)
         if job.test is not None:
             cifar10 = holds_cifar10(job.test)
             test = load_cifar10(job.test)[1] if cifar10 else self._folder(job.test, self.train.classes)
             self.test = test.relabelled(self.train.classes, "the training data")
-            self.test_name = "CIFAR-10 test images" if cifar10 else job.test.resolve().name
+            self.test_name = "CIFAR-10 test images" if cifar10 else shown(job.test.resolve().name)
         if job.holdout:
             self.train, self.test = split(self.train, job.holdout)
             self.test_name = f"{job.holdout} held-out {self.train_name}"
@@ -284,7 +285,7 @@ def _recipe(settings: dict[str, Any], parent: Checkpoint | None) -> Recipe:
 
 
 def _origin(model: Found | None) -> dict[str, str] | None:
-    return {"name": model.name, "sha256": model.sha256} if model else None
+    return {"name": shown(model.name), "sha256": model.sha256} if model else None
 
 
 @contextlib.contextmanager
