@@ -34,9 +34,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from manidp.checkpoint import checkpoint_path, load_checkpoint
-from manidp.graph import Gate, Graph, resnet, with_gates
+from manidp.gating.place import with_gates
+from manidp.graph import Clip, Graph
 from manidp.images import CIFAR10_PREPROCESSING
-from manidp.macs import macs_per_image, node_macs
+from manidp.macs import gate_macs, macs_per_image, node_macs
+from manidp.models import resnet
 from manidp.torch.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
 from manidp.torch.network import Network, _mean
 from manidp.torch.schedule import keep_rate, learning_rate
@@ -235,7 +237,7 @@ def costs(variant: Variant) -> tuple[float, list[tuple[float, float]]]:
     blocks = [(macs[f"{b}.conv_a"] / graph.shapes[f"{b}.conv_a"][0],
                macs[f"{b}.conv_b"] / graph.shapes[f"{b}.conv_b"][0] ** 2) for b in BLOCKS]  # fmt: skip
     gated = sum(macs[f"{b}.conv_{k}"] for b in BLOCKS for k in "ab")
-    free = 0 if variant.reads else sum(macs[name] for name in GATES)
+    free = 0 if variant.reads else gate_macs(graph)
     return float(sum(macs.values()) - gated - free), blocks
 
 
@@ -480,7 +482,7 @@ class Settled:
         self.level = float(student.level)
         graph = student.graph
         if self.variant.hard:
-            nodes = tuple(replace(n, saliency_max=1.0) if isinstance(n, Gate) else n for n in graph.nodes)
+            nodes = tuple(replace(n, high=1.0) if isinstance(n, Clip) else n for n in graph.nodes)
             graph = Graph(nodes, graph.output)
         self.network: Network = Network(graph).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.state = self.network.state_dict()
@@ -609,7 +611,7 @@ class Settled:
         kept = {n: torch.cat(v).mean(0).cpu().numpy() for n, v in self._records(images, 1).items()}
         saliency = {n: torch.cat(v) for n, v in self._records(images, 0).items()}
         graph = self.network.graph
-        free = sum(node_macs(graph)[name] for name in GATES)
+        free = gate_macs(graph)
         low, high = -1e-6, 1.0
         for _ in range(20):
             middle = (low + high) / 2

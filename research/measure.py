@@ -23,9 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from manidp.checkpoint import Checkpoint, save_checkpoint
-from manidp.graph import Gate, Graph, Multiply, Node, resnet, with_gates
+from manidp.gating.place import with_gates
+from manidp.graph import Clip, Graph, Node
 from manidp.images import CIFAR10_PREPROCESSING, ImageSet, load_cifar10
-from manidp.macs import macs_per_image, node_macs
+from manidp.macs import gate_macs, macs_per_image
+from manidp.models import resnet
 from manidp.runtime.engine import Engine
 from manidp.torch.network import Network, _mean
 from manidp.torch.train import evaluate
@@ -35,7 +37,7 @@ class Shuffled(Network):
     """A network in which each image is scaled by the gates of the image before it."""
 
     def _step(self, node: Node, own: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
-        if isinstance(node, Multiply) and isinstance(self.graph.by_name[node.inputs[1]], Gate):
+        if self.graph.select_of(node):
             inputs = [inputs[0], inputs[1].roll(1, 0)]
         return super()._step(node, own, inputs)
 
@@ -51,9 +53,7 @@ def graph_of(name: str) -> Graph:
         return resnet(20)
     graph = with_gates(resnet(20))
     if name in VARIANTS and VARIANTS[name].hard:
-        graph = Graph(
-            tuple(replace(n, saliency_max=1.0) if isinstance(n, Gate) else n for n in graph.nodes), graph.output
-        )
+        graph = Graph(tuple(replace(n, high=1.0) if isinstance(n, Clip) else n for n in graph.nodes), graph.output)
     return graph
 
 
@@ -73,7 +73,7 @@ def estimate(network: Network, pixels: Pixels) -> None:
 def constant_to_budget(weights: dict[str, Tensor], pixels: Pixels) -> None:
     """Keep the channels of highest score that fit the budget, ties by order; a bisection may jump over many at once."""
     graph = with_gates(resnet(20))
-    free = sum(node_macs(graph)[name] for name in GATES)
+    free = gate_macs(graph)
     scores = {n: weights[f"{n}.fc2.bias"].numpy() for n in GATES}
     order = sorted(((float(s), n, i) for n, v in scores.items() for i, s in enumerate(v)), reverse=True)
     masks = {n: np.zeros((1, len(v)), dtype=bool) for n, v in scores.items()}
@@ -126,7 +126,7 @@ def measure(
         logits.append(result.logits)
         macs.append(np.broadcast_to(result.macs, len(result.logits)))
         kept.append(result.kept)
-    cost = np.concatenate(macs) - (sum(node_macs(checkpoint.graph)[name] for name in GATES) if static else 0)
+    cost = np.concatenate(macs) - (gate_macs(checkpoint.graph) if static else 0)
     figures: dict[str, Any] = {"right": int((np.concatenate(logits).argmax(1) == test.labels).sum()), "of": len(test)}
     figures |= {
         "macs": float(cost.mean()),

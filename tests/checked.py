@@ -105,7 +105,7 @@ class Checked(Generator):
         """What the caller of ``run`` must provide."""
         channels, height, width = self.plan.graph.input.dims
         pixels = channels * height * width
-        results = self.plan.graph.num_classes + sum(gate.channels for gate in self.plan.graph.gates)
+        results = self.plan.graph.num_classes + sum(self.plan.graph.gate_channels.values())
         yield "  %bytes.are = icmp ne i64 %bytes, 0"
         yield f"  %images.one = select i1 %bytes.are, i64 {pixels}, i64 {4 * pixels}"
         yield "  %images.size = mul i64 %images.one, %count"

@@ -15,9 +15,10 @@ from manidp.bench import measure
 from manidp.bench.measure import Contender, calibrated, interleaved, random_checkpoint
 from manidp.bench.peers import PEERS, Batch, Opened, Peer
 from manidp.errors import ManiDPError, MissingExtraError, UnsupportedError
-from manidp.graph import resnet, with_gates
+from manidp.gating.place import with_gates
 from manidp.images import draw_sample, load_sample
 from manidp.macs import dense_macs
+from manidp.models import resnet
 from manidp.runtime.codegen import ISAS
 from manidp.runtime.engine import Engine, available_isas
 from manidp.runtime.peak import multiply_add_peak

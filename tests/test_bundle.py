@@ -17,9 +17,11 @@ from manidp.checkpoint import Checkpoint
 from manidp.ckpt import read_ckpt
 from manidp.conversion import from_ckpt, read_thresholds
 from manidp.errors import HubError
-from manidp.graph import Graph, resnet, with_gates
+from manidp.gating.place import with_gates
+from manidp.graph import Graph
 from manidp.images import Preprocessing
 from manidp.macs import ungated_macs
+from manidp.models import resnet
 
 MEASURED: dict[str, Any] = {
     "data": "CIFAR-10 test images",

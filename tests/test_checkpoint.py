@@ -15,11 +15,14 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manidp.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
+from manidp.checkpoint import Checkpoint, OperatingPoint, checkpoint_path, load_checkpoint, save_checkpoint
 from manidp.errors import CheckpointError
-from manidp.graph import resnet, with_gates
+from manidp.gating.place import with_gates
 from manidp.images import Preprocessing
+from manidp.macs import ungated_macs
+from manidp.models import resnet
 
+OLD = Path(__file__).parent / "data" / "version-1.safetensors"  # ``made()``, as version 1 saved it
 CLASSES = ("cat", "dog", "Łódź")
 
 
@@ -70,7 +73,7 @@ def test_the_same_model_makes_the_same_bytes(file: Path) -> None:
     assert hashlib.sha256(file.read_bytes()).hexdigest() == GOLDEN
 
 
-GOLDEN = "5a3ea68828659adc02e16b9526cd7234272b679e932199fd943048a71fc895b2"
+GOLDEN = "62078103bd869bbeae100a99372d7f500e3204db9234229d7d412f184fe21345"
 
 
 def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path: Path) -> None:
@@ -82,11 +85,12 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path: Path) -> 
 
 
 def rewritten(file: Path, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
-    """The same file after ``change(tensors, meta)``."""
+    """The same file after ``change(weights, meta)``."""
     with safetensors.safe_open(file, "np") as opened:
         meta = json.loads(opened.metadata()["manidp"])
-    tensors = safetensors.numpy.load_file(file)
-    change(tensors, meta)
+    weights = {name.removeprefix("weights/"): value for name, value in safetensors.numpy.load_file(file).items()}
+    change(weights, meta)
+    tensors = {f"weights/{name}": value for name, value in weights.items()}
     safetensors.numpy.save_file(tensors, file, {"manidp": json.dumps(meta)})
 
 
@@ -108,7 +112,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
     ),
     "got float64": lambda tensors, _: tensors.update({"bn_1.beta": tensors["bn_1.beta"].astype(np.float64)}),
     "does not know: stowaway": lambda tensors, _: tensors.update(stowaway=np.zeros(3, np.float32)),
-    "version 99; this manidp reads up to 1: pip install": lambda _, meta: meta.update(version=99),
+    "version 99; this manidp reads up to 2: pip install": lambda _, meta: meta.update(version=99),
     "version of at least 1; got '1'": lambda _, meta: meta.update(version="1"),
     "lacks graph": lambda _, meta: meta.pop("graph"),
     "unknown op 'Exec'": lambda _, meta: node(meta, "relu_1").update(op="Exec"),
@@ -120,7 +124,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
     "positive stds": lambda _, meta: meta["preprocessing"].update(std=[1, 0, 1]),
     "preprocessing makes images of": lambda _, meta: meta["preprocessing"].update(size=[8, 9]),
     "size must be 2 numbers": lambda _, meta: meta["preprocessing"].update(size=[8.5, 8]),
-    "20,001 nodes; the limit is 20,000": lambda _, meta: meta["graph"].update(nodes=[{}] * 20_001),
+    "40,001 nodes; the limit is 40,000": lambda _, meta: meta["graph"].update(nodes=[{}] * 40_001),
     "object with a list 'nodes'": lambda _, meta: meta.update(graph=[]),
 }
 
@@ -188,3 +192,67 @@ def test_a_cut_or_damaged_file_never_loads_half_a_model(
     except CheckpointError:
         return
     assert loaded.weights.keys() == loaded.graph.parameters.keys()
+
+
+def pointed() -> Checkpoint:
+    """A model with two more operating points: one of other thresholds, one of other batch statistics, too."""
+    checkpoint = made()
+    low = {name: np.array(0.25, np.float32) for name in checkpoint.graph.thresholds}
+    high = {**{name: np.array(0, np.float32) for name in low}, "bn_1.moving_mean": np.array([3, 4], np.float32)}
+    points = (OperatingPoint("low", low, 10_000.0, 0.5), OperatingPoint("high", high, 15_000.0))
+    return replace(checkpoint, points=points)
+
+
+def test_operating_points_there_and_back(tmp_path: Path) -> None:
+    save_checkpoint(pointed(), tmp_path / "x")
+    back = load_checkpoint(tmp_path / "x")
+    assert_same(back, pointed())
+    for one, other in zip(back.points, pointed().points, strict=True):
+        assert (one.name, one.macs, one.accuracy) == (other.name, other.macs, other.accuracy)
+        assert {name: value.tobytes() for name, value in one.values.items()} == {
+            name: value.tobytes() for name, value in other.values.items()
+        }
+
+
+def test_a_budget_is_a_points_name_or_a_share_of_the_dense_multiply_adds() -> None:
+    checkpoint = pointed()
+    dense = ungated_macs(checkpoint.graph)
+    assert checkpoint.at("default").weights.keys() == checkpoint.weights.keys()
+    assert checkpoint.at("high").weights["bn_1.moving_mean"].tolist() == [3, 4]
+    assert checkpoint.point(10_000 / dense).name == "low"
+    assert checkpoint.point(14_000 / dense).name == "low"
+    assert checkpoint.point(14_900 / dense).name == "high"  # a budget counts as met within 1 %
+    assert checkpoint.point(1.0).name == "high"
+    for unknown in ("none", 0.01, math.nan):
+        with pytest.raises(CheckpointError, match=r"this model has 'default', 'low' \(\d.*of dense\), 'high'"):
+            checkpoint.point(unknown)
+
+
+POINTS: dict[str, Callable[[Checkpoint], Checkpoint]] = {
+    "different names": lambda c: replace(c, points=(OperatingPoint("a", {}), OperatingPoint("a", {}))),
+    "other than 'default'": lambda c: replace(c, points=(OperatingPoint("default", {}),)),
+    "sets bn_1.gamma": lambda c: replace(c, points=(OperatingPoint("a", {"bn_1.gamma": np.ones(2, np.float32)}),)),
+    "asks for float32": lambda c: replace(c, points=(OperatingPoint("a", {THRESHOLD: np.ones(2, np.float32)}),)),
+    "macs and accuracy are numbers": lambda c: replace(c, points=(OperatingPoint("a", {}, math.nan),)),
+}
+
+
+@pytest.mark.parametrize("message", POINTS)
+def test_an_operating_point_that_cannot_be_is_refused(message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        POINTS[message](made())
+
+
+@pytest.mark.parametrize("points", [None, 5, [5], [{}], [{"name": "a", "macs": "1", "accuracy": None}], [{}] * 101])
+def test_points_in_a_file_that_are_none_are_refused(file: Path, points: object) -> None:
+    rewritten(file, lambda _, meta: meta.update(points=points))
+    with pytest.raises(CheckpointError, match="points must be a list"):
+        load_checkpoint(file)
+
+
+def test_version_1_is_read_and_its_gates_written_out() -> None:
+    old = load_checkpoint(OLD)
+    assert [type(node).__name__ for node in old.graph.nodes if node.name.startswith("stage_1.0.mb1")] == [
+        "GlobalPool", "Linear", "Activation", "Linear", "Clip", "Select", "Multiply",
+    ]  # fmt: skip
+    assert_same(old, replace(made(), provenance=old.provenance))

@@ -19,9 +19,11 @@ from manidp.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manidp.ckpt import write_ckpt
 from manidp.conversion import to_ckpt, write_thresholds
 from manidp.find import find_model
-from manidp.graph import resnet, with_classes, with_gates
+from manidp.gating.place import with_gates
+from manidp.graph import with_classes
 from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
 from manidp.macs import ungated_macs
+from manidp.models import resnet
 from manidp.runtime import reference
 
 

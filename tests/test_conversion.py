@@ -21,8 +21,10 @@ from manidp.conversion import (
     write_thresholds,
 )
 from manidp.errors import CheckpointError, CkptError
-from manidp.graph import Graph, resnet, with_gates
+from manidp.gating.place import with_gates
+from manidp.graph import Graph
 from manidp.images import CIFAR10_CLASSES, Preprocessing
+from manidp.models import resnet
 from manidp.runtime.reference import run
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "mindspore"

@@ -27,13 +27,14 @@ from engine_cases import (
     with_thresholds,
 )
 from manidp.errors import ManiDPError, UnsupportedError
+from manidp.gating.manidp import head
+from manidp.gating.place import with_gates
 from manidp.graph import (
     Activation,
     Add,
     BatchNorm,
     Concat,
     Conv,
-    Gate,
     GlobalPool,
     Graph,
     Input,
@@ -41,10 +42,9 @@ from manidp.graph import (
     Multiply,
     Node,
     Pool,
-    resnet,
-    with_gates,
 )
 from manidp.macs import macs_per_image
+from manidp.models import resnet
 from manidp.runtime import codegen
 from manidp.runtime.codegen import ISAS
 from manidp.runtime.engine import Engine, Program, available_isas, emulating_isas
@@ -122,7 +122,7 @@ def network_with_a_vector_called(name: str) -> Graph:
     nodes = (
         Input(name="image", dims=(3, 9, 9)),
         Conv(name="x", inputs=("image",), channels=8),
-        Gate(name="g", inputs=("x",), channels=8, hidden=4),
+        *head("g", "x", 8, 4),
         GlobalPool(name="average", inputs=("x",)),
         GlobalPool(name="max", inputs=("x",), kind="max"),
         Add(name="both", inputs=("average", "max")),
@@ -147,7 +147,7 @@ def test_names_in_a_file_never_mean_a_vector_of_our_own() -> None:
     code = codegen.Generator(wanted, ISAS[isa])
     assert_same_result(run_program(Program(wanted, ISAS[isa]), wanted, images)[0], run(graph, weights, images))
     for owner in ("g", "x"):
-        for part in ("list", "mean", "hidden", "saliency", "average", "max", "value", "1", "4"):
+        for part in ("list", "mean", "hidden", "average", "max", "value", "1", "4"):
             for name in (f"{owner} {part}", f"{owner}.{part}", f"('{owner}', '{part}')"):
                 graph = network_with_a_vector_called(name)
                 plan = plan_of(graph, {k.replace("harmless", name): v for k, v in weights.items()}, isa)
@@ -201,7 +201,7 @@ def test_a_saliency_exactly_on_the_threshold_is_closed(isa: str) -> None:
     graph = Graph(
         (
             Input(name="image", dims=(3, 4, 4)),
-            Gate(name="gate", inputs=("image",), channels=5, hidden=2, saliency_max=3.0),
+            *head("gate", "image", 5, 2, 3.0),
             Conv(name="conv", inputs=("image",), channels=5),
             Multiply(name="gated", inputs=("conv", "gate")),
             GlobalPool(name="pool", inputs=("gated",)),
@@ -454,7 +454,7 @@ def deep(blocks: int) -> Graph:
     for i in range(blocks):
         x = nodes[-1].name
         nodes += [
-            Gate(name=f"gate{i}", inputs=(x,), channels=2, hidden=1),
+            *head(f"gate{i}", x, 2, 1),
             Conv(name=f"conv{i}", inputs=(x,), channels=2),
             Multiply(name=f"gated{i}", inputs=(f"conv{i}", f"gate{i}")),
             Add(name=f"sum{i}", inputs=(f"gated{i}", x)),
@@ -482,7 +482,7 @@ def test_a_long_chain_of_pointwise_nodes_is_cut_into_steps(gated: int) -> None:
     """With a gate before, in and behind the place of the cut."""
     nodes: list[Node] = [
         Input(name="image", dims=(3, 5, 5)),
-        Gate(name="gate", inputs=("image",), channels=4, hidden=2),
+        *head("gate", "image", 4, 2),
         Conv(name="n0", inputs=("image",), channels=4),
     ]
     for i in range(1, 40):

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine_cases import check, random_weights, with_thresholds
+from manidp.gating.place import with_gates
 from manidp.graph import (
     Activation,
     Add,
@@ -25,7 +26,6 @@ from manidp.graph import (
     Multiply,
     Node,
     Pool,
-    with_gates,
 )
 from manidp.runtime.engine import available_isas, emulating_isas
 

@@ -14,8 +14,8 @@ import manidp
 from engine_cases import assert_same_result, checkpoint_of, close_calls, random_weights, some_images
 from manidp.checkpoint import checkpoint_path, load_checkpoint
 from manidp.errors import ManiDPError, UnsupportedError
-from manidp.graph import resnet
 from manidp.images import load_sample
+from manidp.models import resnet
 from manidp.runtime import reference
 from manidp.runtime.codegen import ISAS
 from manidp.runtime.engine import Engine, available_isas, emulating_isas

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manidp.errors import GraphError
+from manidp.gating.manidp import head
+from manidp.gating.place import residual_convs, with_gates
 from manidp.graph import (
     Activation,
     Add,
@@ -16,7 +18,6 @@ from manidp.graph import (
     Concat,
     Conv,
     Flatten,
-    Gate,
     GlobalPool,
     Graph,
     Input,
@@ -25,11 +26,9 @@ from manidp.graph import (
     Node,
     Pool,
     graph_from_json,
-    residual_convs,
-    resnet,
     with_classes,
-    with_gates,
 )
+from manidp.models import resnet
 
 IMAGE = Input(name="image", dims=(3, 8, 8))
 
@@ -79,8 +78,10 @@ def test_gates_come_in_the_order_of_the_blocks_and_spare_stem_and_shortcuts() ->
         f"stage_{stage}.{block}.mb{k}" for stage in (1, 2, 3) for block in range(3) for k in (1, 2)
     ]
     first, second = gated.gates[:2]
-    assert first.inputs == ("relu_1",)
-    assert second.inputs == ("stage_1.0.mb1.gated",)  # the second gate reads what the first one let through
+    assert gated.by_name[f"{first.name}.pool"].inputs == ("relu_1",)
+    assert gated.by_name[f"{second.name}.pool"].inputs == (
+        "stage_1.0.mb1.gated",
+    )  # the second gate reads what the first one let through
     assert gated.gated_value(first) == "stage_1.0.relu_a"
     assert gated.gated_value(second) == "stage_1.0.bn_b"
     assert gated.by_name["stage_1.0.add"].inputs == ("relu_1", "stage_1.0.mb2.gated")
@@ -101,14 +102,17 @@ def test_what_a_gate_lets_us_skip_is_derived_from_the_graph() -> None:
     assert gated.wanted_by["stage_1.0.conv_a"] == "stage_1.0.mb1"
     assert gated.wanted_by["stage_1.0.conv_b"] == "stage_1.0.mb2"
     assert gated.zeroed_by["stage_1.0.mb1.gated"] == "stage_1.0.mb1"
-    assert gated.zeroed_by.keys() == {f"{gate.name}.gated" for gate in gated.gates}
+    read_on = {
+        f"stage_{stage}.{block}.mb2.pool" for stage in (1, 2, 3) for block in range(3)
+    }  # of what mb1 let through
+    assert gated.zeroed_by.keys() == {f"{gate.name}.gated" for gate in gated.gates} | read_on
     assert not {"conv_1_3x3", "stage_2.0.downsample.0", "stage_1.0.add", "classifier"} & gated.wanted_by.keys()
 
 
 def test_a_second_reader_of_a_scaled_value_forbids_skipping() -> None:
     nodes = (
         Conv(name="conv", inputs=("image",), channels=4),
-        Gate(name="gate", inputs=("image",), channels=4, hidden=4),
+        *head("gate", "image", 4, 4),
         Multiply(name="scaled", inputs=("conv", "gate")),
         GlobalPool(name="pool", inputs=("scaled",)),
         Linear(name="out", inputs=("pool",), features=2),
@@ -118,10 +122,10 @@ def test_a_second_reader_of_a_scaled_value_forbids_skipping() -> None:
     assert alone.zeroed_by == {"scaled": "gate", "pool": "gate"}
     other = (
         Add(name="sum", inputs=("scaled", "conv")),
-        replace(nodes[3], inputs=("sum",)),
-        nodes[4],
+        replace(nodes[-2], inputs=("sum",)),
+        nodes[-1],
     )
-    assert small(*nodes[:3], *other).wanted_by == {}
+    assert small(*nodes[:-2], *other).wanted_by == {}
     scaling_itself = small(nodes[0], replace(nodes[1], inputs=("conv",)), *nodes[2:])
     assert scaling_itself.wanted_by == {}  # the gate has to see the value first
 
@@ -130,7 +134,7 @@ def test_zeros_do_not_survive_what_shifts_them() -> None:
     def chain(node: Node) -> Graph:
         return small(
             Conv(name="conv", inputs=("image",), channels=4),
-            Gate(name="gate", inputs=("image",), channels=4, hidden=4),
+            *head("gate", "image", 4, 4),
             Multiply(name="scaled", inputs=("conv", "gate")),
             node,
             GlobalPool(name="pool", inputs=(node.name,)),
@@ -223,12 +227,6 @@ BROKEN = {
         Multiply(name="mul", inputs=("conv", "v")),
         *HEAD,
     ),
-    "both own a parameter 'conv.fc1.weight'": (
-        Gate(name="conv", inputs=("image",), channels=4, hidden=2),
-        Linear(name="conv.fc1", inputs=("pool",), features=2),
-        GlobalPool(name="pool", inputs=("image",)),
-        Linear(name="out", inputs=("conv",), features=2),
-    ),
 }
 
 
@@ -250,7 +248,7 @@ def test_nodes_may_be_given_in_any_order() -> None:
         ({"channels": "16"}, "'channels' must be of type int; got '16'"),
         ({"channels": True}, "'channels' must be of type int"),
         ({"channels": 10**12}, "'channels' must be of type int"),
-        ({"dilation": 2}, "no field 'dilation'"),
+        ({"taps": 2}, "no field 'taps'"),
         ({"inputs": "image"}, "'inputs' must be of type"),
         ({"name": ""}, "'name' must be of type str"),
         ({"op": ["Conv"]}, "unknown op"),

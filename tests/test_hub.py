@@ -27,9 +27,10 @@ from manidp.ckpt import write_ckpt
 from manidp.conversion import to_ckpt
 from manidp.errors import CardError, HubError, ManiDPError
 from manidp.find import find_model
-from manidp.graph import resnet, with_gates
+from manidp.gating.place import with_gates
 from manidp.hub import CARDS, FORGOTTEN_S, Bundled, Hub, Uid, bundled_files, known_networks, open_hub, parse_uid
 from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
+from manidp.models import resnet
 
 REAL_CARDS = Path(__file__).parents[2] / "shared" / "data" / "hub-cards.tar.xz"
 ORIGINAL = "noah-cvlab/gpu/1.1/manidp_v1.0_cifar10"

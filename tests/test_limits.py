@@ -9,26 +9,11 @@ from itertools import count
 import pytest
 
 from manidp.errors import GraphError
-from manidp.graph import (
-    Activation,
-    Add,
-    BatchNorm,
-    Concat,
-    Conv,
-    Flatten,
-    GlobalPool,
-    Graph,
-    Input,
-    Linear,
-    Node,
-    Pool,
-    imagenet_resnet,
-    residual_convs,
-    resnet,
-    with_gates,
-)
+from manidp.gating.place import residual_convs, with_gates
+from manidp.graph import Activation, Add, BatchNorm, Concat, Conv, Flatten, GlobalPool, Graph, Input, Linear, Node, Pool
 from manidp.limits import Limits
 from manidp.macs import dense_macs
+from manidp.models import imagenet_resnet, resnet
 
 
 class Chain:

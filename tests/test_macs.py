@@ -8,21 +8,11 @@ import numpy as np
 import pytest
 
 from manidp.errors import GraphError
-from manidp.graph import (
-    Activation,
-    Add,
-    Conv,
-    Gate,
-    GlobalPool,
-    Graph,
-    Input,
-    Linear,
-    Multiply,
-    imagenet_resnet,
-    resnet,
-    with_gates,
-)
-from manidp.macs import dense_macs, macs_per_image, node_macs
+from manidp.gating.manidp import head
+from manidp.gating.place import with_gates
+from manidp.graph import Activation, Add, Conv, GlobalPool, Graph, Input, Linear, Multiply
+from manidp.macs import dense_macs, gate_macs, macs_per_image, node_macs
+from manidp.models import imagenet_resnet, resnet
 
 
 @pytest.mark.parametrize(("depth", "macs"), [(20, 40_813_184), (32, 69_124_736), (56, 125_747_840)])
@@ -41,16 +31,14 @@ def test_imagenet_resnets_cost_what_torchvisions_do(depth: int, macs: int) -> No
 
 
 def test_gates_of_resnet20_cost_their_linear_layers() -> None:
-    counts = node_macs(with_gates(resnet(20)))
-    gates = with_gates(resnet(20)).gates
-    assert len(gates) == 18
-    assert sum(counts[gate.name] for gate in gates) == 61_952
+    assert len(with_gates(resnet(20)).gates) == 18
+    assert gate_macs(with_gates(resnet(20))) == 61_952
     assert dense_macs(with_gates(resnet(20))) == 40_813_184 + 61_952
 
 
 def test_an_empty_batch_costs_nothing() -> None:
     for graph in (with_gates(resnet(8)), with_gates(imagenet_resnet(18))):
-        kept = {gate.name: np.ones((0, gate.channels), dtype=bool) for gate in graph.gates}
+        kept = {gate: np.ones((0, channels), dtype=bool) for gate, channels in graph.gate_channels.items()}
         assert macs_per_image(graph, kept).shape == (0,)
 
 
@@ -58,7 +46,7 @@ def test_each_image_of_resnet20_costs_what_the_closed_formula_says() -> None:
     """fixed part + per block: k1 * in * 9 * HW + k1 * k2 * 9 * HW."""
     graph = with_gates(resnet(20))
     rng = np.random.default_rng(0)
-    kept = {gate.name: rng.random((5, gate.channels)) < rng.random() for gate in graph.gates}
+    kept = {gate: rng.random((5, channels)) < rng.random() for gate, channels in graph.gate_channels.items()}
     expected = np.full(5, 442_368 + 2 * 131_072 + 640 + 61_952)
     for stage, block in np.ndindex(3, 3):
         k1, k2 = (kept[f"stage_{stage + 1}.{block}.mb{i}"].sum(axis=1) for i in (1, 2))
@@ -70,7 +58,7 @@ def test_each_image_of_resnet20_costs_what_the_closed_formula_says() -> None:
 
 def test_everything_kept_costs_what_dense_costs_and_nothing_kept_only_the_fixed_part() -> None:
     graph = with_gates(resnet(20))
-    everything = {gate.name: np.ones((2, gate.channels), dtype=bool) for gate in graph.gates}
+    everything = {gate: np.ones((2, channels), dtype=bool) for gate, channels in graph.gate_channels.items()}
     nothing = {name: ~mask for name, mask in everything.items()}
     assert macs_per_image(graph, everything).tolist() == [dense_macs(graph)] * 2
     assert macs_per_image(graph, nothing).tolist() == [442_368 + 2 * 131_072 + 640 + 61_952] * 2
@@ -79,7 +67,7 @@ def test_everything_kept_costs_what_dense_costs_and_nothing_kept_only_the_fixed_
 def test_groups_and_depthwise_count_pairs_within_each_group() -> None:
     nodes = (
         Input(name="image", dims=(4, 6, 6)),
-        Gate(name="g", inputs=("image",), channels=4, hidden=3),
+        *head("g", "image", 4, 3),
         Multiply(name="x", inputs=("image", "g")),
         Conv(name="grouped", inputs=("x",), channels=8, groups=2, kernel=3),
         Conv(name="depthwise", inputs=("x",), channels=4, groups=4, kernel=5, stride=2, padding=2),
@@ -91,7 +79,7 @@ def test_groups_and_depthwise_count_pairs_within_each_group() -> None:
     )
     graph = Graph(nodes, "out")
     assert node_macs(graph) == {
-        "g": 4 * 3 + 3 * 4, "grouped": 8 * 2 * 9 * 36, "depthwise": 4 * 25 * 9, "la": 8 * 7, "lb": 4 * 7,
+        "g.fc1": 4 * 3, "g.fc2": 3 * 4, "grouped": 8 * 2 * 9 * 36, "depthwise": 4 * 25 * 9, "la": 8 * 7, "lb": 4 * 7,
     }  # fmt: skip
     counts = node_macs(graph, {"g": np.array([[1, 1, 0, 1], [0, 0, 0, 0]], dtype=bool)})
     assert counts["grouped"].tolist() == [(2 * 4 + 1 * 4) * 9 * 36, 0]
@@ -104,7 +92,7 @@ def test_a_conv_whose_output_is_scaled_and_read_elsewhere_is_computed_whole() ->
         return Graph(
             (
                 Input(name="image", dims=(3, 4, 4)),
-                Gate(name="g", inputs=("image",), channels=5, hidden=2),
+                *head("g", "image", 5, 2),
                 Conv(name="c", inputs=("image",), channels=5),
                 Activation(name="r", inputs=("c",)),
                 Multiply(name="m", inputs=("r", "g")),
@@ -122,7 +110,7 @@ def test_a_conv_whose_output_is_scaled_and_read_elsewhere_is_computed_whole() ->
 
 def test_a_missing_gate_a_wrong_shape_and_mixed_batches_are_named() -> None:
     graph = with_gates(resnet(8))
-    kept = {gate.name: np.ones((2, gate.channels), dtype=bool) for gate in graph.gates}
+    kept = {gate: np.ones((2, channels), dtype=bool) for gate, channels in graph.gate_channels.items()}
     with pytest.raises(GraphError, match=r"stage_1\.0\.mb1"):
         macs_per_image(graph, {})
     with pytest.raises(GraphError, match=r"stage_1\.0\.mb2.*\(B, 16\); got \(16,\)"):

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from checked import Checked, run_checked
 from engine_cases import Array, assert_same_result, plan_of, random_weights, with_thresholds
-from manidp.graph import Concat, Conv, Gate, GlobalPool, Graph, Input, Linear, Multiply
+from manidp.gating.manidp import head
+from manidp.graph import Concat, Conv, GlobalPool, Graph, Input, Linear, Multiply
 from manidp.runtime.codegen import ISAS
 from manidp.runtime.engine import available_isas, emulating_isas
 from manidp.runtime.ir import FLOAT, Function
@@ -34,7 +35,7 @@ GRAPH = Graph(
     (
         Input(name="image", dims=(3, 6, 6)),
         Conv(name="x", inputs=("image",), channels=6),
-        Gate(name="gate", inputs=("x",), channels=16, hidden=3),
+        *head("gate", "x", 16, 3),
         GlobalPool(name="mean", inputs=("x",)),
         Conv(name="second", inputs=("x",), channels=16, groups=2),
         Multiply(name="gated", inputs=("second", "gate")),

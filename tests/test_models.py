@@ -9,9 +9,10 @@ import pytest
 import manidp
 from manidp.checkpoint import Checkpoint, bundled, checkpoint_path, load_checkpoint
 from manidp.files import sha256_of
-from manidp.graph import resnet, with_gates
+from manidp.gating.place import with_gates
 from manidp.images import load_cifar10, load_sample
 from manidp.macs import ungated_macs
+from manidp.models import resnet
 from manidp.runtime import reference
 
 ROOT = Path(__file__).parent.parent

@@ -7,6 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from manidp.checkpoint import Checkpoint
+from manidp.gating.manidp import head
+from manidp.gating.place import with_gates
 from manidp.graph import (
     Activation,
     ActivationKind,
@@ -15,17 +17,15 @@ from manidp.graph import (
     Concat,
     Conv,
     Flatten,
-    Gate,
     GlobalPool,
     Graph,
     Input,
     Linear,
     Multiply,
     Pool,
-    resnet,
-    with_gates,
 )
 from manidp.images import Preprocessing
+from manidp.models import resnet
 from manidp.runtime import reference
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install 'manidp[onnx]'")
@@ -77,7 +77,7 @@ def test_every_node_type(kind: ActivationKind, tmp_path: Path) -> None:
             Pool(name="d", inputs=("c",), kind="max", kernel=3, stride=1, padding=1),
             Pool(name="d2", inputs=("c",), kind="average", kernel=3, stride=1, padding=1),
             Concat(name="e", inputs=("d2", "d")),
-            Gate(name="gate", inputs=("e",), channels=12, hidden=5),
+            *head("gate", "e", 12, 5),
             Multiply(name="scaled", inputs=("e", "gate")),
             GlobalPool(name="f", inputs=("e",), kind="max"),
             Linear(name="g", inputs=("f",), features=12, bias=False),

@@ -10,19 +10,8 @@ import pytest
 
 from engine_cases import Array, assert_close, checkpoint_of, random_weights
 from manidp.errors import ManiDPError, UnsupportedError
-from manidp.graph import (
-    Activation,
-    BatchNorm,
-    Conv,
-    Gate,
-    GlobalPool,
-    Graph,
-    Input,
-    Linear,
-    Multiply,
-    Node,
-    Pool,
-)
+from manidp.gating.manidp import head
+from manidp.graph import Activation, BatchNorm, Conv, GlobalPool, Graph, Input, Linear, Multiply, Node, Pool
 from manidp.runtime import reference
 from manidp.runtime.codegen import ISAS
 from manidp.runtime.engine import Engine, available_isas, emulating_isas
@@ -57,7 +46,7 @@ OVERFLOWS = {
         Activation(name="last", inputs=("window",), kind="hardsigmoid"),
     ),
     "gate": network(
-        Gate(name="gate", inputs=("first",), channels=2, hidden=2),
+        *head("gate", "first", 2, 2),
         Conv(name="second", inputs=("first",), channels=2, kernel=1, padding=0),
         Multiply(name="last", inputs=("second", "gate")),
     ),

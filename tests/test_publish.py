@@ -11,9 +11,10 @@ import manidp
 from manidp.bundle import pack
 from manidp.checkpoint import Checkpoint, load_checkpoint
 from manidp.errors import HubError
-from manidp.graph import resnet, with_gates
+from manidp.gating.place import with_gates
 from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
 from manidp.macs import ungated_macs
+from manidp.models import resnet
 from manidp.publish import card, measured, write_folder
 
 MEASURED = {

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from manidp.errors import ManiDPError
+from manidp.gating.manidp import head
+from manidp.gating.place import with_gates
 from manidp.graph import (
     Activation,
     Add,
@@ -15,7 +17,6 @@ from manidp.graph import (
     Concat,
     Conv,
     Flatten,
-    Gate,
     GlobalPool,
     Graph,
     Input,
@@ -23,10 +24,9 @@ from manidp.graph import (
     Multiply,
     Node,
     Pool,
-    resnet,
-    with_gates,
 )
 from manidp.macs import dense_macs
+from manidp.models import resnet
 from manidp.runtime.reference import node_values, run
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "mindspore"
@@ -136,7 +136,7 @@ def small_gated() -> Graph:
     return Graph(
         (
             Input(name="image", dims=(2, 3, 3)),
-            Gate(name="gate", inputs=("image",), channels=4, hidden=2, saliency_max=3.0),
+            *head("gate", "image", 4, 2, 3.0),
             Conv(name="conv", inputs=("image",), channels=4),
             Multiply(name="gated", inputs=("conv", "gate")),
             GlobalPool(name="pool", inputs=("gated",)),
@@ -166,8 +166,8 @@ def test_a_gate_keeps_what_exceeds_its_threshold_and_drops_what_only_reaches_it(
 def test_float32_is_computed_in_float32_and_agrees() -> None:
     graph = with_gates(resnet(8))
     weights = random_weights(graph)
-    weights |= {f"{gate.name}.fc2.weight": np.zeros((gate.channels, gate.hidden)) for gate in graph.gates}
-    weights |= {f"{gate.name}.fc2.bias": np.linspace(0.5, 1.5, gate.channels) for gate in graph.gates}
+    weights |= {name: np.zeros(shape) for name, shape in graph.parameters.items() if name.endswith("fc2.weight")}
+    weights |= {f"{gate}.fc2.bias": np.linspace(0.5, 1.5, channels) for gate, channels in graph.gate_channels.items()}
     weights |= {f"{gate.name}.threshold": np.array(0.9) for gate in graph.gates}
     images = np.random.default_rng(4).normal(size=(2, 3, 32, 32))
     double, single = run(graph, weights, images), run(graph, weights, images, np.float32)

@@ -24,9 +24,11 @@ from PIL import Image
 from manidp import report
 from manidp.checkpoint import Checkpoint
 from manidp.errors import ManiDPError, MissingExtraError
-from manidp.graph import Graph, resnet, with_gates
+from manidp.gating.place import with_gates
+from manidp.graph import Graph
 from manidp.images import ImageSet, Preprocessing
 from manidp.macs import dense_macs
+from manidp.models import resnet
 from manidp.report import Findings, class_keep_rates, collect, draw_overview, macs_histogram, write_report
 from manidp.runtime import reference
 from manidp.runtime.reference import Result
@@ -250,7 +252,7 @@ def test_page_says_what_was_counted(page: Page, findings: Findings) -> None:
     assert f"dense right {agreement.both_right} {agreement.only_dense}" in page.text
     assert f"dense wrong {agreement.only_gated} {agreement.both_wrong}" in page.text
     assert f"same class for {agreement.same_prediction} of 33" in page.text
-    sizes = " ".join(str(gate.channels) for gate in GATED.gates)
+    sizes = " ".join(map(str, GATED.gate_channels.values()))
     assert f"channels {sizes}" in page.text
 
 

@@ -22,8 +22,9 @@ from manidp import cli, images
 from manidp.bench import measure
 from manidp.bench.measure import random_checkpoint
 from manidp.checkpoint import Checkpoint, save_checkpoint
-from manidp.graph import resnet, with_gates
+from manidp.gating.place import with_gates
 from manidp.images import load_sample
+from manidp.models import resnet
 from manidp.runtime import engine
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +61,7 @@ WORKING: dict[str, dict[str, list[str]]] = {
     "": {},
     "classify": {"paths": ["set/cat"], "model": ["m.safetensors"]},
     "evaluate": {"data": ["set"], "model": ["m.safetensors"]},
+    "freeze": {"model": ["m.safetensors"], "out": ["new.safetensors"], "data": ["set"]},
     "data": {"name": ["sample"], "to": ["new"]},
     "info": {"checkpoint": ["m.safetensors"]},
     "train": {"data": ["set"], "out": ["new"], "start": ["dense.safetensors"], "threads": ["1"],
@@ -120,8 +122,11 @@ def words(name: str, given: dict[str, list[str]]) -> list[str]:
 ENGINES: dict[int, engine.Engine] = {}
 
 
-def compiled(checkpoint: Checkpoint, make: Any = engine.Engine) -> engine.Engine:
+def compiled(checkpoint: Checkpoint, make: Any = engine.Engine, **options: Any) -> engine.Engine:
     size = len(checkpoint.graph.nodes)
+    if options not in ({}, {"threads": 1, "precision": "float32"}):
+        made: engine.Engine = make(checkpoint, **options)
+        return made
     if size not in ENGINES:
         ENGINES[size] = make(checkpoint)
     return ENGINES[size]

@@ -23,8 +23,9 @@ from PIL import Image
 from manidp import cli, terminal
 from manidp.bench.measure import random_checkpoint
 from manidp.checkpoint import save_checkpoint
-from manidp.graph import resnet, with_gates
+from manidp.gating.place import with_gates
 from manidp.images import load_sample
+from manidp.models import resnet
 from manidp.terminal import escaped
 
 # What a terminal obeys, what turns text round, what ends a line, what no encoding has; ESC as Markdown may spell it.

@@ -30,7 +30,7 @@ from manidp.checkpoint import Checkpoint
 from manidp.ckpt import write_ckpt
 from manidp.conversion import to_ckpt, write_thresholds
 from manidp.errors import HubError, quoted
-from manidp.graph import Gate, Graph
+from manidp.graph import Graph, Select
 from manidp.publish import beside, measured, sections
 
 NETWORK = Path(__file__).parent / "mindspore" / "network.py"
@@ -47,7 +47,7 @@ def description(graph: Graph) -> dict[str, Any]:
     nodes = [
         {"op": type(node).__name__, **asdict(node), "shape": graph.shapes[node.name],
          "parameters": node.parameters(*graph.input_shapes(node))}
-        | ({"scales": graph.gated_value(node)} if isinstance(node, Gate) else {})
+        | ({"scales": graph.gated_value(node)} if isinstance(node, Select) else {})
         for node in graph.nodes
     ]  # fmt: skip
     return {"nodes": nodes, "output": graph.output}

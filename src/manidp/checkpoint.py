@@ -1,7 +1,9 @@
 """One safetensors file holds a whole model: graph, weights, thresholds, preprocessing, class names, provenance.
 
-The tensors are the graph's parameters, float32, under the graph's own names. The header's one metadata entry,
-``manidp``, is JSON: ``version``, ``graph``, ``preprocessing`` (mean, std, size), ``classes`` and ``provenance``.
+Version 2: the tensors are float32. ``weights/NAME`` is the graph's parameter NAME; ``points/K/NAME`` is what takes its
+place at the K-th operating point. The header's one metadata entry, ``manidp``, is JSON: ``version``, ``graph``,
+``preprocessing`` (mean, std, size), ``classes``, ``provenance`` and ``points`` (of each name, macs and accuracy).
+Version 1 had plain names, no points, and one node for a whole gate; it is read and written out as version 2.
 The same model makes the same bytes. Loading needs no framework and runs nothing from the file. Of a file from outside
 the header is checked first, and no tensor is read before the network that it describes is known to be within limits.
 """
@@ -9,10 +11,11 @@ the header is checked first, and no tensor is read before the network that it de
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
@@ -25,25 +28,47 @@ from safetensors import SafetensorError, safe_open
 from manidp.errors import CheckpointError, GraphError, ImageError, some
 from manidp.files import replacing
 from manidp.formats import HEAD, looks_like
+from manidp.gating.version1 import graph_of_version_1
 from manidp.graph import Graph, graph_from_json
 from manidp.images import Preprocessing
 from manidp.limits import Limits
+from manidp.macs import ungated_macs
 
-VERSION = 1
-HEADER_BYTES, JSON_VALUES = 600, 50  # for each node that a network may have
+VERSION = 2
+DEFAULT = "default"
+BUDGET_TOLERANCE = 0.01  # a point may take so much more than its budget: training meets budgets within 1 %
+MAX_POINTS = 100
+HEADER_BYTES, JSON_VALUES = 300, 25  # for each node that a network may have
 JSON_DEPTH = 64
-CLASS_LENGTH = 1000  # characters in the name of a class
+CLASS_LENGTH = 1000  # characters in the name of a class or an operating point
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "I32": "int32", "I64": "int64"}
+ADJUSTABLE = ("threshold", "mask", "moving_mean", "moving_variance")  # what an operating point may set
+Described = dict[str, tuple[str, tuple[int, ...]]]  # name -> type and shape
 _DATA = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)
+class OperatingPoint:
+    """Another budget that the same network runs at: thresholds, and where they differ batch statistics.
+
+    values: parameters of the graph that take the place of the checkpoint's own; thresholds, masks, moving means and
+    variances only. macs: mean multiply-adds an image; accuracy: top-1, 0..1; both as measured, None if they were not.
+    """
+
+    name: str
+    values: Mapping[str, NDArray[np.float32]]
+    macs: float | None = None
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A model as data. Raises CheckpointError unless weights, classes and thresholds fit the graph.
+    """A model as data. Raises CheckpointError unless weights, classes, thresholds and points fit the graph.
 
     weights: float32 arrays with exactly the names and shapes of ``graph.parameters``; every number is finite, and
     those of thresholds and variances are not negative.
     provenance: JSON data; how the model came to be (recipe, seed, versions, data digests, measured accuracy and MACs).
+    points: other budgets that the same network runs at; "default" is the weights as they are.
     """
 
     graph: Graph
@@ -51,17 +76,18 @@ class Checkpoint:
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    points: tuple[OperatingPoint, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_tensors(
-            self.graph,
-            {name: ("float32" if w.dtype == np.float32 else str(w.dtype), w.shape) for name, w in self.weights.items()},
-        )
-        for name, value in self.weights.items():
-            if not np.isfinite(value).all():
-                raise CheckpointError(f"tensor '{name}' holds NaN or infinity")
-            if name.endswith((".threshold", ".moving_variance")) and (value < 0).any():
-                raise CheckpointError(f"tensor '{name}' must not be negative; its least value is {value.min()}")
+        _check_tensors(self.graph, _described_tensors(self.weights))
+        _check_values(self.weights)
+        _check_points(self.graph, [(point.name, _described_tensors(point.values)) for point in self.points])
+        for point in self.points:
+            _check_values(point.values)
+            if not all(
+                figure is None or (_is_number(figure) and figure >= 0) for figure in (point.macs, point.accuracy)
+            ):
+                raise CheckpointError(f"operating point '{point.name}': macs and accuracy are numbers >= 0 or None")
         if len(self.classes) != self.graph.num_classes:
             raise CheckpointError(
                 f"the graph has {self.graph.num_classes} outputs but there are {len(self.classes)} class names"
@@ -74,6 +100,41 @@ class Checkpoint:
                 f"preprocessing makes images of {self.preprocessing.size} pixels (height, width); "
                 f"the graph reads {self.graph.input.dims} (channels, height, width)"
             )
+
+    def point(self, budget: str | float) -> OperatingPoint:
+        """The operating point of a name, or the most expensive one within a share of the dense multiply-adds (0..1].
+
+        "default" is the weights as they are. Raises CheckpointError for an unknown budget, listing those known.
+        """
+        known = (self.default_point, *self.points)
+        if isinstance(budget, str):
+            for point in known:
+                if point.name == budget:
+                    return point
+        else:
+            limit = budget * ungated_macs(self.graph) * (1 + BUDGET_TOLERANCE)
+            within = [point for point in known if point.macs is not None and point.macs <= limit]
+            if within:
+                return max(within, key=lambda point: point.macs or 0.0)
+        listed = ", ".join(self._told(point) for point in known)
+        raise CheckpointError(f"no operating point fits the budget {budget!r}; this model has {listed}")
+
+    def at(self, budget: str | float) -> Checkpoint:
+        """The checkpoint whose own weights are those of an operating point, without others."""
+        return replace(self, weights={**self.weights, **self.point(budget).values}, points=())
+
+    @property
+    def default_point(self) -> OperatingPoint:
+        """The weights as they are, with what was measured of them."""
+        measured = self.provenance.get("measured")
+        facts = measured if isinstance(measured, dict) else {}
+        macs, correct, total = (facts.get(name) for name in ("mean_macs", "correct", "total"))
+        accuracy = correct / total if _is_number(correct) and _is_number(total) and total else None
+        return OperatingPoint(DEFAULT, {}, macs if _is_number(macs) else None, accuracy)
+
+    def _told(self, point: OperatingPoint) -> str:
+        share = "" if point.macs is None else f" ({point.macs / ungated_macs(self.graph):.1%} of dense)"
+        return f"'{point.name}'{share}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +151,7 @@ class Found:
     ignored: tuple[str, ...] = ()
 
 
-def _check_tensors(graph: Graph, given: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+def _check_tensors(graph: Graph, given: Described) -> None:
     """Whether the tensors, of which types and shapes are given, are exactly the graph's parameters."""
     for name, shape in graph.parameters.items():
         if name not in given:
@@ -115,6 +176,45 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _described_tensors(tensors: Mapping[str, NDArray[np.float32]]) -> Described:
+    return {
+        name: ("float32" if value.dtype == np.float32 else str(value.dtype), value.shape)
+        for name, value in tensors.items()
+    }
+
+
+def _check_values(tensors: Mapping[str, NDArray[np.float32]]) -> None:
+    """Whether every number is finite, and those of thresholds and variances are not negative."""
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise CheckpointError(f"tensor '{name}' holds NaN or infinity")
+        if name.endswith((".threshold", ".moving_variance")) and (value < 0).any():
+            raise CheckpointError(f"tensor '{name}' must not be negative; its least value is {value.min()}")
+
+
+def _check_points(graph: Graph, points: Sequence[tuple[str, Described]]) -> None:
+    """Whether the points have names of their own, and change only what may differ between them."""
+    names = [name for name, _ in points]
+    fits = all(0 < len(name) <= CLASS_LENGTH and _is_unicode(name) for name in names)
+    if not fits or len({*names, DEFAULT}) <= len(names):
+        raise CheckpointError(f"operating points need different names, other than '{DEFAULT}'; got {brief(names)}")
+    for point, given in points:
+        for name, described in given.items():
+            if name.rpartition(".")[2] not in ADJUSTABLE or name not in graph.parameters:
+                raise CheckpointError(
+                    f"operating point '{point}' sets {_shown(name)}; only {', '.join(ADJUSTABLE)} may differ"
+                )
+            if described != ("float32", graph.parameters[name]):
+                raise CheckpointError(
+                    f"operating point '{point}', '{name}': the graph asks for float32 {list(graph.parameters[name])}; "
+                    f"got {described[0]} {brief(list(described[1]))}"
+                )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def bundled() -> tuple[str, ...]:
@@ -147,13 +247,17 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
         },
         "classes": list(checkpoint.classes),
         "provenance": dict(checkpoint.provenance),
+        "points": [{"name": point.name, "macs": point.macs, "accuracy": point.accuracy} for point in checkpoint.points],
     }
     try:
         text = json.dumps(meta, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the provenance must be plain JSON data without NaN: {error}") from error
     _plain_json(text, "the header's entry 'manidp'")  # what is written can be read
-    tensors = {name: np.require(value, requirements="C") for name, value in checkpoint.weights.items()}
+    named = {f"weights/{name}": value for name, value in checkpoint.weights.items()}
+    for index, point in enumerate(checkpoint.points):
+        named |= {f"points/{index}/{name}": value for name, value in point.values.items()}
+    tensors = {name: np.require(value, requirements="C") for name, value in named.items()}
     data = safetensors.numpy.save(tensors, metadata={"manidp": text})
     try:
         with replacing(path) as file:
@@ -260,7 +364,11 @@ def _described(header: dict[str, Any], read: Callable[[str], NDArray[Any]]) -> C
         raise CheckpointError(
             f"the file is of version {brief(version)}; this manidp reads up to {VERSION}: pip install -U manidp"
         )
-    missing = [name for name in ("graph", "preprocessing", "classes", "provenance") if name not in meta]
+    missing = [
+        name
+        for name in ("graph", "preprocessing", "classes", "provenance", *(["points"] if version > 1 else []))
+        if name not in meta
+    ]
     if missing:
         raise CheckpointError(f"the header's entry 'manidp' lacks {', '.join(missing)}")
     if not isinstance(meta["provenance"], dict):
@@ -269,13 +377,53 @@ def _described(header: dict[str, Any], read: Callable[[str], NDArray[Any]]) -> C
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise CheckpointError("classes must be a list of names")
     preprocessing = _preprocessing(meta["preprocessing"])
-    graph = graph_from_json(meta["graph"])
+    graph = graph_of_version_1(meta["graph"]) if version == 1 else graph_from_json(meta["graph"])
     given = {
         name: (_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items()
     }
-    _check_tensors(graph, given)
-    weights = {name: read(name) for name in header}
-    return Checkpoint(graph, weights, preprocessing, tuple(classes), meta["provenance"])
+    if version == 1:
+        _check_tensors(graph, given)
+        weights = {name: read(name) for name in given}
+        return Checkpoint(graph, weights, preprocessing, tuple(classes), meta["provenance"])
+    points = _points(meta["points"])
+    own, values = _sorted_out(given, len(points))
+    _check_tensors(graph, own)
+    _check_points(graph, list(zip([point.name for point in points], values, strict=True)))
+    weights = {name: read(f"weights/{name}") for name in own}
+    points = tuple(
+        replace(point, values={name: read(f"points/{index}/{name}") for name in values[index]})
+        for index, point in enumerate(points)
+    )
+    return Checkpoint(graph, weights, preprocessing, tuple(classes), meta["provenance"], points)
+
+
+def _points(data: object) -> tuple[OperatingPoint, ...]:
+    """The operating points that a header tells of, without their values."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "name": (str,), "macs": (int, float, type(None)), "accuracy": (int, float, type(None)),
+    }  # fmt: skip
+    if not isinstance(data, list) or len(data) > MAX_POINTS or not all(
+        isinstance(point, dict) and point.keys() == kinds.keys()
+        and all(isinstance(point[name], kind) for name, kind in kinds.items()) for point in data
+    ):  # fmt: skip
+        raise CheckpointError(f"points must be a list of at most {MAX_POINTS} objects with name, macs and accuracy")
+    return tuple(OperatingPoint(point["name"], {}, point["macs"], point["accuracy"]) for point in data)
+
+
+def _sorted_out(given: Described, points: int) -> tuple[Described, list[Described]]:
+    """The graph's own tensors, and those of each operating point, under the names of the graph."""
+    own: Described = {}
+    values: list[Described] = [{} for _ in range(points)]
+    groups = {"weights": own} | {f"points/{index}": value for index, value in enumerate(values)}
+    for name, described in given.items():
+        first, _, rest = name.partition("/")
+        if first == "points":
+            number, _, rest = rest.partition("/")
+            first = f"points/{number}"
+        if first not in groups:
+            raise CheckpointError(f"tensor '{_shown(name)}' is neither a weight nor of one of {points} points")
+        groups[first][rest] = described
+    return own, values
 
 
 def _preprocessing(data: object) -> Preprocessing:

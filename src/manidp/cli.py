@@ -55,6 +55,12 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A bundled model's name, a checkpoint file or a card's name on the hub.")
 ]
+Threads = Annotated[int, typer.Option(help="Threads; they work on different images.", min=1)]
+Precision = Annotated[str, typer.Option(help="float32, or float16 where the CPU computes in it.")]
+Budget = Annotated[
+    str,
+    typer.Option(help="An operating point: its name, or a share of the dense multiply-adds, 45% or 0.45; see `info`."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
@@ -111,6 +117,9 @@ def classify(
     ] = None,
     model: Model = "manidp-res20",
     sample: Annotated[int, typer.Option(help="Without PATHS: how many of the 200 bundled test images.", min=1)] = 20,
+    threads: Threads = 1,
+    precision: Precision = "float32",
+    budget: Budget = "default",
     as_json: Json = False,
 ) -> None:
     """Say what is on each picture, and what it cost: multiply-adds spent, share of channels kept in each stage.
@@ -121,8 +130,10 @@ def classify(
     from manidp import load_model
     from manidp.images import load_pictures, load_sample
     from manidp.macs import ungated_macs
+    from manidp.runtime.engine import Engine
 
     checkpoint = load_model(model)
+    checkpoint.point(_point(budget))
     truth: list[str | None]
     errors: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -137,7 +148,8 @@ def classify(
         images, truth = bundled.images[chosen], [bundled.classes[label] for label in bundled.labels[chosen]]
         assert bundled.indices is not None
         names = [f"test image {index}" for index in bundled.indices[chosen]]
-    rows = _classified(checkpoint, images, names, truth)
+    engine = Engine(checkpoint, threads=threads, precision=precision)
+    rows = _classified(engine, images, names, truth, budget)
     if as_json:
         say_json({"model": model, "images": rows, "errors": errors}, indent=2)
     else:
@@ -155,7 +167,10 @@ def evaluate(
         typer.Option(help="Folder of CIFAR-10's six files (its test set is used) or of one subfolder for each class."),
     ] = None,
     model: Model = "manidp-res20",
-    beside: Annotated[str | None, typer.Option(help="A second model to show beside it.")] = None,
+    beside: Annotated[str | None, typer.Option(help="A second model to show beside it, as it is by default.")] = None,
+    threads: Threads = 1,
+    precision: Precision = "float32",
+    budget: Budget = "default",
     as_json: Json = False,
 ) -> None:
     """Accuracy, mean multiply-adds and time per image over a labelled set; without --data, the bundled 200 images."""
@@ -163,8 +178,9 @@ def evaluate(
     from manidp.machine import describe
 
     models = {name: load_model(name) for name in dict.fromkeys([model, *([beside] if beside is not None else [])])}
+    models[model].point(_point(budget))
     images, description = _labelled(data, models)
-    rows = _evaluated(models, images)
+    rows = _evaluated(models, images, threads, precision, {model: budget})
     if as_json:
         say_json({"data": description, "machine": describe(), "models": rows}, indent=2)
     else:
@@ -190,6 +206,41 @@ def _labelled(data: Path | None, models: dict[str, Any]) -> tuple[Any, str]:
     for line in pictures.left_out:
         complain(line)
     return images, f"{len(images)} images of {data}"
+
+
+@app.command()
+def freeze(
+    model: Annotated[str, typer.Argument(help="A gated model: a bundled name, a checkpoint file or a card's name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint to write, x.safetensors.")],
+    data: Annotated[Path | None, typer.Option(help="As for evaluate; default: the bundled 200 images.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the static twin of a gated model: every gate the one mask that images open most often.
+
+    The twin takes no more multiply-adds than the model on average; closed channels are gone for good, so it is an
+    ordinary dense checkpoint. It is not trained again. Masks are those of the images it is measured on, but for
+    CIFAR-10's files: there, those of 10,000 training images.
+    """
+    from manidp import load_model
+    from manidp.checkpoint import save_checkpoint
+    from manidp.errors import CheckpointError
+    from manidp.gating.static import freeze as frozen
+    from manidp.images import holds_cifar10, load_cifar10
+
+    if out.suffix.lower() != ".safetensors":
+        raise CheckpointError(f"{out}: a checkpoint is written as .safetensors")
+    checkpoint = load_model(model)
+    images, description = _labelled(data, {model: checkpoint})
+    chosen = images
+    if data is not None and holds_cifar10(data):
+        chosen = load_cifar10(data)[0]
+    twin = frozen(checkpoint, chosen.images[:10_000])
+    save_checkpoint(twin, out)
+    rows = _evaluated({model: checkpoint, str(out): twin}, images, 1, "float32", {})
+    if as_json:
+        say_json({"written": str(out), "data": description, "models": rows}, indent=2)
+    else:
+        _print_evaluated(rows, description)
 
 
 @app.command()
@@ -251,7 +302,13 @@ def info(
              "macs": macs.get(node.name, 0)}
             for node in model.graph.nodes
         ],
-        "thresholds": {gate.name: float(model.weights[f"{gate.name}.threshold"]) for gate in model.graph.gates},
+        "thresholds": {
+            name.removesuffix(".threshold"): float(model.weights[name]) for name in model.graph.thresholds
+        },
+        "operating_points": [
+            {"name": point.name, "macs": point.macs, "accuracy": point.accuracy}
+            for point in (model.default_point, *model.points)
+        ],
     }  # fmt: skip
     if as_json:
         say_json(shown, indent=2)
@@ -662,47 +719,36 @@ def bench(
         _print_bench(found)
 
 
-def _classified(checkpoint: Any, images: Any, names: list[str], truth: list[str | None]) -> list[dict[str, Any]]:
-    import numpy as np
+def _classified(
+    engine: Any, images: Any, names: list[str], truth: list[str | None], budget: str
+) -> list[dict[str, Any]]:
+    from manidp.predict import predict
 
-    from manidp.macs import ungated_macs
-    from manidp.runtime.engine import Engine
-
-    if not names:
-        return []
-    dense = ungated_macs(checkpoint.graph)
-    result = Engine(checkpoint).run(images)
-    shifted = np.exp(result.logits - result.logits.max(1, keepdims=True))
-    probabilities = shifted / shifted.sum(1, keepdims=True)
-    stages = _stages(result.kept)
-    rows = []
-    for i, name in enumerate(names):
-        best = int(probabilities[i].argmax())
-        rows.append(
-            {
-                "image": name,
-                "class": checkpoint.classes[best],
-                "probability": round(float(probabilities[i, best]), 4),
-                "truth": truth[i],
-                "macs": int(result.macs[i]),
-                "share_of_dense": round(float(result.macs[i] / dense), 4),
-                "kept": {stage: round(float(share[i]), 4) for stage, share in stages.items()},
-            }
-        )
-    return rows
+    return [
+        {
+            "image": name,
+            "class": one.label,
+            "probability": round(one.probability, 4),
+            "truth": true,
+            "macs": one.macs,
+            "share_of_dense": round(one.share_of_dense, 4),
+            "kept": {stage: round(share, 4) for stage, share in one.kept.items()},
+        }
+        for name, true, one in zip(names, truth, predict(engine, images, budget=_point(budget)), strict=True)
+    ]
 
 
-def _stages(kept: dict[str, Any]) -> dict[str, Any]:
-    """Share of channels kept by each image, for each group of gates with one first name: stage -> (B,)."""
-    import numpy as np
-
-    groups: dict[str, list[Any]] = {}
-    for gate, mask in kept.items():
-        groups.setdefault(gate.partition(".")[0], []).append(mask)
-    return {stage: np.concatenate(masks, axis=1).mean(1) for stage, masks in groups.items()}
+def _point(budget: str) -> str | float:
+    """What the user calls an operating point: "45%" and "0.45" are shares of the dense multiply-adds, else a name."""
+    try:
+        return float(budget.removesuffix("%")) / 100 if budget.endswith("%") else float(budget)
+    except ValueError:
+        return budget
 
 
-def _evaluated(models: dict[str, Any], images: Any) -> list[dict[str, Any]]:
+def _evaluated(
+    models: dict[str, Any], images: Any, threads: int, precision: str, budgets: dict[str, str]
+) -> list[dict[str, Any]]:
     """One row a model. The models take turns over the whole set; the time is the median of the rounds."""
     import time
 
@@ -712,13 +758,13 @@ def _evaluated(models: dict[str, Any], images: Any) -> list[dict[str, Any]]:
     from manidp.runtime.engine import Engine
 
     labels = {name: images.relabelled(model.classes, name).labels for name, model in models.items()}
-    engines = {name: Engine(model) for name, model in models.items()}
+    engines = {name: Engine(model, threads=threads, precision=precision) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     results = {}
     for _ in range(9 if len(images) <= 1000 else 3):
         for name, engine in engines.items():
             started = time.perf_counter()
-            results[name] = engine.run(images.images)
+            results[name] = engine.run(images.images, budget=_point(budgets.get(name, "default")))
             seconds[name].append(time.perf_counter() - started)
     return [
         {
@@ -730,7 +776,8 @@ def _evaluated(models: dict[str, Any], images: Any) -> list[dict[str, Any]]:
             "milliseconds_per_image": float(np.median(seconds[name])) / len(images) * 1e3,
             "rounds": len(seconds[name]),
             "threads": engine.threads,
-            "precision": "float32",
+            "precision": engine.precision,
+            "budget": budgets.get(name, "default"),
         }
         for name, engine in engines.items()
     ]
@@ -822,10 +869,11 @@ def _print_info(shown: dict[str, Any]) -> None:
     facts.add_column(style="bold")
     facts.add_column()
     for key, value in shown.items():
-        if key in ("layers", "thresholds", "provenance", "preprocessing"):
+        if key in ("layers", "thresholds", "provenance", "preprocessing", "operating_points"):
             continue
         text = ", ".join(value) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else str(value)
         facts.add_row(key.replace("_", " "), text)
+    facts.add_row("operating points", ", ".join(map(_point_told, shown["operating_points"])))
     for key, value in shown["provenance"].items():
         facts.add_row(key, json.dumps(value) if isinstance(value, (dict, list)) else str(value))
     show(facts)
@@ -835,13 +883,19 @@ def _print_info(shown: dict[str, Any]) -> None:
     for heading in ("shape", "multiply-adds", "threshold"):
         layers.add_column(heading, justify="right")
     for layer in shown["layers"]:
-        if layer["macs"]:
-            threshold = shown["thresholds"].get(layer["name"])
+        threshold = shown["thresholds"].get(layer["name"])
+        if layer["macs"] or threshold is not None:
             layers.add_row(
                 layer["name"], layer["op"], " x ".join(map(str, layer["shape"])), f"{layer['macs']:,}",
                 "" if threshold is None else f"{threshold:.4f}",
             )  # fmt: skip
     show(layers)
+
+
+def _point_told(point: dict[str, Any]) -> str:
+    facts: list[str] = [] if point["macs"] is None else [f"{point['macs'] / 1e6:.2f} M multiply-adds"]
+    facts += [] if point["accuracy"] is None else [f"{point['accuracy']:.2%}"]
+    return f"{point['name']} ({', '.join(facts)})" if facts else str(point["name"])
 
 
 def _epoch_line(record: EpochRecord) -> str:

@@ -17,8 +17,10 @@ from manidp.checkpoint import Checkpoint
 from manidp.ckpt import BFLOAT16, bfloat16_to_float32
 from manidp.errors import CkptError, GraphError, some
 from manidp.files import open_regular, replacing
-from manidp.graph import Gate, Graph, resnet, with_gates
+from manidp.gating.place import with_gates
+from manidp.graph import Graph, Select
 from manidp.images import Preprocessing
+from manidp.models import resnet
 
 STEM = "conv_1_3x3.weight"
 MAX_THRESHOLDS_BYTES = 2**20
@@ -46,9 +48,9 @@ def from_ckpt(
     Raises CkptError for what is missing, of another shape or no floating-point numbers, CheckpointError for the rest.
     """
     given = np.asarray(thresholds, np.float32)
-    if given.shape != (len(graph.gates),):
+    if given.shape != (len(graph.thresholds),):
         raise CkptError(f"the network has {len(graph.gates)} gates and needs a threshold for each; got {given.shape}")
-    weights = {f"{gate.name}.threshold": np.asarray(value) for gate, value in zip(graph.gates, given, strict=True)}
+    weights = {name: np.asarray(value) for name, value in zip(graph.thresholds, given, strict=True)}
     wanted = _without_thresholds(graph)
     prefix = prefix_of(values, next(iter(wanted), ""))
     named = {f"{prefix}{name}": name for name in wanted}  # the .ckpt's name -> the graph's
@@ -108,14 +110,14 @@ def to_ckpt(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[np.float32]], NDA
         prefixes = itertools.accumulate(node.name.split(".")[:-1], "{}.{}".format)
         block = next((prefix for prefix in prefixes if prefix in blocks), None)
         key = (node.name, False) if block is None else (block, True)
-        order.append((first.setdefault(key, index), isinstance(node, Gate), index))
+        order.append((first.setdefault(key, index), isinstance(node, Select) or node.name in graph.heads, index))
     names = [
         f"{graph.nodes[index].name}.{name}"
         for _, _, index in sorted(order)
         for name in graph.nodes[index].parameters(*graph.input_shapes(graph.nodes[index]))
     ]
     wanted = _without_thresholds(graph)
-    thresholds = np.array([checkpoint.weights[f"{gate.name}.threshold"] for gate in graph.gates], np.float64)
+    thresholds = np.array([checkpoint.weights[name] for name in graph.thresholds], np.float64)
     return {name: checkpoint.weights[name] for name in names if name in wanted}, thresholds
 
 
@@ -145,7 +147,7 @@ def write_thresholds(thresholds: NDArray[np.float64], path: str | Path) -> None:
 
 
 def _without_thresholds(graph: Graph) -> dict[str, tuple[int, ...]]:
-    thresholds = {f"{gate.name}.threshold" for gate in graph.gates}
+    thresholds = set(graph.thresholds)
     return {name: shape for name, shape in graph.parameters.items() if name not in thresholds}
 
 

@@ -32,8 +32,9 @@ from manidp.conversion import from_ckpt, to_ckpt
 from manidp.download import Downloader, TransferError, is_offline, origins, target_of
 from manidp.errors import CardError, HubError, quoted
 from manidp.files import open_regular, replacing, sha256_of, sweep, sync_folder
-from manidp.graph import resnet, with_gates
+from manidp.gating.place import with_gates
 from manidp.images import Preprocessing, Progress
+from manidp.models import resnet
 
 HOSTS = ("download.mindspore.cn",)
 """The host of the hub's weights; all that is asked unless the user allows more."""

@@ -36,7 +36,7 @@ class Limits:
     ``MANIDP_MAX_NAME=N`` in the environment, NAME a field's name in capitals, takes the place of a default.
     """
 
-    nodes: int = 20_000
+    nodes: int = 40_000
     channels: int = 2**20
     side: int = 2**15
     window: int = 128
@@ -45,7 +45,7 @@ class Limits:
     map_bytes: int = 2**33
     weights: int = 2**30
     macs: int = 10**12
-    code: int = 16 * 2**20  # LLVM IR: 2,500 gated layers; LLVM takes about a second for each million
+    code: int = 16 * 2**20  # LLVM IR: 2,000 gated layers; LLVM takes about a second for each million
     workspace_bytes: int = 2**31
 
     @classmethod

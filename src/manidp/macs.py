@@ -1,13 +1,12 @@
 """Multiply-adds of a graph: dense, and for each image given the channels that its gates kept.
 
-One multiply-add counts 1. Counted are convolutions, linear layers and the two linear layers inside every gate; batch
-norm (folded), activations, additions, pooling and the scaling by a gate are not. A convolution costs, in each of its
-groups, kept outputs x kept inputs x kernel^2 x output positions; linear layers and gates always cost their full size.
+One multiply-add counts 1. Each op says what it costs (``Node.macs``): convolutions, in each of their groups, kept
+outputs x kept inputs x kernel area x output positions; linear layers, those of the gates too, always their full size.
+Batch norm (folded), activations, additions, pooling and the scaling by a gate are not counted.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import overload
 
@@ -15,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.errors import GraphError, some
-from manidp.graph import Conv, Gate, Graph, Linear
+from manidp.graph import Graph
 
 Kept = Mapping[str, NDArray[np.bool_]]
-COUNTED = (Conv, Linear, Gate)
 
 
 @overload
@@ -32,7 +30,8 @@ def node_macs(graph: Graph, kept: Kept | None = None) -> dict[str, int] | dict[s
     a (B,) int64 array a node. Raises GraphError if a gate is missing or a shape is not (B, channels of the gate).
     """
     if kept is None:
-        return {node.name: node.macs(*graph.input_shapes(node)) for node in graph.nodes if isinstance(node, COUNTED)}
+        counts = {node.name: node.macs(*graph.input_shapes(node)) for node in graph.nodes}
+        return {name: count for name, count in counts.items() if count}
     return _per_image(graph, kept, _batch(graph, kept))
 
 
@@ -43,8 +42,12 @@ def dense_macs(graph: Graph) -> int:
 
 def ungated_macs(graph: Graph) -> int:
     """Multiply-adds of one image in the same network without its gates: what pruning is compared with."""
-    macs = node_macs(graph)
-    return sum(macs.values()) - sum(macs[gate.name] for gate in graph.gates)
+    return dense_macs(graph) - gate_macs(graph)
+
+
+def gate_macs(graph: Graph) -> int:
+    """Multiply-adds that one image spends on deciding: those of the gates' own layers."""
+    return sum(macs for name, macs in node_macs(graph).items() if name in graph.heads)
 
 
 def macs_per_image(graph: Graph, kept: Kept) -> NDArray[np.int64]:
@@ -58,12 +61,12 @@ def macs_per_image(graph: Graph, kept: Kept) -> NDArray[np.int64]:
 
 def _batch(graph: Graph, kept: Kept) -> int:
     batches = set()
-    for gate in graph.gates:
-        if gate.name not in kept:
-            raise GraphError(f"the kept channels of gate '{gate.name}' are needed; got {some(kept) or 'none'}")
-        shape = kept[gate.name].shape
-        if len(shape) != 2 or shape[1] != gate.channels:
-            raise GraphError(f"kept channels of gate '{gate.name}' have shape (B, {gate.channels}); got {shape}")
+    for gate, channels in graph.gate_channels.items():
+        if gate not in kept:
+            raise GraphError(f"the kept channels of gate '{gate}' are needed; got {some(kept) or 'none'}")
+        shape = kept[gate].shape
+        if len(shape) != 2 or shape[1] != channels:
+            raise GraphError(f"kept channels of gate '{gate}' have shape (B, {channels}); got {shape}")
         batches.add(shape[0])
     if len(batches) > 1:
         raise GraphError(f"kept channels come from batches of different sizes: {sorted(batches)}")
@@ -73,20 +76,15 @@ def _batch(graph: Graph, kept: Kept) -> int:
 def _per_image(graph: Graph, kept: Kept, batch: int) -> dict[str, NDArray[np.int64]]:
     macs = {}
     for node in graph.nodes:
-        if isinstance(node, Conv):
-            macs[node.name] = _conv(graph, node, kept, batch)
-        elif isinstance(node, COUNTED):
-            macs[node.name] = np.full(batch, node.macs(*graph.input_shapes(node)), dtype=np.int64)
+        shapes = graph.input_shapes(node)
+        if node.macs(*shapes):
+            read = _mask(graph, node.inputs[0], graph.zeroed_by, kept, batch)
+            made = _mask(graph, node.name, graph.wanted_by, kept, batch)
+            macs[node.name] = node.macs_kept(shapes, read, made)
     return macs
 
 
-def _conv(graph: Graph, node: Conv, kept: Kept, batch: int) -> NDArray[np.int64]:
-    source = node.inputs[0]
-    counts = []  # per image and group: how many inputs are read, how many outputs are made
-    for value, gate in ((source, graph.zeroed_by.get(source)), (node.name, graph.wanted_by.get(node.name))):
-        channels = graph.shapes[value][0]
-        mask = np.ones((batch, channels), dtype=bool) if gate is None else kept[gate]
-        counts.append(mask.reshape(batch, node.groups, channels // node.groups).sum(axis=2, dtype=np.int64))
-    _, *positions = graph.shapes[node.name]
-    pairs: NDArray[np.int64] = (counts[0] * counts[1]).sum(axis=1)
-    return pairs * node.kernel**2 * math.prod(positions)
+def _mask(graph: Graph, value: str, by: Mapping[str, str], kept: Kept, batch: int) -> NDArray[np.bool_]:
+    """(B, C) which channels of a value count; all of them where no gate governs it."""
+    gate = by.get(value)
+    return np.broadcast_to(True, (batch, graph.shapes[value][0])) if gate is None else kept[gate]

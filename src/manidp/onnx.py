@@ -25,10 +25,10 @@ from manidp.graph import (
     Activation,
     Add,
     BatchNorm,
+    Clip,
     Concat,
     Conv,
     Flatten,
-    Gate,
     GlobalPool,
     Graph,
     Input,
@@ -36,6 +36,10 @@ from manidp.graph import (
     Multiply,
     Node,
     Pool,
+    Scatter,
+    Select,
+    pair,
+    sides,
 )
 
 if TYPE_CHECKING:
@@ -119,17 +123,22 @@ def _nodes(node: Node, graph: Graph, checkpoint: Checkpoint, constants: dict[str
             yield op("HardSigmoid", inputs, alpha=1 / 6, beta=0.5)
         case Activation():
             yield op({"relu": "Relu", "sigmoid": "Sigmoid", "hardswish": "HardSwish"}[node.kind], inputs)
-        case Gate():
-            yield op("GlobalAveragePool", inputs, "pooled")
-            yield op("Flatten", [made("pooled")], "mean")
-            yield op("Gemm", [made("mean"), parameter("fc1.weight")], "fc1", transB=1)
-            yield op("Relu", [made("fc1")], "hidden")
-            fc2 = [made("hidden"), parameter("fc2.weight"), parameter("fc2.bias")]
-            yield op("Gemm", fc2, "fc2", transB=1)
-            limits = [constant("zero", np.float32(0)), constant("saliency_max", np.float32(node.saliency_max))]
-            yield op("Clip", [made("fc2"), *limits], "saliency")
-            yield op("Greater", [made("saliency"), parameter("threshold")], "kept")
-            yield op("Where", [made("kept"), made("saliency"), limits[0]])
+        case Clip():
+            yield op("Clip", [*inputs, constant("low", np.float32(node.low)), constant("high", np.float32(node.high))])
+        case Select():
+            zero = constant("zero", np.float32(0))
+            score = inputs[0] if node.gain == "score" else constant("one", np.float32(1))
+            kept = "exceeds"
+            yield op("Greater", [*inputs, parameter("threshold") if node.rule == "threshold" else zero], kept)
+            if node.rule == "constant":
+                yield op("Greater", [parameter("mask"), zero], "open")
+                if node.gain == "one":  # whatever the score
+                    yield op("Not", [made(kept)], "not")
+                    yield op("Or", [made(kept), made("not")], "any")
+                    kept = "any"
+                yield op("And", [made(kept), made("open")], "both")
+                kept = "both"
+            yield op("Where", [made(kept), score, zero])
         case Add():
             yield op("Sum", inputs)
         case Multiply():
@@ -141,6 +150,14 @@ def _nodes(node: Node, graph: Graph, checkpoint: Checkpoint, constants: dict[str
             yield op("Mul", inputs)
         case Concat():
             yield op("Concat", inputs, axis=1)
+        case Scatter():
+            (x,) = graph.input_shapes(node)
+            source = np.full(node.channels, x[0])  # where there is no channel, the zero put behind them
+            source[list(node.at)] = range(x[0])
+            pads = np.zeros((2, len(x) + 1), np.int64)
+            pads[1, 1] = 1
+            yield op("Pad", [*inputs, constant("pads", pads.ravel())], "padded")
+            yield op("Gather", [made("padded"), constant("source", source.astype(np.int64))], axis=1)
         case Pool(kind="max"):
             yield op("MaxPool", inputs, **_window(node))
         case Pool():
@@ -163,8 +180,5 @@ def _value(node: str, what: str = "out") -> str:
 
 
 def _window(node: Conv | Pool) -> dict[str, Any]:
-    return {
-        "kernel_shape": [node.kernel] * 2,
-        "strides": [node.stride] * 2,
-        "pads": [node.padding] * 4,
-    }
+    dilated = {"dilations": node.spread} if node.spread != (1, 1) else {}
+    return {"kernel_shape": pair(node.kernel), "strides": pair(node.stride), "pads": sides(node.padding), **dilated}

@@ -24,9 +24,9 @@ from PIL import Image
 from manidp.checkpoint import Checkpoint
 from manidp.errors import ManiDPError, MissingExtraError
 from manidp.files import replacing
-from manidp.graph import Gate
 from manidp.images import ImageSet, Progress
-from manidp.macs import node_macs
+from manidp.macs import ungated_macs
+from manidp.predict import probabilities
 from manidp.runtime.reference import Result
 
 try:
@@ -138,11 +138,7 @@ def collect(
     results = list(_results(network, image_set, progress, 0, total))
     logits = np.concatenate([result.logits for result in results]).astype(np.float64)
     dense_predicted = None
-    dense_macs = sum(
-        macs
-        for name, macs in node_macs(checkpoint.graph).items()
-        if not isinstance(checkpoint.graph.by_name[name], Gate)
-    )
+    dense_macs = ungated_macs(checkpoint.graph)
     if dense is not None:
         dense_results = list(_results(dense, image_set, progress, len(image_set), total))
         dense_macs = int(dense_results[0].macs[0])
@@ -151,7 +147,7 @@ def collect(
     return Findings(
         image_set=image_set,
         predicted=logits.argmax(axis=1).astype(np.int64),
-        probability=1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1),  # softmax of the largest
+        probability=probabilities(logits).max(axis=1),
         kept={gate.name: np.concatenate([r.kept[gate.name] for r in results]) for gate in checkpoint.graph.gates},
         macs=np.concatenate([result.macs for result in results]).astype(np.int64),
         dense_macs=dense_macs,

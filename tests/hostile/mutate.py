@@ -19,15 +19,17 @@ from typing import Any
 import numpy as np
 
 from manidp.errors import ManiDPError
+from manidp.gating.manidp import head
+from manidp.gating.place import with_gates
+from manidp.gating.version1 import graph_of_version_1
 from manidp.graph import (
-    NODE_TYPES,
+    OPS,
     Activation,
     Add,
     BatchNorm,
     Concat,
     Conv,
     Flatten,
-    Gate,
     GlobalPool,
     Graph,
     Input,
@@ -35,9 +37,8 @@ from manidp.graph import (
     Multiply,
     Pool,
     graph_from_json,
-    resnet,
-    with_gates,
 )
+from manidp.models import resnet
 
 Json = Any
 Tensors = dict[str, tuple[str, list[Any], bytes]]  # name -> safetensors' dtype, shape, content
@@ -93,7 +94,7 @@ def networks() -> tuple[Graph, ...]:
         Conv(name="a", inputs=("image",), channels=6, kernel=3, stride=1, groups=3, bias=True),
         BatchNorm(name="b", inputs=("a",), eps=1e-3),
         Activation(name="c", inputs=("b",), kind="hardswish"),
-        Gate(name="g", inputs=("c",), channels=8, hidden=4),
+        *head("g", "c", 8, 4),
         Conv(name="h", inputs=("c",), channels=8, kernel=1, padding=0),
         BatchNorm(name="i", inputs=("h",)),
         Activation(name="r", inputs=("i",)),
@@ -159,13 +160,17 @@ def checkpoint_mutant(seed: int) -> bytes:
     described = json.loads(json.dumps(graph.to_json()))
     height, width = graph.input.dims[1:]
     meta: Json = {
-        "version": 1,
+        "version": rng.choice((1, 2)),
+        "points": [],
         "graph": described,
         "preprocessing": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "size": [height, width]},
         "classes": [f"class {i}" for i in range(graph.num_classes)],
         "provenance": {"seed": seed},
     }
     tensors = tensors_of(graph, rng)
+    prefix = "" if meta["version"] == 1 else "weights/"
+    if prefix and graph.thresholds and rng.random() < 0.5:
+        meta["points"] = [{"name": "low", "macs": 1000.0, "accuracy": None}]
     kind = rng.choice(("names", "names", "graph", "graph", "graph", "json", "tensors", "header", "text", "bytes"))
     if kind in ("names", "graph"):
         for _ in range(rng.randint(1, 3)):
@@ -178,6 +183,10 @@ def checkpoint_mutant(seed: int) -> bytes:
             tensors = _fitting(meta, rng) or tensors
     elif kind == "tensors":
         rng.choice(_TENSOR_CHANGES)(rng, tensors)
+    tensors = {f"{prefix}{name}": value for name, value in tensors.items()}
+    if isinstance(meta, dict) and meta.get("points"):
+        tensors |= {f"points/0/{name}": tensors[f"weights/{name}"] for name in graph.thresholds
+                    if f"weights/{name}" in tensors}  # fmt: skip
     text = json.dumps(meta)
     if kind == "text":
         text = _spoiled_text(rng, text)
@@ -188,7 +197,8 @@ def checkpoint_mutant(seed: int) -> bytes:
 def _fitting(meta: dict[str, Any], rng: random.Random) -> Tensors | None:
     """Tensors, size of images and class names that fit the graph of a header, if it is one and small."""
     try:
-        graph = graph_from_json(meta.get("graph"))
+        read = graph_of_version_1 if meta.get("version") == 1 else graph_from_json
+        graph = read(meta.get("graph"))
     except (ManiDPError, ArithmeticError, ValueError, TypeError, AttributeError, KeyError):
         return None  # the reader's own errors are the tests' concern, not the mutator's
     if sum(math.prod(shape) for shape in graph.parameters.values()) > 2**20 or graph.num_classes > 1000:
@@ -216,7 +226,7 @@ def _rename(rng: random.Random, graph: dict[str, Any]) -> None:
 
 def _change_field(rng: random.Random, graph: dict[str, Any]) -> None:
     node = rng.choice(graph["nodes"])
-    kind = NODE_TYPES.get(node.get("op", ""))
+    kind = OPS.get(node.get("op", ""))
     fields = [name for name in getattr(kind, "__dataclass_fields__", {}) if name not in ("name", "inputs")] or ["eps"]
     name = rng.choice(fields)
     small = rng.random() < 0.6
@@ -248,6 +258,9 @@ def _insert(rng: random.Random, graph: dict[str, Any]) -> None:
         {"op": "Flatten"},
         {"op": "Linear", "features": rng.choice((1, 4, 16))},
         {"op": "Gate", "channels": rng.choice((4, 8)), "hidden": 3},
+        {"op": "Clip", "high": rng.choice((1, 6.5, 1e-3))},
+        {"op": "Select", "rule": rng.choice(("threshold", "constant")), "gain": rng.choice(("score", "one"))},
+        {"op": "Scatter", "channels": rng.choice((4, 9, 20)), "at": list(range(rng.choice((3, 4, 8))))},
     )  # fmt: skip
     node = {"name": new, "inputs": [source], **rng.choice(kinds)}
     readers = nodes if rng.random() < 0.5 else [reader]

@@ -35,7 +35,8 @@ def like_ours() -> list[Graph]:
     made = []
     for graph in networks():
         count = len(graph.nodes)
-        names = OURS + OURS[:count]
-        starts = range(0, len(OURS), count)
-        made += [renamed(graph, names[start : start + count]) for start in starts]
+        for start in range(0, len(OURS), count):
+            names = OURS[start : start + count]
+            rest = tuple(f"rest {i}" for i in range(count - len(names)))
+            made.append(renamed(graph, names + rest))
     return made

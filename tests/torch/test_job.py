@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from manidp import cli
 from manidp.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manidp.errors import TrainingError
-from manidp.graph import resnet, with_gates
+from manidp.gating.place import with_gates
 from manidp.images import ImageSet, Preprocessing
 from manidp.macs import dense_macs, macs_per_image, ungated_macs
+from manidp.models import resnet
 from manidp.torch.job import Finished, Job, run_job, split
 from manidp.torch.network import Network
 from manidp.torch.recipe import Recipe, parse_setting, read_recipe
@@ -193,7 +194,7 @@ def test_budgets_are_read_in_units() -> None:
 
 
 def test_a_budget_is_one_that_the_network_can_take() -> None:
-    closed = {gate.name: np.zeros((1, gate.channels), bool) for gate in GATED.gates}
+    closed = {gate: np.zeros((1, count), bool) for gate, count in GATED.gate_channels.items()}
     least, most = int(macs_per_image(GATED, closed)[0]), dense_macs(GATED)
     for budget in (least, most):
         assert Recipe(macs_budget=budget).resolved(GATED).macs_budget == budget

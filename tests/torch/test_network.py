@@ -9,6 +9,8 @@ import torch
 
 from manidp.checkpoint import Checkpoint
 from manidp.errors import CheckpointError
+from manidp.gating.manidp import head
+from manidp.gating.place import with_gates
 from manidp.graph import (
     Activation,
     Add,
@@ -16,7 +18,6 @@ from manidp.graph import (
     Concat,
     Conv,
     Flatten,
-    Gate,
     GlobalPool,
     Graph,
     Input,
@@ -24,11 +25,10 @@ from manidp.graph import (
     Multiply,
     Node,
     Pool,
-    resnet,
     with_classes,
-    with_gates,
 )
 from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
+from manidp.models import resnet
 from manidp.runtime.reference import run
 from manidp.torch.convert import network_from, network_inheriting
 from manidp.torch.network import Network
@@ -83,7 +83,7 @@ def test_every_node_type_equals_the_reference(kind: str) -> None:
             Pool(name="d2", inputs=("c",), kind="average", kernel=3, stride=1, padding=1),
             Concat(name="e", inputs=("d2", "d")),
             Conv(name="depthwise", inputs=("e",), channels=12, groups=12, padding=1),
-            Gate(name="gate", inputs=("e",), channels=12, hidden=5),
+            *head("gate", "e", 12, 5),
             Multiply(name="scaled", inputs=("depthwise", "gate")),
             GlobalPool(name="f", inputs=("e",), kind="max"),
             Linear(name="g", inputs=("f",), features=12, bias=False),
@@ -104,10 +104,9 @@ def test_every_node_type_equals_the_reference(kind: str) -> None:
 def test_a_gate_may_scale_a_vector_and_what_another_scaled() -> None:
     chain: list[Node] = [Input(name="image", dims=(3, 8, 8)), Conv(name="m0", inputs=("image",), channels=4)]
     for index in range(1500):  # deeper than Python calls itself
-        gate = Gate(name=f"g{index}", inputs=("image",), channels=4, hidden=1)
-        chain += [gate, Multiply(name=f"m{index + 1}", inputs=(f"m{index}", gate.name))]
+        chain += [*head(f"g{index}", "image", 4, 1), Multiply(name=f"m{index + 1}", inputs=(f"m{index}", f"g{index}"))]
     chain += [
-        Gate(name="last", inputs=("m1500",), channels=4, hidden=2),
+        *head("last", "m1500", 4, 2),
         GlobalPool(name="pool", inputs=("m0",)),
         Multiply(name="scaled", inputs=("pool", "last")),
         Linear(name="out", inputs=("scaled",), features=3),

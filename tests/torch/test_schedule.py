@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manidp.graph import resnet, with_gates
+from manidp.gating.place import with_gates
 from manidp.macs import macs_per_image
+from manidp.models import resnet
 from manidp.torch.schedule import (
     continuous_threshold,
     continuous_thresholds,
@@ -70,8 +71,8 @@ def test_a_budget_is_met_on_the_images_it_was_set_on(budget: float, seed: int) -
     graph = with_gates(resnet(20))
     generator = np.random.default_rng(seed)
     saliencies = {
-        gate.name: (generator.random((200, gate.channels)) + generator.random(gate.channels)).astype(np.float32)
-        for gate in graph.gates
+        gate: (generator.random((200, channels)) + generator.random(channels)).astype(np.float32)
+        for gate, channels in graph.gate_channels.items()
     }
     means = {name: value.mean(0) for name, value in saliencies.items()}
     chosen = continuous_thresholds(means, rate_for_budget(graph, saliencies, budget))

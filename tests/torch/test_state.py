@@ -18,8 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from manidp.errors import TrainingError
-from manidp.graph import Graph, resnet, with_gates
+from manidp.gating.place import with_gates
+from manidp.graph import Graph
 from manidp.images import ImageSet, Preprocessing
+from manidp.models import resnet
 from manidp.torch.network import Network
 from manidp.torch.recipe import Recipe
 from manidp.torch.train import Training, native_precision

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from manidp.errors import TrainingError
-from manidp.graph import resnet, with_gates
+from manidp.gating.place import with_gates
 from manidp.images import ImageSet, Preprocessing
+from manidp.models import resnet
 from manidp.torch.losses import distillation_loss
 from manidp.torch.network import Network
 from manidp.torch.recipe import Recipe, parse_setting, read_recipe

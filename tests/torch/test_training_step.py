@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from manidp.graph import Graph, resnet, with_gates
+from manidp.gating.place import with_gates
+from manidp.graph import Graph
+from manidp.models import resnet
 from manidp.torch.losses import complexity_weights, similarity_loss, sparsity_loss
 from manidp.torch.network import Network
 from manidp.torch.schedule import learning_rate

@@ -6,8 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.checkpoint import Checkpoint
-from manidp.graph import Graph, resnet, with_gates
+from manidp.gating.place import with_gates
+from manidp.graph import Graph
 from manidp.images import Preprocessing
+from manidp.models import resnet
 
 TOLERANCE = 1e-4  # of the greatest value: float32, many layers
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from manidp.bundle import pack
-from manidp.graph import resnet
+from manidp.models import resnet
 from manidp.runtime.reference import run
 
 from .cases import assert_close, checkpoint_of, gated_resnet, images_for

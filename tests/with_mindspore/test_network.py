@@ -14,6 +14,8 @@ from manidp.bundle import description
 from manidp.checkpoint import bundled, checkpoint_path, load_checkpoint
 from manidp.ckpt import read_ckpt, write_ckpt
 from manidp.conversion import from_ckpt, to_ckpt
+from manidp.gating.manidp import head
+from manidp.gating.place import with_gates
 from manidp.graph import (
     Activation,
     ActivationKind,
@@ -22,7 +24,6 @@ from manidp.graph import (
     Concat,
     Conv,
     Flatten,
-    Gate,
     GlobalPool,
     Graph,
     Input,
@@ -30,12 +31,11 @@ from manidp.graph import (
     Multiply,
     Node,
     Pool,
-    resnet,
-    with_gates,
 )
 from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_cifar10, load_sample
 from manidp.mindspore.convert import from_checkpoint, weights
 from manidp.mindspore.network import Network
+from manidp.models import resnet
 from manidp.runtime.reference import node_values, run
 
 from .cases import TOLERANCE, assert_close, checkpoint_of, gated_resnet, images_for
@@ -77,7 +77,7 @@ def test_a_gate_may_scale_a_vector() -> None:
     graph = Graph((
         Input(name="image", dims=(3, 8, 8)),
         GlobalPool(name="pool", inputs=("image",)),
-        Gate(name="gate", inputs=("image",), channels=3, hidden=2),
+        *head("gate", "image", 3, 2),
         Multiply(name="scaled", inputs=("pool", "gate")),
         Linear(name="out", inputs=("scaled",), features=2),
     ), "out")  # fmt: skip
@@ -127,7 +127,7 @@ def test_the_network_is_the_reference(mode: str) -> None:
 def test_a_saliency_on_the_threshold_is_closed() -> None:
     graph = Graph((
         Input(name="image", dims=(3, 4, 4)),
-        Gate(name="gate", inputs=("image",), channels=3, hidden=3, saliency_max=2.0),
+        *head("gate", "image", 3, 3, 2.0),
         Multiply(name="gated", inputs=("image", "gate")),
         GlobalPool(name="mean", inputs=("gated",)),
     ), "mean")  # fmt: skip

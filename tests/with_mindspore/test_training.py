@@ -10,12 +10,13 @@ from safetensors.numpy import load_file
 
 from manidp.bundle import description
 from manidp.errors import TrainingError
-from manidp.graph import resnet, with_gates
+from manidp.gating.place import with_gates
 from manidp.images import CIFAR10_PREPROCESSING, ImageSet, load_sample
 from manidp.mindspore.convert import weights
 from manidp.mindspore.losses import similarity_loss
 from manidp.mindspore.network import Network
 from manidp.mindspore.train import Loss, Recipe, fine_tune, training_step
+from manidp.models import resnet
 
 RECORD = Path(__file__).parents[1] / "data" / "training-step.safetensors"  # made by tests/torch/test_training_step.py
 RECIPE = Recipe(learning_rate=0.05, weight_decay=5e-2, lambda_sparsity=0.5, lambda_similarity=30.0)

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from manidp.bench.peers import PEERS, Batch, Peer, Run
 from manidp.checkpoint import Checkpoint
 from manidp.errors import ManiDPError, MissingExtraError, UnsupportedError
-from manidp.graph import imagenet_resnet, resnet, with_gates
+from manidp.gating.place import with_gates
 from manidp.images import CIFAR10_PREPROCESSING, ImageSet, Preprocessing
 from manidp.machine import describe
 from manidp.macs import dense_macs, ungated_macs
+from manidp.models import imagenet_resnet, resnet
 from manidp.runtime.codegen import ISAS
 from manidp.runtime.engine import Engine, available_isas
 from manidp.runtime.peak import multiply_add_peak

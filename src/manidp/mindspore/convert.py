@@ -24,5 +24,5 @@ def from_checkpoint(checkpoint: Checkpoint) -> Network:
 def weights(network: Network) -> dict[str, NDArray[np.float32]]:
     """A copy of all that a checkpoint holds of a network: its parameters and thresholds, under the graph's names."""
     values = {parameter.name: parameter.asnumpy().copy() for parameter in network.get_parameters()}
-    thresholds = zip(network.gate_names, network.thresholds, strict=True)
+    thresholds = zip(network.deciding, network.thresholds, strict=True)
     return values | {f"{name}.threshold": np.array(value) for name, value in thresholds}

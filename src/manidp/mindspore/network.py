@@ -5,7 +5,7 @@ the bundles that it makes for the MindSpore hub.
 
 A description is JSON data: ``nodes``, in an order in which they can be computed, the image first, each with ``op``,
 ``name``, ``inputs`` (names), all fields of its kind, ``shape`` (of its value, without the batch axis) and
-``parameters`` (local name -> shape), a gate also ``scales``, the name of the value that is multiplied by it; and
+``parameters`` (local name -> shape), a Select also ``scales``, the name of the value that is multiplied by it; and
 ``output``, the name of the node that makes the logits.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeNormal
 
 
@@ -30,27 +30,34 @@ class Network(nn.Cell):
     def __init__(self, description: Mapping[str, Any], thresholds: Sequence[float] | np.ndarray[Any, Any]) -> None:
         super().__init__(auto_prefix=False)
         nodes = description["nodes"]
-        index = {node["name"]: position for position, node in enumerate(nodes)}
-        gates = {node["name"]: node["scales"] for node in nodes if node["op"] == "Gate"}
+        selects = [node for node in nodes if node["op"] == "Select"]
+        gates = [node["name"] for node in selects if node["rule"] == "threshold"]
         thresholds = np.asarray(thresholds, np.float32)
         if thresholds.shape != (len(gates),):
             raise ValueError(f"one threshold for each of {len(gates)} gates expected; got shape {thresholds.shape}")
         threshold_of = dict(zip(gates, thresholds, strict=True))
-        cells = []
-        for node in nodes[1:]:
-            cell = _cell(node, threshold_of.get(node["name"]))
-            for name, parameter in cell.parameters_and_names():  # update_parameters_name wants letters
-                parameter.name = f"{node['name']}.{name}"
-            cells.append(cell)
-        self.num_classes = nodes[index[description["output"]]]["shape"][0]
-        self.gate_names = tuple(gates)
-        self.thresholds = thresholds
-        self.steps = nn.CellList(cells, auto_prefix=False)
-        self.sources = tuple(tuple(index[name] for name in node["inputs"]) for node in nodes[1:])
-        self.is_gate = tuple(node["op"] == "Gate" for node in nodes[1:])
+        recorded = {name for node in selects for name in (node["name"], node["inputs"][0], node["scales"])}
+        chains = _chains(nodes, recorded | {description["output"]})
+        index = {chain[-1]["name"]: position for position, chain in enumerate(chains)}
+        fresh = _scorers(nodes)
+        steps = []
+        for chain in chains[1:]:
+            cells = []
+            for node in chain:
+                cell = _cell(node, threshold_of.get(node["name"]), "scores" if node["name"] in fresh else "features")
+                for name, parameter in cell.parameters_and_names():  # update_parameters_name wants letters
+                    parameter.name = f"{node['name']}.{name}"
+                cells.append(cell)
+            steps.append(_Chain(cells))
+        self.num_classes = next(node["shape"][0] for node in nodes if node["name"] == description["output"])
+        self.gate_names = tuple(node["name"] for node in selects)
+        self.thresholds, self.deciding = thresholds, tuple(gates)
+        self.steps = nn.CellList(steps, auto_prefix=False)
+        self.sources = tuple(tuple(index[name] for name in chain[0]["inputs"]) for chain in chains[1:])
         self.output = index[description["output"]]
-        self.gates = tuple(index[name] for name in gates)
-        self.gated = tuple(index[name] for name in gates.values())
+        self.scores = tuple(index[node["inputs"][0]] for node in selects)
+        self.gates = tuple(index[node["name"]] for node in selects)
+        self.gated = tuple(index[node["scales"]] for node in selects)
 
     def construct(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of normalised images (B, C, H, W)."""
@@ -63,39 +70,106 @@ class Network(nn.Cell):
         feature map that the gate scales, before it is scaled.
         """
         values: tuple[Tensor, ...] = (images,)
-        saliencies: tuple[Tensor, ...] = ()
         for step in range(len(self.steps)):
             inputs: tuple[Tensor, ...] = ()
             for source in self.sources[step]:
                 inputs = (*inputs, values[source])
-            value = self.steps[step](*inputs)
-            if self.is_gate[step]:
-                saliencies = (*saliencies, value[0])
-                value = value[1]
-            values = (*values, value)
+            values = (*values, self.steps[step](*inputs))
         records: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
         for gate in range(len(self.gates)):
             feature = values[self.gated[gate]]
             if feature.ndim == 4:
                 feature = feature.mean((2, 3))
-            records = (*records, (saliencies[gate], values[self.gates[gate]], feature))
+            records = (*records, (values[self.scores[gate]], values[self.gates[gate]], feature))
         return values[self.output], records
 
 
-class _Gate(nn.Cell):
-    """(B, C, H, W) -> saliency and gate, (B, channels) each; see ``Network.records``."""
+def _chains(nodes: Sequence[Mapping[str, Any]], apart: set[str]) -> list[list[Mapping[str, Any]]]:
+    """Nodes that follow one another and nothing else reads, as one step: fewer steps are compiled faster.
 
-    def __init__(self, inputs: int, hidden: int, channels: int, saliency_max: float, threshold: float) -> None:
+    A value in ``apart`` ends its chain.
+    """
+    readers: dict[str, int] = {}
+    for node in nodes:
+        for name in node["inputs"]:
+            readers[name] = readers.get(name, 0) + 1
+    chains: list[list[Mapping[str, Any]]] = []
+    ended: dict[str, list[Mapping[str, Any]]] = {}
+    for node in nodes:
+        before = node["inputs"][0] if len(node["inputs"]) == 1 else None
+        if before is not None and before in ended and readers[before] == 1 and before not in apart:
+            chain = ended.pop(before)
+            chain.append(node)
+        else:
+            chain = [node]
+            chains.append(chain)
+        if len(chains) > 1:  # the image stands alone
+            ended[node["name"]] = chain
+    return chains
+
+
+class _Chain(nn.Cell):
+    """Cells one after the other, under their own parameters' names."""
+
+    def __init__(self, cells: Sequence[nn.Cell]) -> None:
+        super().__init__(auto_prefix=False)
+        self.chain = nn.CellList(cells, auto_prefix=False)
+
+    def construct(self, *inputs: Tensor) -> Tensor:
+        value = self.chain[0](*inputs)
+        for position in range(1, len(self.chain)):  # a slice of a CellList would rename its parameters
+            value = self.chain[position](value)
+        return value
+
+
+class _Select(nn.Cell):
+    """Scores (B, C) -> factors (B, C): the score, or 1, where the channel is open, else 0."""
+
+    def __init__(self, threshold: float, gain: str) -> None:
         super().__init__()
-        self.fc1 = nn.Dense(inputs, hidden, weight_init=HeNormal(), has_bias=False)
-        self.fc2 = nn.Dense(hidden, channels, weight_init="zeros", bias_init="ones")
-        self.saliency_max = saliency_max
-        self.threshold = float(threshold)
+        self.threshold, self.scales = float(threshold), gain == "score"
 
-    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = ops.relu(self.fc1(x.mean((2, 3))))
-        saliency = ops.clamp(ops.relu(self.fc2(hidden)), max=self.saliency_max)
-        return saliency, ops.select(saliency > self.threshold, saliency, ops.zeros_like(saliency))
+    def construct(self, scores: Tensor) -> Tensor:
+        factors = scores if self.scales else ops.ones_like(scores)
+        return ops.select(scores > self.threshold, factors, ops.zeros_like(scores))
+
+
+class _Mask(nn.Cell):
+    """Scores (B, C) -> factors, open where the parameter ``mask`` (C,) is above 0 for every image."""
+
+    def __init__(self, channels: int, gain: str) -> None:
+        super().__init__()
+        self.mask = Parameter(Tensor(np.ones(channels, np.float32)), name="mask", requires_grad=False)
+        self.scales = gain == "score"
+
+    def construct(self, scores: Tensor) -> Tensor:
+        factors = scores if self.scales else ops.ones_like(scores)
+        open_ = ops.broadcast_to(self.mask > 0, scores.shape)
+        if self.scales:
+            open_ = ops.logical_and(open_, scores > 0)
+        return ops.select(open_, factors, ops.zeros_like(scores))
+
+
+class _Clip(nn.Cell):
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def construct(self, x: Tensor) -> Tensor:
+        return ops.clamp(x, self.low, self.high)
+
+
+class _Scatter(nn.Cell):
+    """Channels put at their places among more, zeros elsewhere: gathered from them and one channel of zeros."""
+
+    def __init__(self, count: int, channels: int, at: Sequence[int]) -> None:
+        super().__init__()
+        source = np.full(channels, count, np.int32)
+        source[list(at)] = range(count)
+        self.source = Tensor(source)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return ops.gather(ops.concat((x, ops.zeros_like(x[:, :1])), 1), self.source, 1)
 
 
 class _Function(nn.Cell):
@@ -142,23 +216,53 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Cell]] = {
 }  # fmt: skip
 
 
-def _cell(node: Mapping[str, Any], threshold: float | None) -> nn.Cell:
+def _scorers(nodes: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The last linear node before each Select."""
+    by_name = {node["name"]: node for node in nodes}
+    found = set()
+    for node in nodes:
+        if node["op"] == "Select":
+            while node["op"] != "Linear" and len(node["inputs"]) == 1:
+                node = by_name[node["inputs"][0]]
+            found.add(node["name"])
+    return found
+
+
+def _sides(padding: Any) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right), MindSpore's order."""
+    if isinstance(padding, int):
+        return (padding,) * 4
+    top, left, bottom, right = padding if len(padding) == 4 else (*padding, *padding)
+    return top, bottom, left, right
+
+
+def _pair(value: Any) -> Any:
+    return value if isinstance(value, int) else tuple(value)
+
+
+def _cell(node: Mapping[str, Any], threshold: float | None, makes: str) -> nn.Cell:
     shapes = node["parameters"]
     match node["op"]:
         case "Conv":
-            out, grouped, kernel, _ = shapes["weight"]
+            out, grouped, *kernel = shapes["weight"]
             return nn.Conv2d(
-                grouped * node["groups"], out, kernel, node["stride"], "pad", node["padding"], group=node["groups"],
-                has_bias=node["bias"], weight_init=HeNormal(mode="fan_out"), bias_init="zeros",
+                grouped * node["groups"], out, tuple(kernel), _pair(node["stride"]), "pad", _sides(node["padding"]),
+                _pair(node["dilation"]), node["groups"], has_bias=node["bias"],
+                weight_init=HeNormal(mode="fan_out"), bias_init="zeros",
             )  # fmt: skip
         case "BatchNorm":
             return nn.BatchNorm2d(shapes["gamma"][0], node["eps"])
         case "Activation":
             return _ACTIVATIONS[node["kind"]]()
-        case "Gate":
+        case "Clip":
+            return _Clip(node["low"], node["high"])
+        case "Select" if node["rule"] == "constant":
+            return _Mask(node["shape"][0], node["gain"])
+        case "Select":
             assert threshold is not None
-            (hidden, inputs), saliency_max = shapes["fc1.weight"], node["saliency_max"]
-            return _Gate(inputs, hidden, node["channels"], saliency_max, threshold)
+            return _Select(threshold, node["gain"])
+        case "Scatter":
+            return _Scatter(len(node["at"]), node["channels"], node["at"])
         case "Pool":
             pool = nn.MaxPool2d if node["kind"] == "max" else nn.AvgPool2d
             return pool(node["kernel"], node["stride"], "pad", node["padding"])
@@ -168,6 +272,8 @@ def _cell(node: Mapping[str, Any], threshold: float | None) -> nn.Cell:
             return nn.Flatten()
         case "Linear":
             features, inputs = shapes["weight"]
+            if makes == "scores":  # the identity: every score is 1
+                return nn.Dense(inputs, features, weight_init="zeros", bias_init="ones", has_bias=node["bias"])
             return nn.Dense(inputs, features, bias_init="zeros", has_bias=node["bias"])
         case "Add" | "Multiply" | "Concat":
             return _Function(_FUNCTIONS[node["op"]])

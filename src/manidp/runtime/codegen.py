@@ -44,11 +44,13 @@ from manidp.runtime.plan import (
     Pointwise,
     Relayout,
     ResetPooled,
+    ScatterMap,
     Step,
     Unpool,
     Vector,
     VectorOp,
     Winograd,
+    window_of,
 )
 
 Numbers = NDArray[np.int64]
@@ -212,8 +214,8 @@ class Generator:
         self.names: dict[object, str] = {}  # what a function does -> its name
         self.functions: list[str] = []
         self.tables: dict[str, str] = {}  # constant arrays: contents -> name
-        places = itertools.accumulate((gate.channels for gate in plan.graph.gates), initial=0)
-        self.gates = {gate.name: place for gate, place in zip(plan.graph.gates, places, strict=False)}
+        places = itertools.accumulate(plan.graph.gate_channels.values(), initial=0)
+        self.gates = dict(zip(plan.graph.gate_channels, places, strict=False))
         self.limits = Limits.from_environment()
         self.size = 0  # characters of code so far
         self.scratch = 0  # floats behind the plan's own workspace, shared by all convolutions
@@ -280,7 +282,7 @@ class Generator:
         image = f("atomicrmw add ptr %state, i64 1 monotonic")
         f.do(f"br i1 {f(f'icmp slt i64 {image}, %count')}, label %work, label %done")
         f.begin("work")
-        logits = f.at("%results", f.scaled(image, graph.num_classes + sum(gate.channels for gate in graph.gates)))
+        logits = f.at("%results", f.scaled(image, graph.num_classes + sum(graph.gate_channels.values())))
         gates = f.at(logits, graph.num_classes)
         for first in range(0, len(steps), _PART):
             part = self._part(steps[first : first + _PART])
@@ -301,6 +303,8 @@ class Generator:
                         self._load_image(f, step)
                     case Relayout():
                         self._relayout(f, step)
+                    case ScatterMap():
+                        self._scatter(f, step)
                     case FlattenMap():
                         self._flatten(f, step)
                     case Convolve():
@@ -371,7 +375,7 @@ class Generator:
     # Convolution
 
     def _convolve(self, f: Function, step: Convolve) -> None:
-        node, finish = step.node, step.finish
+        node, window, finish = step.node, window_of(step.node), step.finish
         source, frame = self.plan.maps[step.source].layout, self.plan.maps[finish.frame].layout
         outputs = node.channels // node.groups
         most = min(outputs, 10 if step.winograd else 6)
@@ -379,8 +383,8 @@ class Generator:
             inputs=step.inputs.count // node.groups,
             outputs=outputs,
             row=step.row,
-            kernel=node.kernel,
-            padding=node.padding,
+            kernel=window.kernel,
+            padding=window.padding,
             winograd=step.winograd,
             tile=tile_shape(frame.rows * frame.pitch, most, self.isa),
             lanes=self.lanes,
@@ -701,14 +705,14 @@ class Generator:
 
     def _window(self, g: Function, source: Layout, frame: Layout, tile: Tile, pool: Pool, x: str, block: str) -> str:
         """Maximum or average of the windows at a vector of positions."""
-        total = ""
-        for u in range(pool.kernel):
-            for v in range(pool.kernel):
-                down, right = u - pool.padding, v - pool.padding
+        total, w = "", window_of(pool)
+        for u in range(w.kernel):
+            for v in range(w.kernel):
+                down, right = u - w.padding, v - w.padding
                 offset, (mask,) = self._tap(source, frame, tile, down, right)
 
                 def inside(row: Numbers, column: Numbers, down: int = down, right: int = right) -> Lanes:
-                    y, x = row * pool.stride + down, column * pool.stride + right
+                    y, x = row * w.stride + down, column * w.stride + right
                     return _within(y, source.height) & _within(x, source.width)
 
                 if pool.kind == "max":
@@ -720,7 +724,7 @@ class Generator:
                     total = value
                 else:
                     total = g.maximum(total, value) if pool.kind == "max" else g.arithmetic("fadd", total, value)
-        return total if pool.kind == "max" else g.arithmetic("fmul", total, g.constant(1 / pool.kernel**2))
+        return total if pool.kind == "max" else g.arithmetic("fmul", total, g.constant(1 / w.kernel**2))
 
     def _mask(
         self, frame: Layout, phase: int, tile: Tile, vector: int, valid: Callable[[Numbers, Numbers], Lanes] | None
@@ -824,6 +828,42 @@ class Generator:
         copy = self._copy(source, target, self.element, self.element)
         x, into = self._map(f, step.source), self._map(f, step.target)
         f.do(f"call void @{copy}(ptr {x}, ptr {into}, ptr {list_}, i64 {count})")
+
+    def _scatter(self, f: Function, step: ScatterMap) -> None:
+        source, target = self.plan.maps[step.source].layout, self.plan.maps[step.target].layout
+        list_ = f.at("%k", step.places)
+        one = _single(target, self.lanes)
+
+        def write(g: Function) -> None:
+            def one_channel(c: str) -> list[str]:
+                at = g.floats.at("%places", c)
+                place = g(f"sext i32 {g(f'load i32, ptr {at}')} to i64")
+                zeros, copied = g.new_label("zeros"), g.new_label("copied")
+                into = g.at("%into", g.scaled(c, target.channel))
+                g.do(f"br i1 {g(f'icmp slt i64 {place}, 0')}, label %{zeros}, label %{copied}")
+                after = g.new_label("done")
+                for label in (zeros, copied):
+                    g.begin(label)
+                    x = g.at("%x", g.scaled(place, source.channel)) if label == copied else ""
+
+                    def one_block(block: str, x: str = x) -> list[str]:
+                        start = g.scaled(block, self.lanes)
+                        for phase in range(target.phases**2):
+                            y = g.load(g.at(x, start), phase * source.plane) if x else g.constant(0)
+                            mask = self._mask(target, phase, one, 0, None)(g, block)
+                            g.store(y, g.at(into, start), phase * target.plane, mask)
+                        return []
+
+                    g.loop(one.blocks, one_block)
+                    g.do(f"br label %{after}")
+                g.begin(after)
+                return []
+
+            g.loop("%n", one_channel)
+
+        name = self._shared(("scatter", source, target), "ptr %x, ptr %into, ptr %places, i64 %n", write)
+        f.do(f"call void @{name}(ptr {self._map(f, step.source)}, ptr {self._map(f, step.target)}, ptr {list_}, "
+             f"i64 {step.channels})")  # fmt: skip
 
     def _flatten(self, f: Function, step: FlattenMap) -> None:
         source = self.plan.maps[step.source]
@@ -971,6 +1011,8 @@ class Generator:
                 y = g.load("%x", here)
                 if step.kind in ("add", "multiply"):
                     y = g.arithmetic("fadd" if step.kind == "add" else "fmul", y, g.load("%other", here))
+                elif step.kind == "clip":
+                    y = g.minimum(g.maximum(g.spoil(y), g.constant(step.limits[0])), g.constant(step.limits[1]))
                 else:
                     y = g.activate(step.kind, g.spoil(y))
                 g.store(y, "%into", here)
@@ -982,22 +1024,26 @@ class Generator:
         if step.kind == "copy":
             f.copy(x, f.at(into, step.offset), step.size)
             return
-        name = self._shared(("vector", step.kind), "ptr %x, ptr %other, ptr %into, i64 %n", write, FLOAT)
+        name = self._shared(("vector", step.kind, step.limits), "ptr %x, ptr %other, ptr %into, i64 %n", write, FLOAT)
         other = self._vector(f, step.operand) if step.operand else "null"
         f.do(f"call void @{name}(ptr {x}, ptr {other}, ptr {into}, i64 {-(-step.size // self.lanes)})")
 
     def _decide(self, f: Function, step: Decide) -> None:
-        """gate = saliency where it exceeds the threshold, else 0; lists of kept and closed channels."""
+        """factor = score (or 1) where the channel is open, else 0; lists of kept and closed channels."""
         above = "fcmp ugt"  # NaN passes, to be seen in the logits
+        scores, masked = step.gate.gain == "score", step.mask is not None
 
         def write(g: Function) -> None:
-            threshold, most = g.splat(g.scalar("%threshold")), g.splat("%most")
+            limit, zero = g.splat(g.scalar("%limit")), g.constant(0)
 
             def one_vector(index: str) -> list[str]:
                 here = g.scaled(index, self.lanes)
-                saliency = g.minimum(g.maximum(g.spoil(g.load("%saliency", here)), g.constant(0)), most)
-                passes = g(f"{above} {g.vector} {saliency}, {threshold}")
-                g.store(g.select(passes, saliency, g.constant(0)), "%gate", here)
+                score = g.load("%scores", here)
+                factor = g.select(g(f"{above} {g.vector} {score}, {limit}"), score if scores else g.constant(1), zero)
+                if masked:
+                    open_ = g(f"fcmp ogt {g.vector} {g.load('%mask', here)}, {zero}")
+                    factor = g.select(open_, factor if scores else g.constant(1), zero)
+                g.store(factor, "%gate", here)
                 return []
 
             def one_channel(c: str, kept: str) -> list[str]:
@@ -1014,15 +1060,16 @@ class Generator:
             g.copy("%gate", "%values", "%n")
 
         arguments = (
-            "ptr %saliency, ptr %threshold, ptr %gate, ptr %list, ptr %below, ptr %values, "
-            "i64 %n, i64 %last, float %most"
+            "ptr %scores, ptr %limit, ptr %mask, ptr %gate, ptr %list, ptr %below, ptr %values, i64 %n, i64 %last"
         )
-        gate, list_ = step.gate, self._vector(f, Vector(step.gate.name, "list"))
-        values, below = f.at("%gates", self.gates[gate.name]), f.at(list_, gate.channels)
-        f.do(f"call void @{self._shared('decide', arguments, write, FLOAT)}(ptr {self._vector(f, step.saliency)}, "
-             f"ptr {f.at('%k', step.threshold)}, ptr {self._vector(f, Vector(gate.name))}, ptr {list_}, ptr {below}, "
-             f"ptr {values}, i64 {gate.channels}, i64 {gate.channels - 1}, "
-             f"float {FLOAT.literal(gate.saliency_max)})")  # fmt: skip
+        name = self._shared(("decide", scores, masked), arguments, write, FLOAT)
+        list_ = self._vector(f, Vector(step.gate.name, "list"))
+        values = f.at("%gates", self.gates[step.gate.name])
+        mask = "null" if step.mask is None else f.at("%k", step.mask)
+        f.do(f"call void @{name}(ptr {self._vector(f, step.scores)}, "
+             f"ptr {f.at('%k', step.limit)}, ptr {mask}, ptr {self._vector(f, Vector(step.gate.name))}, ptr {list_}, "
+             f"ptr {f.at(list_, step.channels)}, ptr {values}, i64 {step.channels}, "
+             f"i64 {step.channels - 1})")  # fmt: skip
 
 
 def _within(positions: Numbers, size: int) -> Lanes:

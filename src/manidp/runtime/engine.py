@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain, filterfalse, repeat, starmap
 from queue import SimpleQueue
@@ -19,7 +19,7 @@ import llvmlite.binding as llvm
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.checkpoint import Checkpoint
+from manidp.checkpoint import DEFAULT, Checkpoint
 from manidp.errors import ImageError, ManiDPError, UnsupportedError
 from manidp.runtime.codegen import ISAS, Generator, Isa
 from manidp.runtime.inputs import Images, batch_of
@@ -57,7 +57,7 @@ class Program:
         generator = Generator(plan, isa)
         self.constants = plan.constants
         self.workspace = generator.workspace
-        self.result_size = plan.graph.num_classes + sum(gate.channels for gate in plan.graph.gates)
+        self.result_size = plan.graph.num_classes + sum(plan.graph.gate_channels.values())
         self._code = _compile(generator.text, isa)
         self.run = _RUN(self._code.get_function_address("run"))
 
@@ -93,7 +93,7 @@ class _Runner:
         except MemoryError as error:
             raise ManiDPError(f"there is no memory for {needed}; ask for fewer") from error
         constants[:] = program.constants
-        self._constants = _Address(constants, program)
+        self.constants = _Address(constants, program)
         self._run = program.run
         self.begin()
         _RUNNERS.add(self)
@@ -111,7 +111,7 @@ class _Runner:
         """A thread's function and arguments: it moves on each job by a step, until it meets None."""
         return deque, (map(next, iter(self._jobs.get, None), repeat(None)), 0)
 
-    def run(self, batch: NDArray[Any]) -> tuple[NDArray[np.float32], bool]:
+    def run(self, batch: NDArray[Any], constants: _Address) -> tuple[NDArray[np.float32], bool]:
         """Results (B, ``result_size``) of at least one image, and whether all numbers met are finite."""
         results = np.empty((len(batch), self.result_size), dtype=np.float32)
         state = (ctypes.c_int64 * 2)()
@@ -119,7 +119,7 @@ class _Runner:
         turns = repeat((), hands)
         done: SimpleQueue[None] = SimpleQueue()
         run = partial(
-            self._run, _Address(batch), batch.dtype == np.uint8, _Address(results), state, len(batch), self._constants
+            self._run, _Address(batch), batch.dtype == np.uint8, _Address(results), state, len(batch), constants
         )
         used = filterfalse(run, starmap(self._free.get, turns))  # passes on what it was given, as run returns nothing
         job = map(done.put, map(self._free.put, used))
@@ -176,26 +176,48 @@ class Engine:
         self.checkpoint, self.graph, self.threads = checkpoint, checkpoint.graph, _threads(threads)
         self.precision, self.isa = precision, _choose(precision, isa)
         self._again = partial(type(self), precision=precision, threads=self.threads, isa=isa)
-        std = np.array(checkpoint.preprocessing.std, dtype=np.float64)
-        mean = np.array(checkpoint.preprocessing.mean, dtype=np.float64)
-        plan = make_plan(
+        self._points: dict[str, _Address] = {}  # packed weights of the operating points that have been asked for
+        self._runner: _Runner | None = _Runner(Program(self._plan(checkpoint.weights), self.isa), self.threads)
+
+    def _plan(self, weights: Mapping[str, NDArray[np.float32]]) -> Plan:
+        std = np.array(self.checkpoint.preprocessing.std, dtype=np.float64)
+        mean = np.array(self.checkpoint.preprocessing.mean, dtype=np.float64)
+        return make_plan(
             self.graph,
-            checkpoint.weights,
+            weights,
             lanes=self.isa.lanes,
             element=self.isa.element,
             scale=1 / (255 * std),
             shift=-mean / std,
         )
-        self._runner: _Runner | None = _Runner(Program(plan, self.isa), self.threads)
+
+    def _constants(self, runner: _Runner, budget: str | float) -> _Address:
+        """The packed weights of an operating point. The code is the same for all of them."""
+        point = self.checkpoint.point(budget)
+        if not point.values:
+            return runner.constants
+        found = self._points.get(point.name)
+        if found is None:
+            packed = self._plan({**self.checkpoint.weights, **point.values}).constants
+            constants = _aligned(len(packed))
+            constants[:] = packed
+            found = self._points.setdefault(point.name, _Address(constants, runner.constants))
+        return found
 
     @property
     def memory(self) -> int:
-        """Bytes held for weights and for the workspaces of all threads; no run needs more but its own results."""
-        return 0 if self._runner is None else self._runner.memory
+        """Bytes held for weights and for the workspaces of all threads; no run needs more but its own results.
+
+        Each operating point that has been asked for adds its own weights.
+        """
+        if self._runner is None:
+            return 0
+        return self._runner.memory + sum(address.kept[0].nbytes for address in self._points.values())
 
     def close(self) -> None:
         """Give back memory and threads, at once or as soon as runs under way have ended; no other run is begun."""
         self._runner = None
+        self._points = {}
 
     def __enter__(self) -> Self:
         return self
@@ -206,8 +228,12 @@ class Engine:
     def __reduce__(self) -> tuple[partial[Engine], tuple[Checkpoint]]:
         return self._again, (self.checkpoint,)
 
-    def run(self, images: Images) -> Result:
+    def run(self, images: Images, *, budget: str | float = DEFAULT) -> Result:
         """Logits, gates, kept channels and multiply-adds of each image.
+
+        ``budget``: an operating point of the checkpoint, by its name, or as the share of the dense multiply-adds that
+        may be spent (0..1]: the most expensive point within it. Different threads may ask for different ones at once.
+        Raises CheckpointError for an unknown budget, listing those known.
 
         ``images``: uint8 (B, H, W, C), which are normalised as the checkpoint says, or float (B, C, H, W), already
         normalised; arrays of NumPy or tensors of any framework. Or the path of a picture, or a PIL picture, fitted as
@@ -217,8 +243,11 @@ class Engine:
         runner = self._runner
         if runner is None:
             raise ManiDPError("this engine is closed; load the model anew")
+        constants = self._constants(runner, budget)
         batch = batch_of(images, self.graph.input.dims)
-        results, finite = runner.run(batch) if len(batch) else (np.empty((0, runner.result_size), np.float32), True)
+        results, finite = np.empty((0, runner.result_size), np.float32), True
+        if len(batch):
+            results, finite = runner.run(batch, constants)
         logits = results[:, : self.graph.num_classes]
         if not finite:
             self._complain(batch, logits)

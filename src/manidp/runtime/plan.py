@@ -28,10 +28,10 @@ from manidp.graph import (
     ActivationKind,
     Add,
     BatchNorm,
+    Clip,
     Concat,
     Conv,
     Flatten,
-    Gate,
     GlobalPool,
     Graph,
     Input,
@@ -40,6 +40,8 @@ from manidp.graph import (
     Node,
     Pool,
     PoolKind,
+    Scatter,
+    Select,
 )
 from manidp.runtime.ir import FLOAT, Element
 
@@ -179,6 +181,25 @@ class Channels:
 
 
 @dataclass(frozen=True)
+class Window:
+    """What walks over a map: the kernel's side, the stride and the padding, the same in both directions."""
+
+    kernel: int
+    stride: int
+    padding: int
+
+
+def window_of(node: Conv | Pool) -> Window:
+    """Raises UnsupportedError for one that is not square."""
+    if node.square and isinstance(node.kernel, int) and isinstance(node.stride, int) and isinstance(node.padding, int):
+        return Window(node.kernel, node.stride, node.padding)
+    raise UnsupportedError(
+        f"node '{node.name}': the engine runs square kernels with one stride, one padding and no dilation; it has "
+        f"kernel {node.kernel}, stride {node.stride}, padding {node.padding}, dilation {node.spread}"
+    )
+
+
+@dataclass(frozen=True)
 class LoadImage:
     """The image, normalised if it comes as bytes."""
 
@@ -255,23 +276,39 @@ class MatVec:
 
 @dataclass(frozen=True)
 class VectorOp:
-    """target = op(source, operand) on vectors; kind: an activation, 'add', 'multiply' or 'copy' at ``offset``."""
+    """target = op(source, operand) on vectors; kind: an activation, 'clip', 'add', 'multiply', 'copy' at ``offset``."""
 
-    kind: ActivationKind | Literal["add", "multiply", "copy"]
+    kind: ActivationKind | Literal["clip", "add", "multiply", "copy"]
     source: Vector
     target: Vector
     size: int
     operand: Vector | None = None
     offset: int = 0
+    limits: tuple[float, float] = (0.0, 0.0)  # of 'clip'
 
 
 @dataclass(frozen=True)
 class Decide:
-    """saliency -> gate, and the lists of kept and closed channels."""
+    """Scores -> factors of a gate, and the lists of kept and closed channels; ``limit``: offset of what scores exceed.
 
-    gate: Gate
-    saliency: Vector
-    threshold: int
+    For a constant rule, the scores that are compared are the mask, and the limit is 0.
+    """
+
+    gate: Select
+    scores: Vector
+    channels: int
+    limit: int
+    mask: int | None = None
+
+
+@dataclass(frozen=True)
+class ScatterMap:
+    """Channels of a map put among zeros; ``places``: offset of int32s, the source of each channel, -1 for zeros."""
+
+    source: MapKey
+    target: MapKey
+    channels: int
+    places: int
 
 
 @dataclass(frozen=True)
@@ -283,7 +320,8 @@ class FlattenMap:
 
 
 Step = (
-    LoadImage | Relayout | Convolve | Pointwise | ResetPooled | Unpool | MatVec | VectorOp | Decide | FlattenMap
+    LoadImage | Relayout | Convolve | Pointwise | ResetPooled | Unpool | MatVec | VectorOp | Decide | ScatterMap
+    | FlattenMap
 )  # fmt: skip
 
 
@@ -435,8 +473,7 @@ class _Planner:
 
     def _gate_of(self, node: Node) -> str | None:
         """The gate that a Multiply scales its input by."""
-        is_gated = isinstance(node, Multiply) and isinstance(self.graph.by_name[node.inputs[1]], Gate)
-        return node.inputs[1] if is_gated else None
+        return self.graph.select_of(node)
 
     def _ordered(self, tasks: list[_Task]) -> list[_Task]:
         """As given, but each after the steps and the gate that it needs."""
@@ -478,15 +515,18 @@ class _Planner:
             case Conv():
                 self._convolve(index, task, node)
             case Pool():
-                if max(node.kernel, node.stride) > _WINDOW_LIMIT:
+                window = window_of(node)
+                if max(window.kernel, window.stride) > _WINDOW_LIMIT:
                     limit = f"windows and strides up to {_WINDOW_LIMIT} can be pooled"
-                    raise UnsupportedError(f"node '{node.name}': {limit}; it has {node.kernel} and {node.stride}")
-                source = self._read(node.inputs[0], node.stride)
+                    raise UnsupportedError(f"node '{node.name}': {limit}; it has {window.kernel} and {window.stride}")
+                source = self._read(node.inputs[0], window.stride)
                 self._finish(index, task, 1, lambda channels, finish: Pointwise(source, node, channels, finish))
             case Concat() if len(shape) == 3:
                 self._concat(node)
-            case Gate():
-                self._gate(node)
+            case Select():
+                self._select(node)
+            case Scatter() if len(shape) == 3:
+                self._scatter(node)
             case GlobalPool():
                 self._unpool(Vector(node.inputs[0], node.kind), Vector(node.name))
             case Linear():
@@ -507,10 +547,11 @@ class _Planner:
                 self._vector_op(node)
 
     def _convolve(self, index: int, task: _Task, node: Conv) -> None:
-        if node.kernel > _KERNEL_LIMIT or node.stride > _STRIDE_LIMIT:
+        window = window_of(node)
+        if window.kernel > _KERNEL_LIMIT or window.stride > _STRIDE_LIMIT:
             raise UnsupportedError(
                 f"node '{node.name}': kernels up to {_KERNEL_LIMIT}x{_KERNEL_LIMIT} and strides up to {_STRIDE_LIMIT} "
-                f"can be run; it has kernel {node.kernel}, stride {node.stride}"
+                f"can be run; it has kernel {window.kernel}, stride {window.stride}"
             )
         weight = self._weight(node, "weight").astype(np.float64)
         bias = self._weight(node, "bias").astype(np.float64) if node.bias else np.zeros(node.channels)
@@ -531,7 +572,7 @@ class _Planner:
         packed = self._constant(name, weight, self.element), weight[0].size, self._constant(name, bias)
         inputs = Channels(self.graph.shapes[node.inputs[0]][0], self.graph.zeroed_by.get(node.inputs[0]))
         phases = winograd or 1
-        source = self._read(node.inputs[0], winograd or node.stride)
+        source = self._read(node.inputs[0], winograd or window.stride)
         self._finish(
             index,
             task,
@@ -604,12 +645,12 @@ class _Planner:
 
     def _stored(self, name: str) -> bool:
         """Whether anything reads a map itself rather than its pooled sums."""
-        return any(not isinstance(reader, (Gate, GlobalPool)) for reader in self.graph.readers[name])
+        return any(not isinstance(reader, GlobalPool) for reader in self.graph.readers[name])
 
     def _needs_zeros(self, name: str) -> bool:
         """Whether a reader of a gated map looks at closed channels, too."""
         return any(
-            not isinstance(reader, (Conv, Gate)) and not (isinstance(reader, GlobalPool) and reader.kind == "average")
+            not isinstance(reader, Conv) and not (isinstance(reader, GlobalPool) and reader.kind == "average")
             for reader in self.graph.readers[name]
         )
 
@@ -642,8 +683,8 @@ class _Planner:
                 never = node.kind in ("relu", "relu6", "sigmoid", "hardsigmoid")
             elif isinstance(node, (Add, Multiply, Concat, Pool, GlobalPool)):
                 never = found.issuperset(node.inputs)
-            else:
-                never = isinstance(node, Gate)
+            else:  # an open channel of a Select has a factor above 0
+                never = isinstance(node, Select) or (isinstance(node, Clip) and node.low >= 0)
             if never:
                 found.add(node.name)
         return found
@@ -662,15 +703,17 @@ class _Planner:
             self.steps.append(Pointwise(self._read(source, phases), None, Channels(channels), finish))
             first += channels
 
+    def _scatter(self, node: Scatter) -> None:
+        source = self._read(node.inputs[0], self.phases[node.inputs[0]])
+        self.phases[node.name] = source.phases
+        target = MapKey(node.name, source.phases)
+        self.steps.append(ScatterMap(source, target, node.channels, self.constants.add(_places(node))))
+        self._pool_stored(node.name)
+
     # Pooled sums, gates and vectors
 
     def _pooled_kinds(self, name: str) -> list[PoolKind]:
-        kinds: set[PoolKind] = {
-            "average" if isinstance(reader, Gate) else reader.kind
-            for reader in self.graph.readers[name]
-            if isinstance(reader, (Gate, GlobalPool))
-        }
-        return sorted(kinds)
+        return sorted({reader.kind for reader in self.graph.readers[name] if isinstance(reader, GlobalPool)})
 
     def _pooled_sums(self, name: str) -> tuple[Vector, ...]:
         return tuple(self.pooled[Vector(name, kind)] for kind in self._pooled_kinds(name))
@@ -695,16 +738,13 @@ class _Planner:
         factor = 1 / math.prod(size) if sums.part == "average" else 1.0
         self.steps.append(Unpool(self.pooled[sums], self._vector(target, channels), channels, factor))
 
-    def _gate(self, node: Gate) -> None:
-        mean, hidden, saliency = (Vector(node.name, "mean"), Vector(node.name, "hidden"), Vector(node.name, "saliency"))
-        self._unpool(Vector(node.inputs[0], "average"), mean)
-        self._matvec(mean, hidden, self._weight(node, "fc1.weight"), np.zeros(node.hidden))
-        self.steps.append(VectorOp("relu", hidden, hidden, node.hidden))
-        self._matvec(hidden, saliency, self._weight(node, "fc2.weight"), self._weight(node, "fc2.bias"))
-        self._vector(Vector(node.name), node.channels)
-        self._vector(Vector(node.name, "list"), 2 * node.channels + 1)
-        threshold = self.constants.add(self._weight(node, "threshold"))
-        self.steps.append(Decide(node, saliency, threshold))
+    def _select(self, node: Select) -> None:
+        (channels,) = self.graph.shapes[node.name]
+        self._vector(Vector(node.name), channels)
+        self._vector(Vector(node.name, "list"), 2 * channels + 1)
+        limit = self.constants.add(self._weight(node, "threshold") if node.rule == "threshold" else np.zeros(1))
+        mask = None if node.rule == "threshold" else self.constants.add(self._weight(node, "mask"))
+        self.steps.append(Decide(node, Vector(node.inputs[0]), channels, limit, mask))
 
     def _matvec(self, source: Vector, target: Vector, weight: Array, bias: Array) -> None:
         outputs, inputs = weight.shape
@@ -720,6 +760,8 @@ class _Planner:
         target, first, *others = self._vector(Vector(node.name), size), *map(Vector, node.inputs)
         if isinstance(node, Activation):
             self.steps.append(VectorOp(node.kind, first, target, size))
+        elif isinstance(node, Clip):
+            self.steps.append(VectorOp("clip", first, target, size, limits=(node.low, node.high)))
         elif isinstance(node, Concat):
             offset = 0
             for source in (first, *others):
@@ -756,10 +798,9 @@ class _Planner:
     def _preferred(self, node: Node) -> int:
         """The number of phases that the first reader of a map wants."""
         for reader in self.graph.readers[node.name]:
-            if isinstance(reader, Conv):
-                return self._winograd(reader) or reader.stride
-            if isinstance(reader, Pool):
-                return reader.stride
+            if isinstance(reader, (Conv, Pool)):
+                winograd = self._winograd(reader) if isinstance(reader, Conv) else 0
+                return winograd or window_of(reader).stride
         return 1
 
     def _read(self, name: str, phases: int) -> MapKey:
@@ -830,6 +871,13 @@ def _place(
     return maps, offsets, size + slack
 
 
+def _places(node: Scatter) -> NDArray[np.int32]:
+    """Of each channel that a Scatter makes, the channel that it comes from, -1 for a channel of zeros."""
+    places = np.full(node.channels, -1, dtype=np.int32)
+    places[list(node.at)] = range(len(node.at))
+    return places
+
+
 def _whole(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
@@ -837,9 +885,9 @@ def _whole(size: int, unit: int) -> int:
 def _stored_keys(step: Step) -> list[MapKey]:
     """Maps that a step reads or writes."""
     keys: list[MapKey] = []
-    if isinstance(step, (LoadImage, Relayout)):
+    if isinstance(step, (LoadImage, Relayout, ScatterMap)):
         keys.append(step.target)
-    if isinstance(step, (Relayout, FlattenMap, Convolve)) or (isinstance(step, Pointwise) and step.source):
+    if isinstance(step, (Relayout, ScatterMap, FlattenMap, Convolve)) or (isinstance(step, Pointwise) and step.source):
         keys.append(step.source)  # type: ignore[arg-type]
     if isinstance(step, (Convolve, Pointwise)):
         keys += [op.operand for op in step.finish.ops if isinstance(op.operand, MapKey)]
@@ -863,14 +911,17 @@ def _layouts(graph: Graph, steps: list[Step], lanes: int) -> dict[MapKey, Layout
     for step in steps:
         for key in _stored_keys(step):
             find(key)
+        if isinstance(step, ScatterMap):
+            parent[find(step.source)] = find(step.target)
         if isinstance(step, (Convolve, Pointwise)):
             frame = step.finish.frame
             walked = [op.operand for op in step.finish.ops if isinstance(op.operand, MapKey)]
             walked += [step.source] if step.source else []
             for key in walked:
                 parent[find(key)] = find(frame)
-            window = step.node if isinstance(step, Convolve) else step.pool
-            if window and step.source:
+            node = step.node if isinstance(step, Convolve) else step.pool
+            if node and step.source:
+                window = window_of(node)
                 windows.append((step.source, frame, window.kernel, window.padding))
     size = {key: graph.shapes[key.node][1:] for key in parent}
     pitch: dict[MapKey, int] = {}

@@ -16,10 +16,10 @@ from manidp.graph import (
     Activation,
     Add,
     BatchNorm,
+    Clip,
     Concat,
     Conv,
     Flatten,
-    Gate,
     GlobalPool,
     Graph,
     Input,
@@ -27,6 +27,10 @@ from manidp.graph import (
     Multiply,
     Node,
     Pool,
+    Scatter,
+    Select,
+    pair,
+    sides,
 )
 from manidp.macs import macs_per_image
 
@@ -47,9 +51,9 @@ class Result:
     @cached_property
     def gates(self) -> dict[str, Array]:
         """Gate name -> (B, C)."""
-        ends = np.cumsum([gate.channels for gate in self.graph.gates])[:-1]
-        parts = np.split(self.gate_values, ends, axis=1)
-        return {gate.name: part for gate, part in zip(self.graph.gates, parts, strict=False)}
+        channels = self.graph.gate_channels
+        parts = np.split(self.gate_values, np.cumsum(list(channels.values()))[:-1], axis=1)
+        return dict(zip(channels, parts, strict=False))
 
     @cached_property
     def kept(self) -> dict[str, NDArray[np.bool_]]:
@@ -99,11 +103,13 @@ def _value(node: Node, p: dict[str, Array], x: Array, *others: Array) -> Any:
             return x * scale[:, None, None] + shift[:, None, None]
         case Activation():
             return _activation(node.kind, x)
-        case Gate():
-            hidden = np.maximum(x.mean(axis=(2, 3)) @ p["fc1.weight"].T, 0)
-            saliency = np.maximum(hidden @ p["fc2.weight"].T + p["fc2.bias"], 0)
-            saliency = np.minimum(saliency, x.dtype.type(node.saliency_max))
-            return np.where(saliency > p["threshold"], saliency, x.dtype.type(0))
+        case Clip():
+            return np.clip(x, x.dtype.type(node.low), x.dtype.type(node.high))
+        case Select():
+            kept = x > (p["threshold"] if node.rule == "threshold" else 0)
+            if node.rule == "constant":
+                kept = (p["mask"] > 0) & (kept | (node.gain == "one"))
+            return np.where(kept, x if node.gain == "score" else x.dtype.type(1), x.dtype.type(0))
         case Add():
             return sum(others, start=x)
         case Multiply():
@@ -111,11 +117,14 @@ def _value(node: Node, p: dict[str, Array], x: Array, *others: Array) -> Any:
             return x * factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
         case Concat():
             return np.concatenate((x, *others), axis=1)
+        case Scatter():
+            whole = np.zeros((len(x), node.channels, *x.shape[2:]), dtype=x.dtype)
+            whole[:, node.at] = x
+            return whole
         case Pool(kind="max"):
-            padded = _padded(x, node.padding, -np.inf)
-            return _windows(padded, node.kernel, node.stride).max(axis=(4, 5))
+            return _windows(node, x, -np.inf).max(axis=(4, 5))
         case Pool():
-            return _windows(_padded(x, node.padding), node.kernel, node.stride).mean(axis=(4, 5))
+            return _windows(node, x).mean(axis=(4, 5))
         case GlobalPool():
             return x.mean(axis=(2, 3)) if node.kind == "average" else x.max(axis=(2, 3))
         case Flatten():
@@ -126,19 +135,19 @@ def _value(node: Node, p: dict[str, Array], x: Array, *others: Array) -> Any:
 
 
 def _conv(node: Conv, x: Array, weight: Array) -> Array:
-    windows = _windows(_padded(x, node.padding), node.kernel, node.stride)
+    windows = _windows(node, x)
     grouped = zip(np.split(windows, node.groups, axis=1), np.split(weight, node.groups), strict=True)
     made = [np.tensordot(part, w, axes=((1, 4, 5), (1, 2, 3))) for part, w in grouped]
     return np.concatenate(made, axis=3).transpose(0, 3, 1, 2)
 
 
-def _padded(x: Array, padding: int, value: float = 0.0) -> Array:
-    return np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)), constant_values=value)
-
-
-def _windows(x: Array, kernel: int, stride: int) -> Array:
-    """(B, C, H, W) -> (B, C, H', W', kernel, kernel)."""
-    return sliding_window_view(x, (kernel, kernel), axis=(2, 3))[:, :, ::stride, ::stride]
+def _windows(node: Conv | Pool, x: Array, outside: float = 0.0) -> Array:
+    """(B, C, H, W) -> (B, C, H', W', kernel height, kernel width)."""
+    (high, wide), (down, across), (rows, columns) = pair(node.kernel), pair(node.stride), node.spread
+    top, left, bottom, right = sides(node.padding)
+    x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=outside)
+    reach = (rows * (high - 1) + 1, columns * (wide - 1) + 1)
+    return sliding_window_view(x, reach, axis=(2, 3))[:, :, ::down, ::across, ::rows, ::columns]
 
 
 def _activation(kind: str, x: Array) -> Any:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from manidp.checkpoint import Checkpoint, Found, save_checkpoint
 from manidp.errors import MissingExtraError, TrainingError
 from manidp.find import find_model
-from manidp.graph import Graph, resnet, with_classes, with_gates
+from manidp.gating.place import with_gates
+from manidp.graph import Graph, with_classes
 from manidp.images import (
     CIFAR10_PREPROCESSING,
     ImageSet,
@@ -31,6 +32,7 @@ from manidp.images import (
     shown,
 )
 from manidp.macs import ungated_macs
+from manidp.models import resnet
 from manidp.settings import brief
 from manidp.torch.convert import network_from, network_inheriting
 from manidp.torch.network import Network

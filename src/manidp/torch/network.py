@@ -18,10 +18,10 @@ from manidp.graph import (
     Activation,
     Add,
     BatchNorm,
+    Clip,
     Concat,
     Conv,
     Flatten,
-    Gate,
     GlobalPool,
     Graph,
     Input,
@@ -29,9 +29,13 @@ from manidp.graph import (
     Multiply,
     Node,
     Pool,
+    Scatter,
+    Select,
+    pair,
+    sides,
 )
 
-BUFFERS = ("moving_mean", "moving_variance", "threshold")  # parameters that no gradient moves
+BUFFERS = ("moving_mean", "moving_variance", "threshold", "mask")  # parameters that no gradient moves
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -79,10 +83,13 @@ class Network(nn.Module):
         super().__init__()
         self.graph = graph
         self.momentum = 0.1  # weight of a new batch in the moving statistics
+        # as plain data, which torch.compile follows: what is computed in float32, and what each gate scales
+        self._deciding = graph.heads | {gate.name for gate in graph.gates}
+        self._gate_of = {node.name: gate for node in graph.nodes if (gate := graph.select_of(node)) is not None}
         generator = torch.Generator().manual_seed(seed)
         for node in graph.nodes:
             for name, shape in node.parameters(*graph.input_shapes(node)).items():
-                value = _fresh(node, name, shape, generator)
+                value = _fresh(graph, node, name, shape, generator)
                 if name in BUFFERS:
                     self._buffers[f"{node.name}.{name}"] = value
                 else:  # not register_parameter: it refuses dots
@@ -114,27 +121,24 @@ class Network(nn.Module):
         values: dict[str, Tensor] = {}
         pooled: dict[str, Tensor] = {}  # mean over H and W in float32, for gates and the similarity loss
         records: dict[str, GateRecord] = {}
-        saliencies: dict[str, Tensor] = {}
         graph = self.graph
         for node in graph.nodes:
             if isinstance(node, Input):
                 values[node.name] = images
-            elif isinstance(node, Gate):
-                fc1, fc2 = own[f"{node.name}.fc1.weight"], own[f"{node.name}.fc2.weight"]
-                with torch.autocast(images.device.type, enabled=False):
-                    hidden = F.relu(F.linear(self._mean_of(node.inputs[0], values, pooled), fc1))
-                    score = F.linear(hidden, fc2, own[f"{node.name}.fc2.bias"])
-                    saliency = F.relu(score).clamp(max=node.saliency_max)
-                saliencies[node.name] = saliency
-                kept = saliency > own[f"{node.name}.threshold"]
-                values[node.name] = torch.where(kept, saliency, torch.zeros_like(saliency))
+            elif isinstance(node, GlobalPool) and node.kind == "average":
+                values[node.name] = self._mean_of(node.inputs[0], values, pooled)
             else:
-                values[node.name] = self._step(node, own, [values[source] for source in node.inputs])
-                if isinstance(node, Multiply) and node.inputs[1] in saliencies:
-                    gate = node.inputs[1]
-                    records[gate] = GateRecord(
-                        saliencies[gate], values[gate], self._mean_of(node.inputs[0], values, pooled)
-                    )
+                inputs = [values[source] for source in node.inputs]
+                if node.name in self._deciding:
+                    with torch.autocast(images.device.type, enabled=False):
+                        values[node.name] = self._step(node, own, inputs)
+                else:
+                    values[node.name] = self._step(node, own, inputs)
+                gate = self._gate_of.get(node.name)
+                if gate is not None:
+                    score = values[graph.by_name[gate].inputs[0]]
+                    feature = self._mean_of(node.inputs[0], values, pooled)
+                    records[gate] = GateRecord(score, values[gate], feature)
         return Output(values[graph.output], records)
 
     def _mean_of(self, name: str, values: Mapping[str, Tensor], pooled: dict[str, Tensor]) -> Tensor:
@@ -145,7 +149,7 @@ class Network(nn.Module):
         gated: list[Node] = []
         while name not in pooled:
             node = self.graph.by_name[name]
-            if not (isinstance(node, Multiply) and isinstance(self.graph.by_name[node.inputs[1]], Gate)):
+            if name not in self._gate_of:
                 pooled[name] = _mean(values[name])
                 break
             gated.append(node)
@@ -160,12 +164,13 @@ class Network(nn.Module):
         match node:
             case Conv():
                 weight, bias = own[f"{node.name}.weight"], own.get(f"{node.name}.bias")
-                stride = node.stride
-                if node.kernel == 1 and stride > 1 and x.shape[1] % 8 and not node.padding:
+                (down, across), plain = pair(node.stride), pair(node.kernel) == (1, 1) and not any(sides(node.padding))
+                if plain and down * across > 1 and x.shape[1] % 8:
                     # The same pixels, chosen here: with AVX2, oneDNN 3's gradient of such a convolution of float32 maps
                     # writes beyond its memory unless channels come in eights.
-                    x, stride = x[:, :, ::stride, ::stride], 1
-                return F.conv2d(x, weight, bias, stride, node.padding, groups=node.groups)
+                    x, down, across = x[:, :, ::down, ::across], 1, 1
+                x, padding = _padded(x, node, 0.0)
+                return F.conv2d(x, weight, bias, (down, across), padding, node.spread, node.groups)
             case BatchNorm():
                 mean, variance, gamma, beta = (
                     own[f"{node.name}.{name}"] for name in ("moving_mean", "moving_variance", "gamma", "beta")
@@ -181,18 +186,37 @@ class Network(nn.Module):
             case Concat():
                 return torch.cat(inputs, 1)
             case Pool(kind="max"):
-                return F.max_pool2d(x, node.kernel, node.stride, node.padding)
+                x, padding = _padded(x, node, -math.inf)
+                return F.max_pool2d(x, pair(node.kernel), pair(node.stride), padding)
             case Pool():
-                return F.avg_pool2d(x, node.kernel, node.stride, node.padding)
-            case GlobalPool(kind="max"):
-                return x.amax((2, 3))
+                x, padding = _padded(x, node, 0.0)
+                return F.avg_pool2d(x, pair(node.kernel), pair(node.stride), padding)
             case GlobalPool():
-                return _mean(x)
+                return x.amax((2, 3))
+            case Clip():
+                return x.clamp(node.low, node.high)
+            case Select():
+                kept = x > (own[f"{node.name}.threshold"] if node.rule == "threshold" else 0)
+                if node.rule == "constant":
+                    kept = (own[f"{node.name}.mask"] > 0) & (kept | (node.gain == "one"))
+                return torch.where(kept, x if node.gain == "score" else torch.ones_like(x), torch.zeros_like(x))
+            case Scatter():
+                return x.new_zeros(len(x), node.channels, *x.shape[2:]).index_copy(
+                    1, torch.tensor(node.at, device=x.device), x
+                )
             case Flatten():
                 return x.flatten(1)
             case Linear():
                 return F.linear(x, own[f"{node.name}.weight"], own.get(f"{node.name}.bias"))
         raise NotImplementedError(type(node).__name__)
+
+
+def _padded(x: Tensor, node: Conv | Pool, value: float) -> tuple[Tensor, tuple[int, int]]:
+    """The map and the padding that is left to the operator: padding of unequal sides is put around it first."""
+    top, left, bottom, right = sides(node.padding)
+    if (top, left) == (bottom, right):
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom), value=value), (0, 0)
 
 
 class _SpatialMean(torch.autograd.Function):
@@ -225,16 +249,17 @@ def _mean(x: Tensor) -> Tensor:
     return mean
 
 
-def _fresh(node: Node, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    if name in ("gamma", "moving_variance"):
+def _fresh(graph: Graph, node: Node, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if name in ("gamma", "moving_variance", "mask"):
         return torch.ones(shape)
     if isinstance(node, Conv) and name == "weight":
-        return torch.randn(shape, generator=generator) * math.sqrt(2 / (node.kernel**2 * node.channels))
+        area = math.prod(pair(node.kernel))
+        return torch.randn(shape, generator=generator) * math.sqrt(2 / (area * node.channels))
+    if isinstance(node, Linear) and node.name in graph.heads:
+        if node.name in graph.scorers:  # the identity: every score is 1
+            return torch.full(shape, 1.0 if name == "bias" else 0.0)
+        return torch.randn(shape, generator=generator) * math.sqrt(2 / shape[-1])
     if isinstance(node, Linear):
         bound = 1 / math.sqrt(shape[-1]) if name == "weight" else 0.0
         return (torch.rand(shape, generator=generator) * 2 - 1) * bound
-    if name == "fc1.weight":
-        return torch.randn(shape, generator=generator) * math.sqrt(2 / shape[1])
-    if name == "fc2.bias":
-        return torch.ones(shape)
     return torch.zeros(shape)

@@ -76,7 +76,7 @@ class Recipe:
 
 
 def _check_budget(graph: Graph, budget: float) -> None:
-    kept = {gate.name: np.repeat([[False], [True]], gate.channels, axis=1) for gate in graph.gates}
+    kept = {gate: np.repeat([[False], [True]], count, axis=1) for gate, count in graph.gate_channels.items()}
     least, most = macs_per_image(graph, kept).tolist()
     if not least <= budget <= most:
         dense = ungated_macs(graph)

@@ -540,10 +540,9 @@ def _callable(network: Network, recipe: Recipe) -> Callable[[Tensor], Output]:
 
 def _groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
     """Weight decay for every parameter but the gates'."""
-    graph = network.graph
-    spared = {f"{gate.name}.{name}" for gate in graph.gates for name in gate.parameters(*graph.input_shapes(gate))}
-    free = [p for name, p in network.named_parameters() if name in spared]
-    decayed = [p for name, p in network.named_parameters() if name not in spared]
+    heads = network.graph.heads
+    free = [p for name, p in network.named_parameters() if name.rpartition(".")[0] in heads]
+    decayed = [p for name, p in network.named_parameters() if name.rpartition(".")[0] not in heads]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

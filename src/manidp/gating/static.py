@@ -1,0 +1,202 @@
+"""The static twin: a gated network whose every gate gets one mask for all images, as an ordinary dense network.
+
+What a gate closes for every image need not be stored: closed channels leave the weights of what makes them and of what
+reads them. The twin has no gates and no Select; every backend runs it, and its file is smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.checkpoint import Checkpoint
+from manidp.errors import GraphError
+from manidp.graph import Activation, BatchNorm, Conv, Graph, Linear, Node, Scatter, Select
+from manidp.macs import gate_macs, macs_per_image
+
+Indices = NDArray[np.intp]
+BATCH = 500  # images a call
+
+
+def freeze(checkpoint: Checkpoint, images: NDArray[Any]) -> Checkpoint:
+    """The static twin of a gated checkpoint, its masks and gains those of ``images`` (as ``Engine.run`` takes them).
+
+    Channels are opened in the order of how often they are open for these images, those open most often first, as far
+    as the twin costs no more multiply-adds than the gated network takes on average, its gates' own counted. An open
+    channel is scaled by its mean factor over the images that open it. Raises GraphError for a network without gates.
+    """
+    from manidp.runtime.engine import Engine
+
+    if not checkpoint.graph.gates:
+        raise GraphError("a network without gates has no static twin: it is one")
+    engine = Engine(checkpoint)
+    results = [engine.run(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
+    gates = {name: np.concatenate([result.gates[name] for result in results]) for name in results[0].gates}
+    budget = float(np.concatenate([result.macs for result in results]).mean())
+    graph, weights = without_gates(
+        checkpoint.graph, checkpoint.weights, *constant_masks(checkpoint.graph, gates, budget)
+    )
+    told = {name: value for name, value in checkpoint.provenance.items() if name != "measured"}
+    provenance = told | {"frozen": {"images": len(images), "macs_before": budget}}
+    return replace(checkpoint, graph=graph, weights=weights, points=(), provenance=provenance)
+
+
+def constant_masks(
+    graph: Graph, gates: Mapping[str, NDArray[np.floating[Any]]], budget: float
+) -> tuple[dict[str, NDArray[np.bool_]], dict[str, NDArray[np.float32]]]:
+    """Mask (C,) and gain (C,) of every gate, from its factors (N, C), such that the twin takes at most ``budget``.
+
+    Equally often open channels are opened in the order of their gains. A gate keeps at least its first channel.
+    """
+    open_share = {name: (value > 0).mean(0) for name, value in gates.items()}
+    gains = {
+        name: (value.sum(0) / np.maximum((value > 0).sum(0), 1)).astype(np.float32) for name, value in gates.items()
+    }
+    order = sorted(
+        (
+            (share, float(gains[name][c]), name, c)
+            for name, shares in open_share.items()
+            for c, share in enumerate(shares)
+        ),
+        key=lambda entry: (-entry[0], -entry[1]),
+    )
+    low, high = 0, len(order)  # opening more channels never costs less: bisect how many of them fit
+    masks: dict[str, NDArray[np.bool_]] = {}
+    while low <= high:
+        count = (low + high) // 2
+        tried = {name: np.zeros(len(shares), dtype=bool) for name, shares in open_share.items()}
+        for share, _, name, c in order[:count]:
+            tried[name][c] = share > 0
+        for name, mask in tried.items():
+            mask[int(open_share[name].argmax())] |= not mask.any()
+        if static_macs(graph, tried) <= budget or count == 0:
+            masks, low = tried, count + 1
+        else:
+            high = count - 1
+    return masks, gains
+
+
+def static_macs(graph: Graph, masks: Mapping[str, NDArray[np.bool_]]) -> int:
+    """Multiply-adds of the twin with these masks (C,): gates cost nothing any more."""
+    total = int(macs_per_image(graph, {name: mask[None] for name, mask in masks.items()})[0])
+    return total - gate_macs(graph)
+
+
+def without_gates(
+    graph: Graph,
+    weights: Mapping[str, NDArray[np.floating[Any]]],
+    masks: Mapping[str, NDArray[np.bool_]],
+    gains: Mapping[str, NDArray[np.floating[Any]]],
+) -> tuple[Graph, dict[str, NDArray[np.float32]]]:
+    """The network with every Select replaced by its mask (C,) and gain (C,), closed channels dropped for good."""
+    return _Rewrite(graph, weights, masks, gains).run()
+
+
+@dataclass(frozen=True)
+class _Left:
+    """The channels that a value of the twin still has; the others are ``zero``, or else wanted by nobody."""
+
+    channels: Indices
+    zero: bool
+
+
+@dataclass
+class _Rewrite:
+    graph: Graph
+    given: Mapping[str, NDArray[np.floating[Any]]]
+    masks: Mapping[str, NDArray[np.bool_]]
+    gains: Mapping[str, NDArray[np.floating[Any]]]
+    nodes: dict[str, Node] = field(default_factory=dict)
+    weights: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    left: dict[str, _Left] = field(default_factory=dict)  # value -> what it still has, if not all
+    alias: dict[str, str] = field(default_factory=dict)  # value -> the node of the twin that makes it
+
+    def run(self) -> tuple[Graph, dict[str, NDArray[np.float32]]]:
+        for node in self.graph.nodes:
+            if isinstance(node, Select) or node.name in self.graph.heads:
+                continue
+            gate = self.graph.select_of(node)
+            if gate is None:
+                self._ordinary(node)
+            else:
+                self._scaled(node, gate)
+        return Graph(tuple(self.nodes.values()), self._whole(self.graph.output)), self.weights
+
+    def _ordinary(self, node: Node) -> None:
+        shapes = self.graph.input_shapes(node)
+        own = {name: np.asarray(self.given[f"{node.name}.{name}"]) for name in node.parameters(*shapes)}
+        flow = node.channel_flow(*shapes)
+        left = self.left.get(node.inputs[0]) if len(node.inputs) == 1 else None
+        if left is not None and flow == "own" and (node.keeps_zero or not left.zero):
+            own = {name: value[left.channels] for name, value in own.items()}
+            if isinstance(node, Conv):
+                node = replace(node, channels=len(left.channels), groups=len(left.channels))
+            self._emit(node, own, left)
+            return
+        mixes = isinstance(node, Linear) or (isinstance(node, Conv) and node.groups == 1)
+        if left is not None and mixes:  # what it reads of the dropped channels is zero
+            own["weight"] = own["weight"][:, left.channels]
+        whole = () if left is not None and mixes else node.inputs
+        node = replace(node, inputs=tuple(self._whole(s) if s in whole else self._made(s) for s in node.inputs))
+        wanted = self.graph.wanted_by.get(node.name)
+        if wanted is not None and mixes and isinstance(node, Conv):
+            left = _Left(np.flatnonzero(self.masks[wanted]), zero=False)
+            own = {name: value[left.channels] for name, value in own.items()}
+            self._emit(replace(node, channels=len(left.channels)), own, left)
+        else:
+            self._emit(node, own, None)
+
+    def _scaled(self, node: Node, gate: str) -> None:
+        """A multiplication by a gate, folded into the batch norm before it where that is exact."""
+        source = node.inputs[0]
+        channels = self.graph.shapes[source][0]
+        left = self.left.get(source, _Left(np.arange(channels), zero=False))
+        gain = np.where(self.masks[gate], self.gains[gate], 0).astype(np.float32)[left.channels]
+        after = None if len(left.channels) == channels else _Left(left.channels, zero=True)
+        norm = self._norm_before(source)
+        if norm is None:
+            norm = node.name
+            eps = BatchNorm(name=norm).eps
+            zeros, ones = np.zeros(len(gain), np.float32), np.ones(len(gain), np.float32)
+            statistics = {"moving_mean": zeros, "moving_variance": ones - np.float32(eps), "gamma": ones, "beta": zeros}
+            self._emit(BatchNorm(name=norm, inputs=(source,)), statistics, after)
+        else:
+            self.alias[node.name] = self._made(source)
+            if after is not None:
+                self.left[node.name] = after
+        for name in (f"{norm}.gamma", f"{norm}.beta"):
+            self.weights[name] = self.weights[name] * gain
+
+    def _norm_before(self, source: str) -> str | None:
+        """The batch norm whose scaling by a gain >= 0 is a scaling of ``source``."""
+        node = self.graph.by_name[source]
+        if isinstance(node, Activation) and node.kind == "relu" and len(self.graph.readers[source]) == 1:
+            node = self.graph.by_name[node.inputs[0]]
+        return node.name if isinstance(node, BatchNorm) and len(self.graph.readers[node.name]) == 1 else None
+
+    def _emit(self, node: Node, own: Mapping[str, NDArray[np.float32]], left: _Left | None) -> None:
+        node = replace(node, inputs=tuple(map(self._made, node.inputs)))
+        self.nodes[node.name] = node
+        self.weights |= {f"{node.name}.{name}": np.ascontiguousarray(value) for name, value in own.items()}
+        if left is not None:
+            self.left[node.name] = left
+
+    def _made(self, value: str) -> str:
+        return self.alias.get(value, value)
+
+    def _whole(self, value: str) -> str:
+        """The node that makes a value with all its channels."""
+        left = self.left.get(value)
+        if left is None:
+            return self._made(value)
+        name = f"{self._made(value)}.whole"
+        while name in self.graph.by_name:
+            name += "_"
+        channels = self.graph.shapes[value][0]
+        at = tuple(int(c) for c in left.channels)
+        self.nodes.setdefault(name, Scatter(name=name, inputs=(self._made(value),), channels=channels, at=at))
+        return name

@@ -1,0 +1,82 @@
+"""From images to class, probability, multiply-adds and kept shares: what command line, report and servers call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.checkpoint import DEFAULT, Checkpoint
+from manidp.macs import ungated_macs
+from manidp.runtime.reference import Result
+
+
+class Runner(Protocol):
+    """Whatever runs a checkpoint on images, as ``Engine`` does."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The network that runs."""
+        ...
+
+    def run(self, images: Any, *, budget: str | float = ...) -> Result:
+        """What the network makes of the images at an operating point."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says of one image, and what it spent on it.
+
+    ``probability``: of ``label``, 0..1; ``top``: the most probable classes and their probabilities, most probable
+    first. ``share_of_dense``: ``macs`` over the multiply-adds of the network without gates. ``kept``: stage -> share of
+    the channels that its gates kept, 0..1.
+    """
+
+    label: str
+    probability: float
+    top: tuple[tuple[str, float], ...]
+    macs: int
+    share_of_dense: float
+    kept: Mapping[str, float]
+
+
+def predict(engine: Runner, images: Any, *, budget: str | float = DEFAULT, top: int = 5) -> list[Prediction]:
+    """One prediction an image, in their order; ``images`` and ``budget`` are what ``Engine.run`` takes."""
+    checkpoint = engine.checkpoint
+    result = engine.run(images, budget=budget)
+    shares = probabilities(result.logits)
+    order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
+    dense, stages = ungated_macs(checkpoint.graph), kept_by_stage(result.kept)
+    predictions = []
+    for i, best in enumerate(order):
+        ranked = tuple((checkpoint.classes[c], float(shares[i, c])) for c in best)
+        predictions.append(
+            Prediction(
+                label=ranked[0][0],
+                probability=ranked[0][1],
+                top=ranked,
+                macs=int(result.macs[i]),
+                share_of_dense=float(result.macs[i] / dense),
+                kept={stage: float(share[i]) for stage, share in stages.items()},
+            )
+        )
+    return predictions
+
+
+def probabilities(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Softmax over the classes: (B, classes) -> (B, classes), rows add up to 1."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    shares: NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
+    return shares
+
+
+def kept_by_stage(kept: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.float64]]:
+    """Share of channels that each image keeps, over all gates with one first name: stage -> (B,)."""
+    groups: dict[str, list[NDArray[np.bool_]]] = {}
+    for gate, mask in kept.items():
+        groups.setdefault(gate.partition(".")[0], []).append(mask)
+    return {stage: np.concatenate(masks, axis=1).mean(axis=1) for stage, masks in groups.items()}

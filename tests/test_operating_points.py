@@ -1,0 +1,56 @@
+"""One engine at several budgets: each is the network whose weights are those of the operating point."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine_cases import checkpoint_of, random_weights, with_thresholds
+from manidp.checkpoint import Checkpoint, OperatingPoint
+from manidp.errors import CheckpointError
+from manidp.gating.place import with_gates
+from manidp.models import resnet
+from manidp.runtime.engine import Engine
+
+IMAGES = np.random.default_rng(1).normal(size=(8, 3, 8, 8)).astype(np.float32)
+
+
+def pointed() -> Checkpoint:
+    """Points of 16 keep rates; every second one has batch statistics of its own."""
+    graph = with_gates(resnet(8, num_classes=4, width=4, image=(3, 8, 8)))
+    weights = random_weights(graph)
+    points = []
+    for index, share in enumerate(np.linspace(0.05, 1, 16)):
+        chosen = with_thresholds(graph, weights, IMAGES, {gate.name: float(share) for gate in graph.gates})
+        values = {name: np.maximum(chosen[name], 0) for name in graph.thresholds}
+        if index % 2:
+            values["bn_1.moving_mean"] = np.full(4, index / 10, np.float32)
+        points.append(OperatingPoint(f"p{index}", values))
+    return replace(checkpoint_of(graph, weights), points=tuple(points))
+
+
+def test_each_budget_is_the_network_of_its_point_from_16_threads_at_once() -> None:
+    checkpoint = pointed()
+    names = ["default", *(point.name for point in checkpoint.points)]
+    wanted = {name: Engine(checkpoint.at(name)).run(IMAGES) for name in names}
+    assert len({result.logits.tobytes() for result in wanted.values()}) == len(names)
+    with Engine(checkpoint, threads=2) as engine, ThreadPoolExecutor(16) as pool:
+        asked = [names[index % len(names)] for index in range(160)]
+        for name, result in zip(asked, pool.map(lambda name: engine.run(IMAGES, budget=name), asked), strict=True):
+            np.testing.assert_array_equal(result.logits, wanted[name].logits, err_msg=name)
+            np.testing.assert_array_equal(result.gate_values, wanted[name].gate_values, err_msg=name)
+
+
+def test_an_unknown_budget_names_the_known_ones_and_the_engine_goes_on() -> None:
+    engine = Engine(pointed())
+    before = engine.memory
+    with pytest.raises(
+        CheckpointError, match="no operating point fits the budget 'p99'; this model has 'default', 'p0'"
+    ):
+        engine.run(IMAGES, budget="p99")
+    assert engine.memory == before
+    engine.run(IMAGES, budget="p1")
+    assert engine.memory > before  # a point's own weights are told

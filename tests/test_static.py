@@ -1,0 +1,81 @@
+"""The static twin of a gated network against the gated network whose gates say the same for every image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import manidp
+from engine_cases import assert_close, check, random_weights
+from manidp.checkpoint import load_checkpoint, save_checkpoint
+from manidp.gating.static import constant_masks, freeze, static_macs, without_gates
+from manidp.graph import Graph
+from manidp.images import load_sample
+from manidp.macs import dense_macs, gate_macs
+from manidp.runtime.engine import Engine, available_isas
+from manidp.runtime.reference import run
+from test_engine_random import networks
+
+Array = NDArray[Any]
+Masks = dict[str, NDArray[np.bool_]]
+Gains = dict[str, NDArray[np.float32]]
+
+
+def saying_the_same(weights: dict[str, Array], masks: Masks, gains: Gains) -> dict[str, Array]:
+    """Weights of the gated network with which every gate's factors are its mask times its gain whatever the image."""
+    weights = dict(weights)
+    for gate, mask in masks.items():
+        weights[f"{gate}.fc2.weight"] = np.zeros_like(weights[f"{gate}.fc2.weight"])
+        weights[f"{gate}.fc2.bias"] = np.where(mask, gains[gate], 0).astype(np.float32)
+        weights[f"{gate}.threshold"] = np.zeros((), np.float32)
+    return weights
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(networks(), st.integers(0, 2**16), st.data())
+def test_a_twin_says_what_constant_gates_say_and_costs_what_they_keep(
+    graph: Graph, seed: int, data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(seed)
+    masks, gains = {}, {}
+    for gate, channels in graph.gate_channels.items():
+        masks[gate] = rng.random(channels) < data.draw(st.sampled_from((0.2, 0.6, 1.0)))
+        masks[gate][rng.integers(channels)] = True
+        gains[gate] = rng.uniform(0.5, 1.5, channels).astype(np.float32)
+    weights = random_weights(graph, seed)
+    images = rng.normal(size=(2, *graph.input.dims)).astype(np.float32)
+    frozen, own = without_gates(graph, weights, masks, gains)
+    assert not frozen.gates
+    expected = run(graph, saying_the_same(weights, masks, gains), images).logits
+    assert_close(run(frozen, own, images).logits, expected, "twin in float64", 1e-5)
+    assert dense_macs(frozen) <= dense_macs(graph) - gate_macs(graph)
+    check(frozen, own, images, available_isas()[0])
+
+
+def test_masks_open_what_is_open_most_often_within_the_budget() -> None:
+    checkpoint, images = manidp.load_model("manidp-res20"), load_sample().images
+    result = Engine(checkpoint).run(images)
+    budget = float(result.macs.mean())
+    masks, _ = constant_masks(checkpoint.graph, result.gates, budget)
+    spent = static_macs(checkpoint.graph, masks)
+    assert 0.98 * budget < spent <= budget
+    least_open = min(result.kept[gate].mean(0)[mask].min() for gate, mask in masks.items())
+    most_closed = max(result.kept[gate].mean(0)[~mask].max(initial=0) for gate, mask in masks.items())
+    assert most_closed <= least_open
+
+
+def test_the_frozen_model_is_an_ordinary_dense_one_and_smaller(tmp_path: Path) -> None:
+    checkpoint, images = manidp.load_model("manidp-res20"), load_sample().images
+    frozen = freeze(checkpoint, images)
+    save_checkpoint(checkpoint, tmp_path / "gated")
+    save_checkpoint(frozen, tmp_path / "frozen")
+    assert (tmp_path / "frozen").stat().st_size < 0.7 * (tmp_path / "gated").stat().st_size
+    back = load_checkpoint(tmp_path / "frozen")
+    result = Engine(back).run(images)
+    assert result.macs.tolist() == [dense_macs(back.graph)] * len(images)
+    assert not result.gates
