@@ -50,7 +50,7 @@ class Checked(Generator):
         self.lines = self.text.split("\n")
         self.of_tables = {m[1]: int(m[2]) * _SIZES[m[3]] for m in map(_TABLE.fullmatch, self.lines) if m}
         self.of_workspace = dict(_regions(plan, self.workspace, isa))
-        parts = {int(m[3]) for m in map(_OFFSET.fullmatch, self.lines) if m and m[2] == "%k"}
+        parts = {int(m[3]) for m in map(_OFFSET.fullmatch, self.lines) if m and m[2] == "%k" and m[3].isdigit()}
         self.of_constants = {
             begin: (4 * begin, 4 * end, 4 * begin, 4 * end)
             for begin, end in itertools.pairwise(sorted({0, *parts, len(plan.constants)}))
@@ -88,8 +88,9 @@ class Checked(Generator):
             name, base, offset = match.groups()
             self.regions[name] = self.regions.get(base, base)
             if base in ("%w", "%k"):
+                regions = self.of_workspace if base == "%w" else self.of_constants
                 self.regions[name] = name
-                yield from _bounds(name, base, (self.of_workspace if base == "%w" else self.of_constants)[int(offset)])
+                yield from _bounds(name, base, regions[int(offset) if offset.isdigit() else 0])
         elif match := _CALL.fullmatch(line):
             yield from self._call(number, *match.groups())
         elif match := _LOAD.fullmatch(line):
