@@ -715,9 +715,10 @@ class Generator:
                     y, x = row * w.stride + down, column * w.stride + right
                     return _within(y, source.height) & _within(x, source.width)
 
+                value = g.load(x, offset)
                 if pool.kind == "max":
-                    mask = self._mask(frame, 0, tile, 0, inside)
-                lanes, value = mask(g, block), g.load(x, offset)
+                    mask, value = self._mask(frame, 0, tile, 0, inside), g.spoil(value)
+                lanes = mask(g, block)
                 if lanes is not None:
                     value = g.select(lanes, value, g.constant(-np.inf if pool.kind == "max" else 0))
                 if not total:
@@ -1115,13 +1116,11 @@ class _Element:
                 y = g.fma(y, operands[0], operands[1])
             else:
                 y = g.arithmetic("fadd" if op.kind == "add" else "fmul", y, g.load(operands[0], offset))
-        if not self.finish.ops or self.finish.ops[-1].kind != "activate":  # activations do not overflow
-            y = g.spoil(y)
         mask = self.generator._mask(self.frame, phase, _single(self.frame, g.lanes), 0, None)(g, block)
         if self.into:
             g.store(y, self.into, offset, mask)
         for kind, _ in self.sums:
-            counted = g.widen(y)
+            counted = g.widen(g.spoil(y) if kind == "max" else y)
             if mask is not None:
                 counted = g.floats.select(mask, counted, g.floats.constant(_START[kind]))
             self.totals[kind] = self._pooled(kind, self.totals[kind], counted) if kind in self.totals else counted
