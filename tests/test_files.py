@@ -9,8 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from manidp.files import replacing
+from manidp.files import filling, replacing
 
+FILLER = """
+import sys
+from manidp.files import filling
+with filling(sys.argv[1]) as folder:
+    (folder / "a").write_bytes(b"half")
+    print("writing", flush=True)
+    sys.stdin.readline()
+"""
 WRITER = """
 import sys
 from manidp.files import replacing
@@ -21,10 +29,10 @@ with replacing(sys.argv[1]) as file:
 """
 
 
-def writer(path: Path) -> subprocess.Popen[str]:
+def writer(path: Path, script: str = WRITER) -> subprocess.Popen[str]:
     """Another process, in the middle of writing ``path``."""
     process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
@@ -54,6 +62,29 @@ def test_a_killed_writer_is_swept_up_after_and_a_living_one_is_left_alone(tmp_pa
         living.communicate("\n")
     assert path.read_bytes() == b"half"
     assert names(tmp_path) == sorted(["a.bin", *others])
+
+
+def test_folders_are_filled_whole_or_not_at_all_and_swept_like_files(tmp_path: Path) -> None:
+    target = tmp_path / "above" / "folder"
+    killed, living = writer(target, FILLER), writer(target, FILLER)
+    with killed, living:
+        killed.kill()
+        killed.wait()
+        assert len(names(target.parent)) == 2
+        with pytest.raises(ZeroDivisionError), filling(target) as temporary:
+            (temporary / "a").write_bytes(b"new")
+            raise ZeroDivisionError
+        assert len(names(target.parent)) == 1  # the living writer's
+        living.communicate("\n")
+    assert names(target.parent) == ["folder"]
+    assert names(target) == ["a"]
+    with pytest.raises(OSError, match="not empty"), filling(target) as temporary:
+        (temporary / "b").write_bytes(b"new")
+    assert names(target.parent) == ["folder"]
+    assert names(target) == ["a"]
+    for wrong in (Path("/"), tmp_path / "a\0b", tmp_path / "\ud800"):
+        with pytest.raises(OSError, match="no name of a new folder"), filling(wrong):
+            raise AssertionError("nothing may be written")
 
 
 def test_writers_of_one_file_never_lose_their_own(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ import datetime
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -30,8 +29,9 @@ from manidp.checkpoint import Checkpoint
 from manidp.ckpt import write_ckpt
 from manidp.conversion import to_ckpt, write_thresholds
 from manidp.errors import HubError, quoted
+from manidp.files import filling
 from manidp.graph import Graph, Select
-from manidp.publish import beside, measured, sections
+from manidp.publish import measured, sections
 
 NETWORK = Path(__file__).parent / "mindspore" / "network.py"
 HOME = "https://example.com/manidp/manidp/tree/main"
@@ -65,17 +65,10 @@ def pack(checkpoint: Checkpoint, folder: str | Path, name: str, *, home: str = H
         raise HubError("a model's name is of small letters and digits, joined by '-' or '_', and does not end in 'cn'; "
                        f"got {quoted(name)}")  # fmt: skip
     folder = Path(folder)
-    temporary = beside(folder)
     try:
-        if folder.is_dir():
-            folder.rmdir()  # if it is empty
-        (temporary / stem).mkdir(parents=True)
-        try:
+        with filling(folder) as temporary:
+            (temporary / stem).mkdir()
             _write(checkpoint, temporary, name, stem, home)
-            temporary.rename(folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
     except OSError as error:
         reason = f"{error.strerror or error}; a new folder or an empty one is needed"
         raise HubError(f"cannot write the bundle to {quoted(str(folder))}: {reason}") from error

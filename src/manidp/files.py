@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and their digests."""
+"""Files and folders written whole or not at all, and digests of files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -47,25 +48,65 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
-def sweep(path: Path) -> None:
-    """Remove the temporary files that killed writers of ``path`` left beside it, and those of nobody else.
+@contextlib.contextmanager
+def filling(folder: str | Path) -> Iterator[Path]:
+    """A folder that becomes ``folder``, new or empty, at the end of the block, and never does if the block fails.
 
-    A living writer holds a lock on its temporary file, which the system frees when the process ends. Where the file
-    system has no locks, nothing is removed.
+    Folders above it are made. What killed writers of ``folder`` left there is removed. Raises OSError.
+    """
+    folder = Path(folder).absolute()
+    try:
+        named = folder.name and b"\0" not in os.fsencode(folder)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        named = False
+    if not named:
+        raise OSError(errno.EINVAL, "is no name of a new folder", str(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    while True:
+        temporary = _beside(folder)
+        temporary.mkdir()
+        with _locked(temporary, os.O_RDONLY, wait=True):
+            if not temporary.exists():
+                continue  # swept between its making and its locking
+            try:
+                yield temporary
+                os.replace(temporary, folder)  # takes the place of an empty folder, of no other
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            break
+    sync_folder(folder.parent)
+
+
+def sweep(path: Path) -> None:
+    """Remove the temporary files and folders that killed writers of ``path`` left beside it, and nobody else's.
+
+    A living writer holds a lock on what it writes, which the system frees when the process ends. Where the file system
+    has no locks, nothing is removed.
     """
     ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp")
     with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
         for entry in entries:
-            if ours.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                with contextlib.suppress(OSError), open(entry.path, "r+b") as file:
-                    _lock(file.fileno(), wait=False)
-                    os.unlink(entry.path)
+            if not ours.fullmatch(entry.name):
+                continue
+            with contextlib.suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):
+                    with _locked(entry.path, os.O_RDONLY, wait=False):
+                        shutil.rmtree(entry.path)
+                elif entry.is_file(follow_symlinks=False):
+                    with _locked(entry.path, os.O_RDWR, wait=False):  # locks of network disks want to write
+                        os.unlink(entry.path)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def _temporary(path: Path) -> tuple[Path, IO[bytes]]:
     """A new temporary file for ``path``, open and locked."""
     while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        temporary = _beside(path)
         file = open(temporary, "xb")  # noqa: SIM115 - not tempfile: its files are private, the result is an ordinary one
         with contextlib.suppress(OSError):  # no locks here: then nobody can sweep either
             _lock(file.fileno(), wait=True)
@@ -74,8 +115,23 @@ def _temporary(path: Path) -> tuple[Path, IO[bytes]]:
         file.close()  # swept between its making and its locking
 
 
+@contextlib.contextmanager
+def _locked(path: str | Path, flags: int, *, wait: bool) -> Iterator[None]:
+    """A lock on a file or folder. Without ``wait``: raises OSError if another has it, or where there are no locks."""
+    if sys.platform == "win32":  # where nothing that is open can be removed anyway, and no folder be opened
+        yield
+        return
+    descriptor = os.open(path, flags | os.O_NOFOLLOW)
+    try:
+        with contextlib.suppress(*((OSError,) if wait else ())):
+            _lock(descriptor, wait=wait)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _lock(descriptor: int, *, wait: bool) -> None:
-    if sys.platform != "win32":  # where an open file cannot be removed anyway
+    if sys.platform != "win32":
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 

@@ -10,9 +10,7 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import shlex
-import shutil
 import stat
 import warnings
 from collections import deque
@@ -34,7 +32,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from manidp.errors import ImageError
-from manidp.files import open_regular, replacing
+from manidp.files import filling, open_regular, replacing
 from manidp.limits import FLOAT32_MAX, FLOAT32_TINY
 
 Progress = Callable[[int, int | None], None]  # done and total (None while unknown), of bytes or of pictures
@@ -497,18 +495,14 @@ def save_folder(image_set: ImageSet, folder: str | Path) -> None:
     The folder appears whole or not at all; raises ImageError if it exists or cannot be written.
     """
     folder = Path(folder)
-    temporary = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
     try:
         if folder.exists():
             raise ImageError(f"{shown(folder)}: exists already; a new folder is needed")
-        try:
+        with filling(folder) as temporary:
             for number, (pixels, label) in enumerate(zip(image_set.images, image_set.labels, strict=True)):
                 of_class = temporary / image_set.classes[label]
-                of_class.mkdir(parents=True, exist_ok=True)
+                of_class.mkdir(exist_ok=True)
                 Image.fromarray(pixels).save(of_class / f"{number:05d}.png")
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise ImageError(f"{shown(folder)}: cannot be written: {_reason(error)}") from error
 

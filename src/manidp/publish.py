@@ -7,10 +7,7 @@ holds ``model.safetensors`` and its card, ``README.md``.
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import Any
 
 from manidp.checkpoint import Checkpoint, save_checkpoint
 from manidp.errors import HubError, quoted
-from manidp.files import replacing
+from manidp.files import filling, replacing
 from manidp.macs import ungated_macs
 from manidp.terminal import escaped
 
@@ -67,30 +64,14 @@ def write_folder(checkpoint: Checkpoint, folder: str | Path, name: str) -> None:
 
     ``manidp.load(folder)`` reads it back. Raises HubError if it cannot be written.
     """
-    folder = Path(folder)
-    temporary = beside(folder)
     try:
-        temporary.mkdir(parents=True)
-        try:
+        with filling(folder) as temporary:
             save_checkpoint(checkpoint, temporary / "model.safetensors")
             with replacing(temporary / "README.md") as file:
                 file.write(card(checkpoint, name).encode("utf-8", "backslashreplace"))
-            os.replace(temporary, folder)  # takes the place of an empty folder, of no other
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         reason = f"{error.strerror or error}; a new folder or an empty one is needed"
         raise HubError(f"cannot write the model to {quoted(str(folder))}: {reason}") from error
-
-
-def beside(folder: Path) -> Path:
-    """A name for what becomes ``folder`` once it is whole. Raises HubError if that is no name of a folder."""
-    try:
-        if b"\0" in os.fsencode(folder):
-            raise ValueError("it holds a NUL character")
-        return folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
-    except ValueError as error:
-        raise HubError(f"{quoted(str(folder))} is no name of a new folder: {error}") from error
 
 
 def card(checkpoint: Checkpoint, name: str) -> str:

@@ -190,6 +190,14 @@ def test_a_compiled_training_does_what_a_plain_one_does(tmp_path: Path) -> None:
         np.testing.assert_allclose(value, wanted[name], atol=1e-3, err_msg=name)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_without_a_compiler_it_is_said_how_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(TrainingError, match=r"torch\.compile failed: .*no-such-compiler.*compiled=false"):
+        trained(tmp_path / "run", replace(RECIPE, compiled=True))
+
+
 def test_of_several_teachers_the_mean_is_followed(tmp_path: Path) -> None:
     teachers = [Network(GRAPH, seed=seed) for seed in (1, 2)]
     training, _ = trained(tmp_path, replace(RECIPE, distillation=1.0, precision="float32"), teachers=teachers)

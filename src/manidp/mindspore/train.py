@@ -15,6 +15,7 @@ from manidp.errors import TrainingError
 from manidp.images import ImageSet, Preprocessing
 from manidp.mindspore.losses import complexity_weights, similarity_loss, sparsity_loss
 from manidp.mindspore.network import Network
+from manidp.settings import check_settings
 
 PADDING = 4  # pixels around an image for the random crop
 
@@ -101,11 +102,11 @@ def fine_tune(network: Network, data: ImageSet, preprocessing: Preprocessing, re
     """Train on ``data`` in place, one record an epoch; leaves the network in evaluation mode.
 
     An epoch drops a last batch that is not full. In the first one no image pays for its saliency, as the mean cross
-    entropy is unknown. Raises TrainingError for a recipe or data that cannot be, and when a loss is not finite.
+    entropy is unknown. Raises TrainingError for a recipe or data that cannot be, and when a loss or a weight is
+    not finite.
     Departs: thresholds stay as they are, which suits a network that was pruned already.
     """
-    if min(recipe.epochs, recipe.batch_size) < 1 or not recipe.learning_rate > 0:
-        raise TrainingError(f"epochs, batch_size and learning_rate must be positive; got {recipe}")
+    check_settings(vars(recipe), Recipe, "recipe")
     if len(data) < 2 or data.labels.max() >= network.num_classes:
         raise TrainingError(f"two or more images of at most {network.num_classes} classes needed; got {len(data)} "
                             f"of {data.labels.max(initial=-1) + 1}")  # fmt: skip
@@ -122,6 +123,9 @@ def fine_tune(network: Network, data: ImageSet, preprocessing: Preprocessing, re
             if not math.isfinite(losses[-1][0]):
                 raise TrainingError(f"the loss is not finite at epoch {epoch}, step {len(losses) - 1}; start again "
                                     f"with a learning rate below {recipe.learning_rate}")  # fmt: skip
+        if not all(np.isfinite(parameter.asnumpy()).all() for parameter in network.get_parameters()):
+            raise TrainingError(f"a weight is not finite after epoch {epoch}; start again with a learning rate below "
+                                f"{recipe.learning_rate}")  # fmt: skip
         loss, cross_entropy, accuracy, sparsity, similarity = np.mean(losses, axis=0).tolist()
         limit = 0.5 * cross_entropy
         yield EpochRecord(

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from manidp.errors import TrainingError
 from manidp.files import replacing, sweep
@@ -535,7 +536,18 @@ def _placed(network: Network, device: str) -> Network:
 
 
 def _callable(network: Network, recipe: Recipe) -> Callable[[Tensor], Output]:
-    return torch.compile(network) if recipe.compiled else network
+    if not recipe.compiled:
+        return network
+    compiled: Callable[[Tensor], Output] = torch.compile(network)
+
+    def run(images: Tensor) -> Output:
+        try:
+            return compiled(images)
+        except TorchDynamoException as error:
+            reason = str(error).partition("\n")[0]
+            raise TrainingError(f"torch.compile failed: {reason}; without it: --set compiled=false") from error
+
+    return run
 
 
 def _groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
