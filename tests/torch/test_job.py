@@ -21,6 +21,7 @@ from manidp import cli
 from manidp.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manidp.errors import TrainingError
 from manidp.gating.place import with_gates
+from manidp.graph import Graph
 from manidp.images import ImageSet, Preprocessing
 from manidp.macs import dense_macs, macs_per_image, ungated_macs
 from manidp.models import resnet
@@ -202,6 +203,12 @@ def test_a_budget_is_one_that_the_network_can_take() -> None:
     for wrong in (18.64, least - 1, most + 1, "101%", "1%", 1e9):
         with pytest.raises(TrainingError, match=message):
             Recipe(macs_budget=wrong).resolved(GATED)
+
+
+def test_gates_of_constant_masks_are_not_trained() -> None:
+    nodes = [replace(node, rule="constant") if node in GATED.gates else node for node in GATED.nodes]
+    with pytest.raises(TrainingError, match=r"only gates with thresholds can be trained; those of 'stage_1\.0\.mb1'"):
+        Recipe(keep_rate=0.6).resolved(Graph(tuple(nodes), GATED.output))
 
 
 def test_a_budget_that_is_missed_is_told_and_the_model_is_there(job: Job, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,8 @@ class Recipe:
 
     def resolved(self, graph: Graph) -> Recipe:
         """The same recipe, its target a number. Raises TrainingError if it cannot be followed with this graph."""
+        if fixed := [gate.name for gate in graph.gates if gate.rule != "threshold"]:
+            raise TrainingError(f"only gates with thresholds can be trained; those of '{fixed[0]}' are a constant mask")
         if graph.gates and (self.keep_rate is None) == (self.macs_budget is None):
             raise TrainingError("recipe: a network with gates needs a target, keep_rate or macs_budget, not both")
         if not graph.gates and not self.keep_rate is self.macs_budget is None:
