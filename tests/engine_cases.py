@@ -154,7 +154,9 @@ def close_calls(result: Result, wanted: Result, weights: Mapping[str, Array]) ->
     differ = np.zeros(len(wanted.logits), dtype=bool)
     for name, kept in wanted.kept.items():
         saliency = np.maximum(result.gates[name], wanted.gates[name])
-        bound = max(float(weights[f"{name}.threshold"]), 0.0)  # a gate of 0 keeps nothing, however low its threshold
+        bound = max(
+            float(weights.get(f"{name}.threshold", 0.0)), 0.0
+        )  # a gate of 0 keeps nothing, however low its threshold
         beyond = (saliency - bound) / saliency.max(axis=1, keepdims=True, initial=LEAST[HALF])
         here = result.kept[name] != kept
         wrong = here & (beyond > TOLERANCES[HALF])

@@ -16,6 +16,7 @@ from manidp.graph import (
     Activation,
     Add,
     BatchNorm,
+    Clip,
     Concat,
     Conv,
     Flatten,
@@ -26,6 +27,7 @@ from manidp.graph import (
     Multiply,
     Node,
     Pool,
+    Scatter,
 )
 from manidp.runtime.engine import available_isas, emulating_isas
 
@@ -59,7 +61,8 @@ def networks(draw: st.DrawFn) -> Graph:
     b = Builder((draw(st.sampled_from((1, 3, 4))), *size))
     for _ in range(draw(st.integers(1, 6))):
         channels, height, width = b.shapes[b.last]
-        kinds = ["conv", "conv", "winograd", "batch norm", "activation", "pool", "add", "concat", "multiply", "excite"]
+        kinds = ["conv", "conv", "winograd", "batch norm", "activation", "pool", "add", "concat", "multiply", "excite",
+                 "clip", "scatter"]  # fmt: skip
         kind = draw(st.sampled_from(kinds))
         others = [n for n, s in b.shapes.items() if len(s) == 3 and n != b.last]
         same = [n for n in others if b.shapes[n] == b.shapes[b.last]]
@@ -76,6 +79,12 @@ def networks(draw: st.DrawFn) -> Graph:
             b.add(BatchNorm, eps=1e-3)
         elif kind == "activation":
             b.add(Activation, kind=draw(st.sampled_from(ACTIVATIONS)))
+        elif kind == "clip":
+            b.add(Clip, low=draw(st.sampled_from((-0.5, 0.0, 0.1))), high=0.75)
+        elif kind == "scatter" and channels < 40:
+            among = channels + draw(st.integers(0, 5))
+            places = draw(st.permutations(range(among)))[:channels]
+            b.add(Scatter, channels=among, at=tuple(sorted(places)))
         elif kind == "pool" and min(height, width) >= 2:
             kernel = draw(st.integers(1, min(3, height, width)))
             b.add(Pool, kind=draw(st.sampled_from(("average", "max"))), kernel=kernel, stride=draw(st.integers(1, 3)),
@@ -91,6 +100,9 @@ def networks(draw: st.DrawFn) -> Graph:
         elif kind == "excite":
             value = b.last
             b.add(GlobalPool, kind=draw(st.sampled_from(("average", "max"))))
+            if draw(st.booleans()):
+                b.add(Scatter, channels=channels + 2, at=(*range(1, channels), channels + 1))
+                b.add(Clip, low=-1.0, high=0.5)
             b.add(Linear, features=channels, bias=draw(st.booleans()))
             factor = b.add(Activation, kind="sigmoid")
             b.add(Multiply, value, factor)

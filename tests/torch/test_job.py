@@ -65,14 +65,16 @@ def finished(job: Job) -> tuple[Checkpoint, Finished, list[str]]:
 @given(st.data(), st.lists(st.integers(1, 40), min_size=1, max_size=8))
 def test_a_holdout_is_in_proportion_and_takes_no_class_whole(data: st.DataObject, sizes: list[int]) -> None:
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(sizes)), sizes)).astype(np.int64)
-    pixels = np.arange(len(labels), dtype=np.uint8)[:, None, None, None].repeat(3, 3)  # an image's pixels are its place
+    places = np.stack(np.divmod(np.arange(len(labels)), 256), axis=1)  # an image's first pixel is its place
+    pixels = np.pad(places, ((0, 0), (0, 1))).astype(np.uint8)[:, None, None, :]
     images = ImageSet(pixels, labels, tuple(map(str, range(len(sizes)))))
     most = sum(sizes) - len(sizes)
     with pytest.raises(TrainingError, match=f"at most {most} can be held out"):
         split(images, most + 1)
     count = data.draw(st.integers(0, most))
     stay, held = split(images, count)
-    assert sorted([*stay.images[:, 0, 0, 0], *held.images[:, 0, 0, 0]]) == list(range(len(labels)))
+    found = np.concatenate([stay.images, held.images])[:, 0, 0].astype(int) @ [256, 1, 0]
+    assert sorted(found) == list(range(len(labels)))
     assert len(held) == count
     shares = np.bincount(held.labels, minlength=len(sizes))
     assert (np.bincount(stay.labels, minlength=len(sizes)) >= 1).all()

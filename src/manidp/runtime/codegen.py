@@ -1013,7 +1013,7 @@ class Generator:
                 if step.kind in ("add", "multiply"):
                     y = g.arithmetic("fadd" if step.kind == "add" else "fmul", y, g.load("%other", here))
                 elif step.kind == "clip":
-                    y = g.minimum(g.maximum(g.spoil(y), g.constant(step.limits[0])), g.constant(step.limits[1]))
+                    y = g.clip(g.spoil(y), *step.limits)
                 else:
                     y = g.activate(step.kind, g.spoil(y))
                 g.store(y, "%into", here)
@@ -1110,6 +1110,8 @@ class _Element:
         for op, operands in zip(self.finish.ops, self.operands, strict=True):
             if op.kind == "activate":
                 y = g.activate(str(op.operand), g.spoil(y))
+            elif isinstance(op.operand, tuple):
+                y = g.clip(g.spoil(y), *op.operand)
             elif op.kind == "scale":
                 y = g.arithmetic("fmul", y, operands[0])
             elif op.kind == "affine":
@@ -1138,7 +1140,7 @@ class _Element:
 
 def _signature(finish: Finish) -> object:
     """What the code of a finish depends on, names and places aside."""
-    ops = tuple((op.kind, op.operand if op.kind == "activate" else None) for op in finish.ops)
+    ops = tuple((op.kind, op.operand if op.kind in ("activate", "clip") else None) for op in finish.ops)
     return ops, finish.stored, tuple(sums.part for sums in finish.pooled)
 
 

@@ -270,6 +270,9 @@ class Function:
                 made += [self.combine(row, terms) for row in rows]
         return made
 
+    def clip(self, y: str, low: float, high: float) -> str:
+        return self.minimum(self.maximum(y, self.constant(low)), self.constant(high))
+
     def activate(self, kind: str, y: str) -> str:
         if kind == "relu":
             return self.maximum(self.constant(0), y)

@@ -154,10 +154,10 @@ class Map:
 
 @dataclass(frozen=True)
 class Op:
-    """One fused pointwise operation; ``operand`` is an activation, a vector, an offset among the constants or a map."""
+    """One fused pointwise operation; ``operand``: an activation, limits, a vector, a constant's offset or a map."""
 
-    kind: Literal["activate", "scale", "affine", "add", "multiply"]  # affine: scale and shift
-    operand: ActivationKind | Vector | int | MapKey
+    kind: Literal["activate", "clip", "scale", "affine", "add", "multiply"]  # affine: scale and shift
+    operand: ActivationKind | tuple[float, float] | Vector | int | MapKey
 
 
 @dataclass(frozen=True)
@@ -377,7 +377,7 @@ class _Task:
         return (self.start, *self.fused)
 
 
-_POINTWISE = (BatchNorm, Activation, Add, Multiply)
+_POINTWISE = (BatchNorm, Activation, Clip, Add, Multiply)
 _KERNEL_LIMIT, _STRIDE_LIMIT, _WINDOW_LIMIT = 7, 8, 8
 _FUSED_LIMIT = 16  # nodes that one step may go on with: each makes the code of its inner loop longer
 
@@ -636,11 +636,15 @@ class _Planner:
                     ops.append((node, Op("affine", affine)))
             elif isinstance(node, Activation):
                 ops.append((node, Op("activate", node.kind)))
+            elif isinstance(node, Clip):
+                ops.append((node, Op("clip", (node.low, node.high))))
             elif isinstance(node, Multiply) and len(self.graph.shapes[others[0]]) == 1:
                 ops.append((node, Op("scale", Vector(others[0]))))
-            else:
+            elif isinstance(node, (Add, Multiply)):
                 kind: Literal["add", "multiply"] = "add" if isinstance(node, Add) else "multiply"
                 ops += [(node, Op(kind, self._read(other, phases))) for other in others]
+            else:
+                raise UnsupportedError(f"{node}: the engine does not run it on maps")
         return ops
 
     def _stored(self, name: str) -> bool:
@@ -768,10 +772,16 @@ class _Planner:
                 (part,) = self.graph.shapes[source.node]
                 self.steps.append(VectorOp("copy", source, target, part, offset=offset))
                 offset += part
-        else:
+        elif isinstance(node, Scatter):  # as a product with a matrix of zeros and ones
+            chosen = np.zeros((size, len(node.at)))
+            chosen[node.at, range(len(node.at))] = 1
+            self._matvec(first, target, chosen, np.zeros(size))
+        elif isinstance(node, (Add, Multiply)):
             for other in others:
                 self.steps.append(VectorOp("add" if isinstance(node, Add) else "multiply", first, target, size, other))
                 first = target
+        else:
+            raise UnsupportedError(f"{node}: the engine does not run it on vectors")
 
     def _vector(self, vector: Vector, size: int) -> Vector:
         self.vectors[vector] = size
