@@ -1,7 +1,7 @@
 """Classify images: what is on each, and what it cost."""
 
 import manidp
-from manidp.images import load_sample
+from manidp.data.images import load_sample
 from manidp.predict import predict
 
 sample = load_sample()  # 200 CIFAR-10 test images, uint8 (200, 32, 32, 3)

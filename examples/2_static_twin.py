@@ -3,10 +3,10 @@
 import numpy as np
 
 import manidp
-from manidp.checkpoint import Checkpoint
+from manidp.data.images import load_sample
+from manidp.engine.engine import Engine
+from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.static import freeze
-from manidp.images import load_sample
-from manidp.runtime.engine import Engine
 
 sample = load_sample()
 dynamic = manidp.load_model("manidp-res20")

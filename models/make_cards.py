@@ -9,13 +9,13 @@ import json
 import tempfile
 from pathlib import Path
 
-from manidp.bundle import HOME, hub_card
-from manidp.card import Asset, read_card, render_card
-from manidp.checkpoint import checkpoint_path, load_checkpoint
-from manidp.ckpt import write_ckpt
-from manidp.conversion import to_ckpt
-from manidp.hub import CARDS
-from manidp.publish import python_use
+from manidp.formats.checkpoint import checkpoint_path, load_checkpoint
+from manidp.formats.ckpt import write_ckpt
+from manidp.formats.conversion import to_ckpt
+from manidp.hub.bundle import HOME, hub_card
+from manidp.hub.card import Asset, read_card, render_card
+from manidp.hub.hub import CARDS
+from manidp.hub.publish import python_use
 
 MODEL = "manidp-res20"
 UID = f"manidp/1.0/{MODEL}_cifar10"

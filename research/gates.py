@@ -33,15 +33,15 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from manidp.checkpoint import checkpoint_path, load_checkpoint
+from manidp.data.images import CIFAR10_PREPROCESSING
+from manidp.formats.checkpoint import checkpoint_path, load_checkpoint
 from manidp.gating.place import with_gates
 from manidp.graph import Clip, Graph
-from manidp.images import CIFAR10_PREPROCESSING
-from manidp.macs import gate_macs, macs_per_image, node_macs
+from manidp.graph.macs import gate_macs, macs_per_image, node_macs
 from manidp.models import resnet
 from manidp.torch.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
 from manidp.torch.network import Network, _mean
-from manidp.torch.schedule import keep_rate, learning_rate
+from manidp.training.schedule import keep_rate, learning_rate
 
 BUDGET = 18.6e6  # mean multiply-adds an image, gates included where they are computed
 BATCH = 256

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from manidp.checkpoint import Checkpoint, save_checkpoint
+from manidp.data.images import CIFAR10_PREPROCESSING, ImageSet, load_cifar10
+from manidp.engine.engine import Engine
+from manidp.formats.checkpoint import Checkpoint, save_checkpoint
 from manidp.gating.place import with_gates
 from manidp.graph import Clip, Graph, Node
-from manidp.images import CIFAR10_PREPROCESSING, ImageSet, load_cifar10
-from manidp.macs import gate_macs, macs_per_image
+from manidp.graph.macs import gate_macs, macs_per_image
 from manidp.models import resnet
-from manidp.runtime.engine import Engine
 from manidp.torch.network import Network, _mean
 from manidp.torch.train import evaluate
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from unittest import mock
 
 from engine_cases import Array, run_program
-from manidp.runtime.codegen import ISAS, Generator, Isa
-from manidp.runtime.engine import Program
-from manidp.runtime.plan import Plan
-from manidp.runtime.reference import Result
+from manidp.engine.codegen import ISAS, Generator, Isa
+from manidp.engine.engine import Program
+from manidp.engine.plan import Plan
+from manidp.result import Result
 
 BOUNDS = ("low", "high", "first", "last")  # where a pointer may write, and where it may read; ends not included
 Region = tuple[int, int, int, int]  # the same in bytes
@@ -222,7 +222,7 @@ def _regions(plan: Plan, workspace: int, isa: Isa) -> Iterator[tuple[int, Region
 
 def run_checked(plan: Plan, isa: str, images: Array, generator: type[Checked] = Checked) -> tuple[Result, str, int]:
     """What a plan's checked code gives, an instruction that would have left its region, and the number of accesses."""
-    with mock.patch("manidp.runtime.engine.Generator", generator):
+    with mock.patch("manidp.engine.engine.Generator", generator):
         program = Program(plan, ISAS[isa])
     result, _ = run_program(program, plan, images)
     addresses = (program._code.get_global_value_address(name) for name in ("violation", "accesses"))

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.checkpoint import Checkpoint
+from manidp.data.images import Preprocessing
+from manidp.engine.codegen import ISAS
+from manidp.engine.engine import Program
+from manidp.engine.ir import FLOAT, HALF, Element
+from manidp.engine.plan import Plan, make_plan
+from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import Graph
-from manidp.images import Preprocessing
-from manidp.runtime.codegen import ISAS
-from manidp.runtime.engine import Program
-from manidp.runtime.ir import FLOAT, HALF, Element
-from manidp.runtime.plan import Plan, make_plan
-from manidp.runtime.reference import Result, node_values, run
+from manidp.reference import node_values, run
+from manidp.result import Result
 
 Array = NDArray[Any]
 SENTINEL = np.float32(-7.25e33)

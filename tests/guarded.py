@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine_cases import Array, call_program, plan_of, random_weights, with_thresholds
+from manidp.engine.codegen import ISAS
+from manidp.engine.engine import Program
 from manidp.graph import Graph
-from manidp.runtime.codegen import ISAS
-from manidp.runtime.engine import Program
 from test_engine_random import networks
 
 _LIBC = ctypes.CDLL(None, use_errno=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from manidp.archive import MAX_MEMBERS, ArchiveError, members
+from manidp.fetch.archive import MAX_MEMBERS, ArchiveError, members
 
 FILES = {
     "a.md": b"one",

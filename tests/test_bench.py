@@ -14,14 +14,14 @@ import manidp
 from manidp.bench import measure
 from manidp.bench.measure import Contender, calibrated, interleaved, random_checkpoint
 from manidp.bench.peers import PEERS, Batch, Opened, Peer
+from manidp.data.images import draw_sample, load_sample
+from manidp.engine.codegen import ISAS
+from manidp.engine.engine import Engine, available_isas
+from manidp.engine.peak import multiply_add_peak
 from manidp.errors import ManiDPError, MissingExtraError, UnsupportedError
 from manidp.gating.place import with_gates
-from manidp.images import draw_sample, load_sample
-from manidp.macs import dense_macs
+from manidp.graph.macs import dense_macs
 from manidp.models import resnet
-from manidp.runtime.codegen import ISAS
-from manidp.runtime.engine import Engine, available_isas
-from manidp.runtime.peak import multiply_add_peak
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["dense", "gated"])

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from manidp.bundle import NETWORK, description, pack
-from manidp.card import card_faults, read_card
-from manidp.checkpoint import Checkpoint
-from manidp.ckpt import read_ckpt
-from manidp.conversion import from_ckpt, read_thresholds
+from manidp.data.images import Preprocessing
 from manidp.errors import HubError
+from manidp.formats.checkpoint import Checkpoint
+from manidp.formats.ckpt import read_ckpt
+from manidp.formats.conversion import from_ckpt, read_thresholds
 from manidp.gating.place import with_gates
 from manidp.graph import Graph
-from manidp.images import Preprocessing
-from manidp.macs import ungated_macs
+from manidp.graph.macs import ungated_macs
+from manidp.hub.bundle import NETWORK, description, pack
+from manidp.hub.card import card_faults, read_card
 from manidp.models import resnet
 
 MEASURED: dict[str, Any] = {

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from manidp.card import Asset, ModelCard, card_faults, parse_card, read_card, render_card, write_card
 from manidp.errors import CardError
+from manidp.hub.card import Asset, ModelCard, card_faults, parse_card, read_card, render_card, write_card
 
 REAL_CARDS = Path(__file__).parents[2] / "shared" / "data" / "hub-cards.tar.xz"
 DIGEST = "0123456789abcdef" * 4

@@ -15,11 +15,11 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manidp.checkpoint import Checkpoint, OperatingPoint, checkpoint_path, load_checkpoint, save_checkpoint
+from manidp.data.images import Preprocessing
 from manidp.errors import CheckpointError
+from manidp.formats.checkpoint import Checkpoint, OperatingPoint, checkpoint_path, load_checkpoint, save_checkpoint
 from manidp.gating.place import with_gates
-from manidp.images import Preprocessing
-from manidp.macs import ungated_macs
+from manidp.graph.macs import ungated_macs
 from manidp.models import resnet
 
 OLD = Path(__file__).parent / "data" / "version-1.safetensors"  # ``made()``, as version 1 saved it

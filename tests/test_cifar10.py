@@ -31,10 +31,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from manidp import cifar10
-from manidp.cifar10 import fetch_cifar10
+from manidp.data import cifar10
+from manidp.data.cifar10 import fetch_cifar10
+from manidp.data.images import CIFAR10_SHA1, load_cifar10
 from manidp.errors import ImageError
-from manidp.images import CIFAR10_SHA1, load_cifar10
 
 COUNT = 12  # images in a batch
 Files = dict[str, bytes]
@@ -383,8 +383,8 @@ def test_interrupted_writing_leaves_nothing(
 
 PROCESS = """
 import json, sys, time
-from manidp import images
-from manidp.cifar10 import fetch_cifar10
+from manidp.data import images
+from manidp.data.cifar10 import fetch_cifar10
 target, source, digests, pause = sys.argv[1:]
 images.CIFAR10_SHA1.update(json.loads(digests))
 def progress(done, total):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from manidp.ckpt import BFLOAT16, INT4, TYPES, bfloat16_to_float32, read_ckpt, write_ckpt
 from manidp.errors import CkptError
+from manidp.formats.ckpt import BFLOAT16, INT4, TYPES, bfloat16_to_float32, read_ckpt, write_ckpt
 
 DATA = Path(__file__).parent / "data" / "ckpt"  # written by MindSpore 2.10.0; expected.json tells what each holds
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "mindspore"
@@ -155,7 +155,7 @@ def test_a_lying_file_is_refused_before_anything_large_is_allocated(case: str) -
 
 
 def test_the_number_of_values_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manidp.ckpt.MAX_VALUES", 2)
+    monkeypatch.setattr("manidp.formats.ckpt.MAX_VALUES", 2)
     assert len(read_ckpt(BytesIO(value(b"a") + value(b"b")))) == 2
     with pytest.raises(CkptError, match="more than 2 values"):
         read_ckpt(BytesIO(value(b"a") + value(b"b") + value(b"c")))

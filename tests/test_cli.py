@@ -14,17 +14,17 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from manidp import cli, load_model
-from manidp.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from manidp.ckpt import write_ckpt
-from manidp.conversion import to_ckpt, write_thresholds
-from manidp.find import find_model
+from manidp import cli, load_model, reference
+from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
+from manidp.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from manidp.formats.ckpt import write_ckpt
+from manidp.formats.conversion import to_ckpt, write_thresholds
 from manidp.gating.place import with_gates
 from manidp.graph import with_classes
-from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
-from manidp.macs import ungated_macs
+from manidp.graph.macs import ungated_macs
+from manidp.hub.find import find_model
 from manidp.models import resnet
-from manidp.runtime import reference
+from manidp.result import Result
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def reference_run(model: Path, images: NDArray[np.uint8]) -> reference.Result:
+def reference_run(model: Path, images: NDArray[np.uint8]) -> Result:
     checkpoint = load_checkpoint(model)
     return reference.run(checkpoint.graph, checkpoint.weights, checkpoint.preprocessing.apply(images))
 

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from manidp.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from manidp.ckpt import BFLOAT16, read_ckpt, write_ckpt
-from manidp.conversion import (
+from manidp.data.images import CIFAR10_CLASSES, Preprocessing
+from manidp.errors import CheckpointError, CkptError
+from manidp.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from manidp.formats.ckpt import BFLOAT16, read_ckpt, write_ckpt
+from manidp.formats.conversion import (
     from_ckpt,
     prefix_of,
     read_thresholds,
@@ -20,12 +22,10 @@ from manidp.conversion import (
     to_ckpt,
     write_thresholds,
 )
-from manidp.errors import CheckpointError, CkptError
 from manidp.gating.place import with_gates
 from manidp.graph import Graph
-from manidp.images import CIFAR10_CLASSES, Preprocessing
 from manidp.models import resnet
-from manidp.runtime.reference import run
+from manidp.reference import run
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "mindspore"
 MINDSPORE = Preprocessing((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), (32, 32))

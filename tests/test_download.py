@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopback import TLS, Loopback, Request, Route, in_turn, redirect, serving, status, trickling, whole
-from manidp.download import Downloader, TransferError, origins, target_of
 from manidp.errors import HubError
+from manidp.fetch.download import Downloader, TransferError, origins, target_of
 from manidp.files import sha256_of
 
 CONTENT = bytes(range(256)) * 400
@@ -282,7 +282,7 @@ def test_a_server_that_asks_for_time_is_given_it(server: Loopback, tmp_path: Pat
 
 def test_waits_double(monkeypatch: pytest.MonkeyPatch, server: Loopback, tmp_path: Path) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("manidp.download.time.sleep", waits.append)
+    monkeypatch.setattr("manidp.fetch.download.time.sleep", waits.append)
     with pytest.raises(TransferError):
         bring(server, status(500), tmp_path / "p", attempts=4, backoff=1.0)
     assert len(waits) == 3 and all(0.5 * 2**n <= wait <= 1.5 * 2**n for n, wait in enumerate(waits))
@@ -475,7 +475,7 @@ def test_what_a_proxy_does_wrong_is_not_said_of_the_server(tmp_path: Path, monke
 BRING_UNDER_A_FILE_SIZE_LIMIT = """
 import sys, resource
 from pathlib import Path
-from manidp.download import Downloader, TransferError, origins
+from manidp.fetch.download import Downloader, TransferError, origins
 origin, part, digest = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
 try:

@@ -26,6 +26,11 @@ from engine_cases import (
     run_program,
     with_thresholds,
 )
+from manidp.engine import codegen
+from manidp.engine.codegen import ISAS
+from manidp.engine.engine import Engine, Program, available_isas, emulating_isas
+from manidp.engine.ir import FLOAT, HALF
+from manidp.engine.plan import WINOGRAD, Convolve, Plan, make_plan
 from manidp.errors import ManiDPError, UnsupportedError
 from manidp.gating.manidp import head
 from manidp.gating.place import with_gates
@@ -43,14 +48,9 @@ from manidp.graph import (
     Node,
     Pool,
 )
-from manidp.macs import macs_per_image
+from manidp.graph.macs import macs_per_image
 from manidp.models import resnet
-from manidp.runtime import codegen
-from manidp.runtime.codegen import ISAS
-from manidp.runtime.engine import Engine, Program, available_isas, emulating_isas
-from manidp.runtime.ir import FLOAT, HALF
-from manidp.runtime.plan import WINOGRAD, Convolve, Plan, make_plan
-from manidp.runtime.reference import run
+from manidp.reference import run
 from test_reference import GOLDEN, read_ckpt
 
 ISA = available_isas()
@@ -298,14 +298,14 @@ def test_the_comparison_notices(
     plan = plan_of(GRAPH, weights, ISA[0])
     wanted = run(GRAPH, weights, images)
     assert_same_result(run_program(Program(plan, ISAS[ISA[0]]), plan, images)[0], wanted)
-    monkeypatch.setattr("manidp.runtime.engine.Generator", generator)
+    monkeypatch.setattr("manidp.engine.engine.Generator", generator)
     broken = change(plan)
     with pytest.raises(AssertionError):
         assert_same_result(run_program(Program(broken, ISAS[ISA[0]]), broken, images)[0], wanted)
 
 
 def test_the_threshold_test_notices_at_least_in_place_of_more_than(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manidp.runtime.engine.Generator", ClosesLate)
+    monkeypatch.setattr("manidp.engine.engine.Generator", ClosesLate)
     with pytest.raises(AssertionError):
         test_a_saliency_exactly_on_the_threshold_is_closed(ISA[0])
 

@@ -26,12 +26,12 @@ from PIL import Image
 
 import manidp
 from engine_cases import Array, checkpoint_of, random_weights
+from manidp.data.images import load_picture
+from manidp.engine import engine as engine_module
+from manidp.engine.engine import Engine
 from manidp.errors import ImageError, ManiDPError, UnsupportedError
 from manidp.gating.manidp import head
 from manidp.graph import Conv, GlobalPool, Graph, Input, Linear, Multiply
-from manidp.images import load_picture
-from manidp.runtime import engine as engine_module
-from manidp.runtime.engine import Engine
 
 NODES = (
     Input(name="image", dims=(3, 8, 6)),
@@ -224,7 +224,7 @@ GROWTH = """
 import _thread, resource, time
 from engine_cases import checkpoint_of, random_weights
 from manidp.graph import GlobalPool, Graph, Input, Linear
-from manidp.runtime.engine import Engine
+from manidp.engine.engine import Engine
 import numpy as np
 
 nodes = (Input(name="image", dims=(3, 4, 4)), GlobalPool(name="pool", inputs=("image",)),

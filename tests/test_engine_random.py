@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine_cases import check, random_weights, with_thresholds
+from manidp.engine.engine import available_isas, emulating_isas
 from manidp.gating.place import with_gates
 from manidp.graph import (
     Activation,
@@ -29,7 +30,6 @@ from manidp.graph import (
     Pool,
     Scatter,
 )
-from manidp.runtime.engine import available_isas, emulating_isas
 
 CHANNELS = (1, 2, 3, 7, 15, 16, 17, 33)
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 28, 32, 40)

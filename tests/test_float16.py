@@ -12,14 +12,14 @@ import pytest
 
 import manidp
 from engine_cases import assert_same_result, checkpoint_of, close_calls, random_weights, some_images
-from manidp.checkpoint import checkpoint_path, load_checkpoint
+from manidp import reference
+from manidp.data.images import load_sample
+from manidp.engine.codegen import ISAS
+from manidp.engine.engine import Engine, available_isas, emulating_isas
+from manidp.engine.ir import HALF
 from manidp.errors import ManiDPError, UnsupportedError
-from manidp.images import load_sample
+from manidp.formats.checkpoint import checkpoint_path, load_checkpoint
 from manidp.models import resnet
-from manidp.runtime import reference
-from manidp.runtime.codegen import ISAS
-from manidp.runtime.engine import Engine, available_isas, emulating_isas
-from manidp.runtime.ir import HALF
 from test_overflow import OVERFLOWS
 
 ISA = available_isas("float16") + emulating_isas("float16")

@@ -21,15 +21,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopback import Loopback, Request, Route, in_turn, serving, status, whole
-from manidp.card import card_faults, parse_card
-from manidp.checkpoint import Checkpoint, save_checkpoint
-from manidp.ckpt import write_ckpt
-from manidp.conversion import to_ckpt
+from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
 from manidp.errors import CardError, HubError, ManiDPError
-from manidp.find import find_model
+from manidp.formats.checkpoint import Checkpoint, save_checkpoint
+from manidp.formats.ckpt import write_ckpt
+from manidp.formats.conversion import to_ckpt
 from manidp.gating.place import with_gates
-from manidp.hub import CARDS, FORGOTTEN_S, Bundled, Hub, Uid, bundled_files, known_networks, open_hub, parse_uid
-from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
+from manidp.hub.card import card_faults, parse_card
+from manidp.hub.find import find_model
+from manidp.hub.hub import CARDS, FORGOTTEN_S, Bundled, Hub, Uid, bundled_files, known_networks, open_hub, parse_uid
 from manidp.models import resnet
 
 REAL_CARDS = Path(__file__).parents[2] / "shared" / "data" / "hub-cards.tar.xz"
@@ -216,12 +216,12 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(
     path = _archive(tmp_path / name, {f"me/1.0/a{n}.md": bytes(300_000) for n in range(9)})
     other = _archive(tmp_path / f"other-{name}", {"one.bin": bytes(3_000_000), "me/1.0/a.md": b""})
     assert path.stat().st_size < 30_000
-    monkeypatch.setattr("manidp.hub.MAX_ARCHIVE_BYTES", 1_000_000)
+    monkeypatch.setattr("manidp.hub.hub.MAX_ARCHIVE_BYTES", 1_000_000)
     for archive in (path, other) if name != "c.zip" else (path,):  # members of a .zip that are no cards are not read
         with pytest.raises(HubError, match=r"1,000,000 bytes"):
             open_hub([archive]).uids()
-    monkeypatch.setattr("manidp.hub.MAX_ARCHIVE_BYTES", 2**28)
-    monkeypatch.setattr("manidp.hub.MAX_CARDS", 8)
+    monkeypatch.setattr("manidp.hub.hub.MAX_ARCHIVE_BYTES", 2**28)
+    monkeypatch.setattr("manidp.hub.hub.MAX_CARDS", 8)
     with pytest.raises(HubError, match="more than 8 cards"):
         open_hub([path]).uids()
 
@@ -342,7 +342,7 @@ def test_a_place_that_is_none_is_one_line(tmp_path: Path, name: str) -> None:
 
 def test_a_folder_of_too_many_cards_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = hub_with(tmp_path, a="", b="", c="")
-    monkeypatch.setattr("manidp.hub.MAX_CARDS", 2)
+    monkeypatch.setattr("manidp.hub.hub.MAX_CARDS", 2)
     with pytest.raises(HubError, match="more than 2 cards"):
         hub.uids()
 
@@ -607,7 +607,7 @@ def test_a_file_that_changes_while_it_is_copied_is_not_taken(
 ) -> None:
     hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/f", DIGEST)))
     (tmp_path / "cards" / "me" / "1.0" / "f").write_bytes(b"another by now")
-    monkeypatch.setattr("manidp.hub.sha256_of", lambda path: DIGEST)
+    monkeypatch.setattr("manidp.hub.hub.sha256_of", lambda path: DIGEST)
     with pytest.raises(HubError, match="changed while it was copied"):
         hub.fetch(hub.resolve("me/1.0/a"))
     assert files_in(hub) == {}
@@ -714,7 +714,7 @@ def test_a_card_is_kept_in_the_cache_and_nowhere_else(tmp_path: Path, server: Lo
 
 FETCH = """
 import sys
-from manidp.hub import open_hub
+from manidp.hub.hub import open_hub
 hub = open_hub([sys.argv[1]], hosts=[sys.argv[2]])
 print(len(hub.fetch(hub.resolve("me/1.0/a")).read_bytes()))
 """
@@ -818,7 +818,7 @@ def test_verifying_hashes_everything_again(tmp_path: Path, monkeypatch: pytest.M
     other = b"other"
     digests = {hashlib.sha256(content).hexdigest(): content for content in (CONTENT, other)}
     hub = hub_with(tmp_path, **{f"a{n}": card_text(("https://h/f", d)) for n, d in enumerate(digests)})
-    monkeypatch.setattr("manidp.hub.bundled_files", dict)
+    monkeypatch.setattr("manidp.hub.hub.bundled_files", dict)
     assert list(hub.verify()) == []
     for digest, content in digests.items():
         (tmp_path / digest).write_bytes(content)
@@ -855,7 +855,7 @@ def test_a_known_network_is_ready_to_run(tmp_path: Path, server: Loopback, monke
     content = (tmp_path / "x.ckpt").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     known = replace(known_networks()[ORIGINAL_SHA256], thresholds=tuple(thresholds))
-    monkeypatch.setattr("manidp.hub.known_networks", lambda: {digest: known})
+    monkeypatch.setattr("manidp.hub.hub.known_networks", lambda: {digest: known})
     server.routes["/x.ckpt"] = whole(content)
     hub = hub_with(tmp_path, server, a=card_text((f"{server.origin}/x.ckpt", digest)), b=card_text(("", DIGEST)))
     found = hub.load(hub.resolve("me/1.0/a"))
@@ -876,8 +876,8 @@ def test_a_file_of_a_bundled_model_is_made_on_the_spot(tmp_path: Path, monkeypat
     write_ckpt(to_ckpt(network)[0], tmp_path / "x.ckpt")
     digest = hashlib.sha256((tmp_path / "x.ckpt").read_bytes()).hexdigest()
     bundled = Bundled("ours", hashlib.sha256(ours.read_bytes()).hexdigest())
-    monkeypatch.setattr("manidp.hub.DATA", tmp_path / "data")
-    monkeypatch.setattr("manidp.hub.bundled_files", lambda: {digest: bundled, DIGEST: bundled})
+    monkeypatch.setattr("manidp.hub.hub.DATA", tmp_path / "data")
+    monkeypatch.setattr("manidp.hub.hub.bundled_files", lambda: {digest: bundled, DIGEST: bundled})
     cards = {"a": card_text(("https://h/x.ckpt", digest)), "wrong": card_text(("https://h/f", DIGEST))}
     hub = hub_with(tmp_path, offline=True, **cards)
     found = hub.load(hub.resolve("me/1.0/a"))
@@ -893,7 +893,7 @@ def test_a_bundled_model_that_is_not_the_one_of_its_card_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = tmp_path / "data" / "manidp-res20.safetensors"
-    monkeypatch.setattr("manidp.hub.DATA", ours.parent)
+    monkeypatch.setattr("manidp.hub.hub.DATA", ours.parent)
     ours.parent.mkdir()
     hub = open_hub()
     for damage in (None, lambda: save_checkpoint(_network()[0], ours)):
@@ -941,7 +941,7 @@ def test_a_model_is_found_by_whatever_it_is_called(tmp_path: Path, monkeypatch: 
 
 
 def test_a_model_at_hand_is_had_without_what_the_hub_needs() -> None:
-    probe = "import sys, manidp; manidp.load_model('manidp-res20'); print('manidp.hub' in sys.modules)"
+    probe = "import sys, manidp; manidp.load_model('manidp-res20'); print('manidp.hub.hub' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

@@ -21,8 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from manidp.errors import ImageError
-from manidp.images import (
+from manidp.data.images import (
     CIFAR10_CLASSES,
     CIFAR10_PREPROCESSING,
     CIFAR10_SHA1,
@@ -40,6 +39,7 @@ from manidp.images import (
     load_sample,
     save_image_set,
 )
+from manidp.errors import ImageError
 
 CIFAR10 = Path(__file__).parent.parent / "cifar10"
 

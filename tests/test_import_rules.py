@@ -17,7 +17,9 @@ def loaded_after(code: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("module", ["manidp", "manidp.cli", "manidp.checkpoint", "manidp.images", "manidp.graph"])
+@pytest.mark.parametrize(
+    "module", ["manidp", "manidp.cli", "manidp.formats.checkpoint", "manidp.data.images", "manidp.graph"]
+)
 def test_base_modules_load_nothing_heavy(module: str) -> None:
     assert loaded_after(f"import {module}") == []
 
@@ -46,3 +48,8 @@ def timed(command: list[str]) -> float:
 def slowness() -> float:
     """How much slower than usual this machine starts a Python now, at least 1: others may be using it."""
     return max(1.0, min(timed([sys.executable, "-c", "import json, http.client"]) for _ in range(5)) / 0.06)
+
+
+def test_what_has_moved_says_where_to() -> None:
+    with pytest.raises(ImportError, match=r"from manidp\.data\.images import load_sample"):
+        import manidp.images  # noqa: F401

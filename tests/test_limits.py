@@ -11,8 +11,8 @@ import pytest
 from manidp.errors import GraphError
 from manidp.gating.place import residual_convs, with_gates
 from manidp.graph import Activation, Add, BatchNorm, Concat, Conv, Flatten, GlobalPool, Graph, Input, Linear, Node, Pool
+from manidp.graph.macs import dense_macs
 from manidp.limits import Limits
-from manidp.macs import dense_macs
 from manidp.models import imagenet_resnet, resnet
 
 

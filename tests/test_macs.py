@@ -11,7 +11,7 @@ from manidp.errors import GraphError
 from manidp.gating.manidp import head
 from manidp.gating.place import with_gates
 from manidp.graph import Activation, Add, Conv, GlobalPool, Graph, Input, Linear, Multiply
-from manidp.macs import dense_macs, gate_macs, macs_per_image, node_macs
+from manidp.graph.macs import dense_macs, gate_macs, macs_per_image, node_macs
 from manidp.models import imagenet_resnet, resnet
 
 

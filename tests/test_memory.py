@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 
 from checked import Checked, run_checked
 from engine_cases import Array, assert_same_result, plan_of, random_weights, with_thresholds
+from manidp.engine.codegen import ISAS
+from manidp.engine.engine import available_isas, emulating_isas
+from manidp.engine.ir import FLOAT, Function
+from manidp.engine.plan import Channels, Plan, Vector
 from manidp.gating.manidp import head
 from manidp.graph import Concat, Conv, GlobalPool, Graph, Input, Linear, Multiply
-from manidp.runtime.codegen import ISAS
-from manidp.runtime.engine import available_isas, emulating_isas
-from manidp.runtime.ir import FLOAT, Function
-from manidp.runtime.plan import Channels, Plan, Vector
-from manidp.runtime.reference import run
+from manidp.reference import run
 from test_engine_random import networks
 
 ISA = (*available_isas(), *available_isas("float16"), *emulating_isas("float16"))

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import manidp
-from manidp.checkpoint import Checkpoint, bundled, checkpoint_path, load_checkpoint
+from manidp import reference
+from manidp.data.images import load_cifar10, load_sample
 from manidp.files import sha256_of
+from manidp.formats.checkpoint import Checkpoint, bundled, checkpoint_path, load_checkpoint
 from manidp.gating.place import with_gates
-from manidp.images import load_cifar10, load_sample
-from manidp.macs import ungated_macs
+from manidp.graph.macs import ungated_macs
 from manidp.models import resnet
-from manidp.runtime import reference
 
 ROOT = Path(__file__).parent.parent
 CIFAR10 = ROOT / "cifar10"

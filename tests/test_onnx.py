@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from manidp.checkpoint import Checkpoint
+from manidp import reference
+from manidp.data.images import Preprocessing
+from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.manidp import head
 from manidp.gating.place import with_gates
 from manidp.graph import (
@@ -24,9 +26,7 @@ from manidp.graph import (
     Multiply,
     Pool,
 )
-from manidp.images import Preprocessing
 from manidp.models import resnet
-from manidp.runtime import reference
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install 'manidp[onnx]'")
 from manidp.onnx import write_onnx  # noqa: E402

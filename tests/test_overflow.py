@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from engine_cases import Array, assert_close, checkpoint_of, random_weights
+from manidp import reference
+from manidp.engine.codegen import ISAS
+from manidp.engine.engine import Engine, available_isas, emulating_isas
 from manidp.errors import ManiDPError, UnsupportedError
 from manidp.gating.manidp import head
 from manidp.graph import Activation, BatchNorm, Conv, GlobalPool, Graph, Input, Linear, Multiply, Node, Pool
-from manidp.runtime import reference
-from manidp.runtime.codegen import ISAS
-from manidp.runtime.engine import Engine, available_isas, emulating_isas
 
 PRECISIONS = [
     *(("float32", isa, 3e38) for isa in available_isas()),

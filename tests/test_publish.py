@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 import manidp
-from manidp.bundle import pack
-from manidp.checkpoint import Checkpoint, load_checkpoint
+from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
 from manidp.errors import HubError
+from manidp.formats.checkpoint import Checkpoint, load_checkpoint
 from manidp.gating.place import with_gates
-from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
-from manidp.macs import ungated_macs
+from manidp.graph.macs import ungated_macs
+from manidp.hub.bundle import pack
+from manidp.hub.publish import card, measured, write_folder
 from manidp.models import resnet
-from manidp.publish import card, measured, write_folder
 
 MEASURED = {
     "data": "CIFAR-10 test images", "correct": 9_123, "total": 10_000, "mean_macs": 321_987.0, "dense_macs": 873_856,

@@ -25,9 +25,9 @@ from manidp.graph import (
     Node,
     Pool,
 )
-from manidp.macs import dense_macs
+from manidp.graph.macs import dense_macs
 from manidp.models import resnet
-from manidp.runtime.reference import node_values, run
+from manidp.reference import node_values, run
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "mindspore"
 

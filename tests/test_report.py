@@ -21,17 +21,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from manidp import report
-from manidp.checkpoint import Checkpoint
+from manidp import reference, report
+from manidp.data.images import ImageSet, Preprocessing
 from manidp.errors import ManiDPError, MissingExtraError
+from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.place import with_gates
 from manidp.graph import Graph
-from manidp.images import ImageSet, Preprocessing
-from manidp.macs import dense_macs
+from manidp.graph.macs import dense_macs
 from manidp.models import resnet
 from manidp.report import Findings, class_keep_rates, collect, draw_overview, macs_histogram, write_report
-from manidp.runtime import reference
-from manidp.runtime.reference import Result
+from manidp.result import Result
 
 # Names as folders may have them: markup, mathematics, another script, what XML forbids, what is longer than its place.
 CLASSES = ("<b>bold</b> & co", "$x_{$", "日本", "bell\x07\ufffe", "a name longer than there is room for it", "unseen")

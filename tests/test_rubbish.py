@@ -18,14 +18,15 @@ import pytest
 import typer
 from PIL import Image
 
-from manidp import cli, images
+from manidp import cli
 from manidp.bench import measure
 from manidp.bench.measure import random_checkpoint
-from manidp.checkpoint import Checkpoint, save_checkpoint
+from manidp.data import images
+from manidp.data.images import load_sample
+from manidp.engine import engine
+from manidp.formats.checkpoint import Checkpoint, save_checkpoint
 from manidp.gating.place import with_gates
-from manidp.images import load_sample
 from manidp.models import resnet
-from manidp.runtime import engine
 
 ROOT = Path(__file__).parent.parent
 RECORD = json.loads((ROOT / "benchmarks" / "bench.json").read_text())

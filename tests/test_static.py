@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 import manidp
 from engine_cases import assert_close, check, random_weights
-from manidp.checkpoint import load_checkpoint, save_checkpoint
+from manidp.data.images import load_sample
+from manidp.engine.engine import Engine, available_isas
+from manidp.formats.checkpoint import load_checkpoint, save_checkpoint
 from manidp.gating.static import constant_masks, freeze, static_macs, without_gates
 from manidp.graph import Graph
-from manidp.images import load_sample
-from manidp.macs import dense_macs, gate_macs
-from manidp.runtime.engine import Engine, available_isas
-from manidp.runtime.reference import run
+from manidp.graph.macs import dense_macs, gate_macs
+from manidp.reference import run
 from test_engine_random import networks
 
 Array = NDArray[Any]

@@ -22,9 +22,9 @@ from PIL import Image
 
 from manidp import cli, terminal
 from manidp.bench.measure import random_checkpoint
-from manidp.checkpoint import save_checkpoint
+from manidp.data.images import load_sample
+from manidp.formats.checkpoint import save_checkpoint
 from manidp.gating.place import with_gates
-from manidp.images import load_sample
 from manidp.models import resnet
 from manidp.terminal import escaped
 
@@ -187,7 +187,7 @@ def test_help_is_whole_and_plain(words: tuple[str, ...], monkeypatch: pytest.Mon
 
 
 def test_what_the_library_logs_is_a_complaint(capsys: pytest.CaptureFixture[str]) -> None:
-    record = logging.LogRecord("manidp.hub", logging.WARNING, "", 0, "%s: cut", ("\x1b[31m",), None)
+    record = logging.LogRecord("manidp.hub.hub", logging.WARNING, "", 0, "%s: cut", ("\x1b[31m",), None)
     terminal.Complaints().handle(record)
     assert capsys.readouterr().err == "manidp: \\x1b[31m: cut\n"
 

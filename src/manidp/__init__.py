@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from manidp.checkpoint import Checkpoint
-    from manidp.runtime.engine import Engine
+    from manidp.engine.engine import Engine
+    from manidp.formats.checkpoint import Checkpoint
 
 __version__ = "0.1.0"
 
@@ -25,13 +25,13 @@ def load(name: str | Path, *, precision: str = "float32", threads: int = 1, isa:
     of a card on the hub ("noah-cvlab/gpu/1.1/manidp_v1.0_cifar10"), whose file is brought and verified. Raises
     CheckpointError if there is no such model or its file is broken, HubError if the file of a card cannot be had.
     """
-    from manidp.runtime.engine import Engine
+    from manidp.engine.engine import Engine
 
     return Engine(load_model(name), precision=precision, threads=threads, isa=isa)
 
 
 def load_model(name: str | Path) -> Checkpoint:
     """The checkpoint that ``load`` runs."""
-    from manidp.find import find_model
+    from manidp.hub.find import find_model
 
     return find_model(name).checkpoint

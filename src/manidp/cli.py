@@ -128,9 +128,9 @@ def classify(
     that cannot be read is reported and does not stop the others; the exit code is then 1.
     """
     from manidp import load_model
-    from manidp.images import load_pictures, load_sample
-    from manidp.macs import ungated_macs
-    from manidp.runtime.engine import Engine
+    from manidp.data.images import load_pictures, load_sample
+    from manidp.engine.engine import Engine
+    from manidp.graph.macs import ungated_macs
 
     checkpoint = load_model(model)
     checkpoint.point(_point(budget))
@@ -189,7 +189,7 @@ def evaluate(
 
 def _labelled(data: Path | None, models: dict[str, Any]) -> tuple[Any, str]:
     """Labelled images of the size that all these checkpoints read, and what to call them."""
-    from manidp.images import holds_cifar10, load_cifar10, load_folder, load_sample
+    from manidp.data.images import holds_cifar10, load_cifar10, load_folder, load_sample
 
     first, *others = models
     size = models[first].preprocessing.size
@@ -222,10 +222,10 @@ def freeze(
     CIFAR-10's files: there, those of 10,000 training images.
     """
     from manidp import load_model
-    from manidp.checkpoint import save_checkpoint
+    from manidp.data.images import holds_cifar10, load_cifar10
     from manidp.errors import CheckpointError
+    from manidp.formats.checkpoint import save_checkpoint
     from manidp.gating.static import freeze as frozen
-    from manidp.images import holds_cifar10, load_cifar10
 
     if out.suffix.lower() != ".safetensors":
         raise CheckpointError(f"{out}: a checkpoint is written as .safetensors")
@@ -254,14 +254,14 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Bring a data set. CIFAR-10 is accepted only if every file has its published digest."""
-    from manidp.images import load_sample, save_folder
+    from manidp.data.images import load_sample, save_folder
 
     folder = to or Path(name)
     if name == "sample":
         save_folder(load_sample(), folder)
         said = "200 CIFAR-10 test images, a subfolder for each class"
     elif name == "cifar10":
-        from manidp.cifar10 import fetch_cifar10
+        from manidp.data.cifar10 import fetch_cifar10
 
         with progress() as bars:
             fetch_cifar10(folder, source, steps(bars, "CIFAR-10"))
@@ -279,8 +279,8 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint holds: graph, multiply-adds, provenance, digest; the whole file is checked."""
-    from manidp.find import find_model
-    from manidp.macs import node_macs
+    from manidp.graph.macs import node_macs
+    from manidp.hub.find import find_model
 
     found = find_model(checkpoint)
     model = found.checkpoint
@@ -385,10 +385,10 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """From any model, MindSpore's .ckpt included, to a checkpoint, .ckpt or ONNX; MindSpore is not needed."""
-    from manidp.checkpoint import save_checkpoint
-    from manidp.ckpt import write_ckpt
-    from manidp.conversion import to_ckpt, write_thresholds
-    from manidp.find import find_model
+    from manidp.formats.checkpoint import save_checkpoint
+    from manidp.formats.ckpt import write_ckpt
+    from manidp.formats.conversion import to_ckpt, write_thresholds
+    from manidp.hub.find import find_model
 
     kind = _kind(out, (".safetensors", ".ckpt", ".onnx"))
     from_ckpt = _is_ckpt(source)
@@ -424,7 +424,7 @@ def convert(
 def _is_ckpt(source: str) -> bool:
     """Whether this is MindSpore's kind of file: by how it begins; where there is no file, by its suffix."""
     from manidp.files import open_regular
-    from manidp.formats import HEAD, is_ckpt
+    from manidp.formats.signatures import HEAD, is_ckpt
 
     head = b""
     with contextlib.suppress(OSError), open_regular(source) as file:  # whoever reads it says what is wrong
@@ -433,11 +433,11 @@ def _is_ckpt(source: str) -> bool:
 
 
 def _read_ckpt(source: str, thresholds: Path | None) -> Any:
-    from manidp.checkpoint import Found
-    from manidp.ckpt import read_ckpt
-    from manidp.conversion import from_ckpt, prefix_of, read_thresholds, resnet_of_ckpt
+    from manidp.data.images import CIFAR10_CLASSES, MINDSPORE_PREPROCESSING, shown
     from manidp.files import sha256_of
-    from manidp.images import CIFAR10_CLASSES, MINDSPORE_PREPROCESSING, shown
+    from manidp.formats.checkpoint import Found
+    from manidp.formats.ckpt import read_ckpt
+    from manidp.formats.conversion import from_ckpt, prefix_of, read_thresholds, resnet_of_ckpt
 
     path = Path(source)
     values = read_ckpt(path)
@@ -504,7 +504,7 @@ def hub_list(
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from manidp.hub import open_hub
+    from manidp.hub.hub import open_hub
 
     found = list(open_hub(source or ()).cards(words or ()))
     if as_json:
@@ -529,7 +529,7 @@ def hub_show(
     as_json: Json = False,
 ) -> None:
     """One card: its facts, its files, its text, and what is wrong with it."""
-    from manidp.hub import open_hub, parse_uid
+    from manidp.hub.hub import open_hub, parse_uid
 
     listed = open_hub(source or ()).card(parse_uid(uid))
     card = listed.card
@@ -555,7 +555,7 @@ def hub_pull(
     uid: Annotated[str, typer.Argument(help="A card's name.")], source: Sources = None, as_json: Json = False
 ) -> None:
     """Bring a card's file into the cache, verified; quiet work if it is there."""
-    from manidp.hub import open_hub
+    from manidp.hub.hub import open_hub
 
     hub = open_hub(source or ())
     decision = hub.resolve(uid)
@@ -572,7 +572,7 @@ def hub_add(
     as_json: Json = False,
 ) -> None:
     """Bring in a file carried by hand."""
-    from manidp.hub import open_hub
+    from manidp.hub.hub import open_hub
 
     added = open_hub(source or ()).add(file)
     uids = [str(uid) for uid in added.uids]
@@ -587,7 +587,7 @@ def hub_verify(
     as_json: Json = False,
 ) -> None:
     """Hash every file in the cache, and the bundled model, again; exit code 1 if one is damaged."""
-    from manidp.hub import open_hub
+    from manidp.hub.hub import open_hub
 
     found = list(open_hub(source or ()).verify(remove=remove))
     if as_json:
@@ -618,9 +618,9 @@ def hub_pack(
     ] = None,
 ) -> None:
     """Write what is needed to publish a model, for one kind of hub or the other."""
-    from manidp.bundle import HOME, pack
-    from manidp.find import find_model
-    from manidp.publish import write_folder
+    from manidp.hub.bundle import HOME, pack
+    from manidp.hub.find import find_model
+    from manidp.hub.publish import write_folder
 
     if mindspore is None and folder is None:
         raise typer.BadParameter("give --mindspore FOLDER, --folder FOLDER or both")
@@ -647,9 +647,9 @@ def report(
     overview: Annotated[Path | None, typer.Option(help="Also write the overview figure (PNG or SVG) here.")] = None,
 ) -> None:
     """Draw what was pruned for whom: one self-contained HTML file. Needs the extra `plots`."""
-    from manidp.find import find_model
+    from manidp.engine.engine import Engine
+    from manidp.hub.find import find_model
     from manidp.report import collect, draw_overview, write_report
-    from manidp.runtime.engine import Engine
 
     found = {name: find_model(name) for name in (model, beside)}
     if overview:
@@ -688,7 +688,7 @@ def bench(
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads of one library must not disturb the next
     from manidp.bench.measure import bench as measured
-    from manidp.find import find_model
+    from manidp.hub.find import find_model
     from manidp.machine import describe
 
     read = {name: find_model(name) for name in dict.fromkeys([dense, model])}
@@ -754,8 +754,8 @@ def _evaluated(
 
     import numpy as np
 
-    from manidp.macs import ungated_macs
-    from manidp.runtime.engine import Engine
+    from manidp.engine.engine import Engine
+    from manidp.graph.macs import ungated_macs
 
     labels = {name: images.relabelled(model.classes, name).labels for name, model in models.items()}
     engines = {name: Engine(model, threads=threads, precision=precision) for name, model in models.items()}

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from manidp.checkpoint import Checkpoint
 from manidp.errors import CheckpointError, MissingExtraError
 from manidp.files import replacing
+from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import (
     Activation,
     Add,

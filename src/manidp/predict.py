@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.checkpoint import DEFAULT, Checkpoint
-from manidp.macs import ungated_macs
-from manidp.runtime.reference import Result
+from manidp.formats.checkpoint import DEFAULT, Checkpoint
+from manidp.graph.macs import ungated_macs
+from manidp.result import Result
 
 
 class Runner(Protocol):

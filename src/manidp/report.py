@@ -21,13 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from manidp.checkpoint import Checkpoint
+from manidp.data.images import ImageSet
 from manidp.errors import ManiDPError, MissingExtraError
 from manidp.files import replacing
-from manidp.images import ImageSet, Progress
-from manidp.macs import ungated_macs
+from manidp.formats.checkpoint import Checkpoint
+from manidp.graph.macs import ungated_macs
 from manidp.predict import probabilities
-from manidp.runtime.reference import Result
+from manidp.progress import Progress
+from manidp.result import Result
 
 try:
     from matplotlib import style

@@ -24,14 +24,14 @@ import numpy as np
 from engine_cases import assert_same_result, close_calls, some_images
 from hostile import strangers
 from hostile.mutate import checkpoint_mutant, ckpt_mutant
-from manidp.checkpoint import Checkpoint, load_checkpoint
-from manidp.ckpt import read_ckpt
-from manidp.conversion import from_ckpt, resnet_of_ckpt
+from manidp.data.images import MINDSPORE_PREPROCESSING
+from manidp.engine.engine import Engine
 from manidp.errors import CheckpointError, CkptError, ManiDPError
-from manidp.images import MINDSPORE_PREPROCESSING
-from manidp.macs import dense_macs
-from manidp.runtime.engine import Engine
-from manidp.runtime.reference import node_values, run
+from manidp.formats.checkpoint import Checkpoint, load_checkpoint
+from manidp.formats.ckpt import read_ckpt
+from manidp.formats.conversion import from_ckpt, resnet_of_ckpt
+from manidp.graph.macs import dense_macs
+from manidp.reference import node_values, run
 
 SECONDS, MEGABYTES = 1.0, 200  # of processor time and of memory that one file may cost before it is refused or read
 RUN_MACS, RUN_NODES = 300_000, 60  # what is larger is loaded, but not run

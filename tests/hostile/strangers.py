@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from hostile.mutate import NAMES, spoiled
-from manidp.card import card_faults, parse_card, render_card
-from manidp.cifar10 import fetch_cifar10
-from manidp.download import Downloader, TransferError, origins
+from manidp.data.cifar10 import fetch_cifar10
+from manidp.data.images import CIFAR10_SHA1
 from manidp.errors import CardError, HubError, ImageError, ManiDPError
+from manidp.fetch.download import Downloader, TransferError, origins
 from manidp.files import sha256_of
-from manidp.hub import CARDS, Folder, Website, open_hub
-from manidp.images import CIFAR10_SHA1
+from manidp.hub.card import card_faults, parse_card, render_card
+from manidp.hub.hub import CARDS, Folder, Website, open_hub
 from test_cifar10 import as_npm, as_python, packed
 
 UID = "me/1.0/a"

@@ -13,9 +13,9 @@ import pytest
 
 from hostile.campaign import KINDS, try_file, try_mutant
 from hostile.mutate import ckpt_value, nested, networks, safetensors_file, tensors_of
-from manidp.checkpoint import load_checkpoint
-from manidp.ckpt import read_ckpt
 from manidp.errors import CheckpointError, CkptError
+from manidp.formats.checkpoint import load_checkpoint
+from manidp.formats.ckpt import read_ckpt
 
 GRAPH = networks()[3]
 

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from engine_cases import assert_close, assert_same_result, checkpoint_of, random_weights
 from hostile.names import like_ours
-from manidp.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from manidp.ckpt import read_ckpt, write_ckpt
-from manidp.conversion import from_ckpt, to_ckpt
+from manidp.engine.engine import Engine
+from manidp.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from manidp.formats.ckpt import read_ckpt, write_ckpt
+from manidp.formats.conversion import from_ckpt, to_ckpt
 from manidp.graph import Graph
-from manidp.runtime.engine import Engine
-from manidp.runtime.reference import Result, run
+from manidp.reference import run
+from manidp.result import Result
 
 
 @pytest.fixture(params=like_ours(), ids=lambda graph: ascii(graph.nodes[1].name))

@@ -18,16 +18,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from manidp import cli
-from manidp.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from manidp.data.images import ImageSet, Preprocessing
 from manidp.errors import TrainingError
+from manidp.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manidp.gating.place import with_gates
 from manidp.graph import Graph
-from manidp.images import ImageSet, Preprocessing
-from manidp.macs import dense_macs, macs_per_image, ungated_macs
+from manidp.graph.macs import dense_macs, macs_per_image, ungated_macs
 from manidp.models import resnet
 from manidp.torch.job import Finished, Job, run_job, split
 from manidp.torch.network import Network
-from manidp.torch.recipe import Recipe, parse_setting, read_recipe
+from manidp.training.recipe import Recipe, parse_setting, read_recipe
 
 PREPROCESSING = Preprocessing((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (8, 8))
 GATED = with_gates(resnet(20))

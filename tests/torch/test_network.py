@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from manidp.checkpoint import Checkpoint
+from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
 from manidp.errors import CheckpointError
+from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.manidp import head
 from manidp.gating.place import with_gates
 from manidp.graph import (
@@ -27,9 +28,8 @@ from manidp.graph import (
     Pool,
     with_classes,
 )
-from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
 from manidp.models import resnet
-from manidp.runtime.reference import run
+from manidp.reference import run
 from manidp.torch.convert import network_from, network_inheriting
 from manidp.torch.network import Network
 
@@ -162,7 +162,7 @@ def test_the_feature_is_the_mean_of_the_map_before_it_is_scaled() -> None:
     network = Network(graph).eval()
     network.load(weights)
     images = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
-    from manidp.runtime.reference import node_values
+    from manidp.reference import node_values
 
     values = node_values(graph, weights, images)
     with torch.no_grad():

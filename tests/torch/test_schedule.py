@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manidp.gating.place import with_gates
-from manidp.macs import macs_per_image
+from manidp.graph.macs import macs_per_image
 from manidp.models import resnet
-from manidp.torch.schedule import (
+from manidp.training.schedule import (
     continuous_threshold,
     continuous_thresholds,
     keep_rate,

@@ -17,14 +17,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from manidp.data.images import ImageSet, Preprocessing
 from manidp.errors import TrainingError
 from manidp.gating.place import with_gates
 from manidp.graph import Graph
-from manidp.images import ImageSet, Preprocessing
 from manidp.models import resnet
 from manidp.torch.network import Network
-from manidp.torch.recipe import Recipe
 from manidp.torch.train import Training, native_precision
+from manidp.training.recipe import Recipe
 
 PREPROCESSING = Preprocessing((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (8, 8))
 GRAPH = with_gates(resnet(8, num_classes=2, width=8, image=(3, 8, 8)))

@@ -16,15 +16,15 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from manidp.data.images import ImageSet, Preprocessing
 from manidp.errors import TrainingError
 from manidp.gating.place import with_gates
-from manidp.images import ImageSet, Preprocessing
 from manidp.models import resnet
 from manidp.torch.losses import distillation_loss
 from manidp.torch.network import Network
-from manidp.torch.recipe import Recipe, parse_setting, read_recipe
 from manidp.torch.state import EpochRecord
 from manidp.torch.train import Training, evaluate
+from manidp.training.recipe import Recipe, parse_setting, read_recipe
 
 PREPROCESSING = Preprocessing((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (8, 8))
 GRAPH = resnet(8, num_classes=2, width=8, image=(3, 8, 8))

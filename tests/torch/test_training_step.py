@@ -16,7 +16,7 @@ from manidp.graph import Graph
 from manidp.models import resnet
 from manidp.torch.losses import complexity_weights, similarity_loss, sparsity_loss
 from manidp.torch.network import Network
-from manidp.torch.schedule import learning_rate
+from manidp.training.schedule import learning_rate
 
 RECORD = Path(__file__).parents[1] / "data" / "training-step.safetensors"
 Arrays = dict[str, NDArray[np.float32]]

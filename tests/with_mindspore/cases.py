@@ -5,10 +5,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.checkpoint import Checkpoint
+from manidp.data.images import Preprocessing
+from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.place import with_gates
 from manidp.graph import Graph
-from manidp.images import Preprocessing
 from manidp.models import resnet
 
 TOLERANCE = 1e-4  # of the greatest value: float32, many layers

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from manidp.bundle import pack
+from manidp.hub.bundle import pack
 from manidp.models import resnet
-from manidp.runtime.reference import run
+from manidp.reference import run
 
 from .cases import assert_close, checkpoint_of, gated_resnet, images_for
 

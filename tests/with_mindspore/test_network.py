@@ -10,10 +10,10 @@ import pytest
 
 import manidp
 from hostile.names import like_ours
-from manidp.bundle import description
-from manidp.checkpoint import bundled, checkpoint_path, load_checkpoint
-from manidp.ckpt import read_ckpt, write_ckpt
-from manidp.conversion import from_ckpt, to_ckpt
+from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_cifar10, load_sample
+from manidp.formats.checkpoint import bundled, checkpoint_path, load_checkpoint
+from manidp.formats.ckpt import read_ckpt, write_ckpt
+from manidp.formats.conversion import from_ckpt, to_ckpt
 from manidp.gating.manidp import head
 from manidp.gating.place import with_gates
 from manidp.graph import (
@@ -32,11 +32,11 @@ from manidp.graph import (
     Node,
     Pool,
 )
-from manidp.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_cifar10, load_sample
+from manidp.hub.bundle import description
 from manidp.mindspore.convert import from_checkpoint, weights
 from manidp.mindspore.network import Network
 from manidp.models import resnet
-from manidp.runtime.reference import node_values, run
+from manidp.reference import node_values, run
 
 from .cases import TOLERANCE, assert_close, checkpoint_of, gated_resnet, images_for
 

@@ -9,10 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from manidp.bundle import description
+from manidp.data.images import CIFAR10_PREPROCESSING, ImageSet, load_sample
 from manidp.errors import TrainingError
 from manidp.gating.place import with_gates
-from manidp.images import CIFAR10_PREPROCESSING, ImageSet, load_sample
+from manidp.hub.bundle import description
 from manidp.mindspore.convert import weights
 from manidp.mindspore.losses import similarity_loss
 from manidp.mindspore.network import Network

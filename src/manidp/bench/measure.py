@@ -23,16 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.bench.peers import PEERS, Batch, Peer, Run
-from manidp.checkpoint import Checkpoint
+from manidp.data.images import CIFAR10_PREPROCESSING, ImageSet, Preprocessing
+from manidp.engine.codegen import ISAS
+from manidp.engine.engine import Engine, available_isas
+from manidp.engine.peak import multiply_add_peak
 from manidp.errors import ManiDPError, MissingExtraError, UnsupportedError
+from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.place import with_gates
-from manidp.images import CIFAR10_PREPROCESSING, ImageSet, Preprocessing
+from manidp.graph.macs import dense_macs, ungated_macs
 from manidp.machine import describe
-from manidp.macs import dense_macs, ungated_macs
 from manidp.models import imagenet_resnet, resnet
-from manidp.runtime.codegen import ISAS
-from manidp.runtime.engine import Engine, available_isas
-from manidp.runtime.peak import multiply_add_peak
 
 Say = Callable[[str], None]  # told what is being done
 PRECISIONS = ("float32", "float16")
@@ -282,7 +282,7 @@ import manidp
 imported = time.perf_counter()
 engine = manidp.load("manidp-res20")
 loaded = time.perf_counter()
-from manidp.images import load_sample
+from manidp.data.images import load_sample
 engine.run(load_sample().images[:1])
 try:  # not ru_maxrss: that begins with what the parent held
     with open("/proc/self/status") as status:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.checkpoint import Checkpoint
 from manidp.errors import MissingExtraError, UnsupportedError
+from manidp.formats.checkpoint import Checkpoint
 
 Batch = NDArray[np.float32]
 Run = Callable[[Batch], Batch]  # normalised images (B, C, H, W) -> logits (B, classes)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.checkpoint import Checkpoint
 from manidp.errors import GraphError
+from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import Activation, BatchNorm, Conv, Graph, Linear, Node, Scatter, Select
-from manidp.macs import gate_macs, macs_per_image
+from manidp.graph.macs import gate_macs, macs_per_image
 
 Indices = NDArray[np.intp]
 BATCH = 500  # images a call
@@ -29,7 +29,7 @@ def freeze(checkpoint: Checkpoint, images: NDArray[Any]) -> Checkpoint:
     as the twin costs no more multiply-adds than the gated network takes on average, its gates' own counted. An open
     channel is scaled by its mean factor over the images that open it. Raises GraphError for a network without gates.
     """
-    from manidp.runtime.engine import Engine
+    from manidp.engine.engine import Engine
 
     if not checkpoint.graph.gates:
         raise GraphError("a network without gates has no static twin: it is one")

@@ -6,9 +6,9 @@ import numpy as np
 from mindspore import Tensor
 from numpy.typing import NDArray
 
-from manidp.bundle import description
-from manidp.checkpoint import Checkpoint
-from manidp.conversion import to_ckpt
+from manidp.formats.checkpoint import Checkpoint
+from manidp.formats.conversion import to_ckpt
+from manidp.hub.bundle import description
 from manidp.mindspore.network import Network
 
 

@@ -11,11 +11,11 @@ import numpy as np
 from mindspore import Tensor, float32, nn, ops, value_and_grad
 from numpy.typing import NDArray
 
+from manidp.data.images import ImageSet, Preprocessing
 from manidp.errors import TrainingError
-from manidp.images import ImageSet, Preprocessing
 from manidp.mindspore.losses import complexity_weights, similarity_loss, sparsity_loss
 from manidp.mindspore.network import Network
-from manidp.settings import check_settings
+from manidp.training.settings import check_settings
 
 PADDING = 4  # pixels around an image for the random crop
 

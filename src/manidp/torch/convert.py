@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from manidp.checkpoint import Checkpoint
 from manidp.errors import CheckpointError
+from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import Graph, Linear, Select
 from manidp.torch.network import Network
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from manidp.checkpoint import Checkpoint
+from manidp.formats.checkpoint import Checkpoint
 from manidp.torch.convert import network_from
 from manidp.torch.network import Output
 

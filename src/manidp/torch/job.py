@@ -16,29 +16,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from manidp.checkpoint import Checkpoint, Found, save_checkpoint
-from manidp.errors import MissingExtraError, TrainingError
-from manidp.find import find_model
-from manidp.gating.place import with_gates
-from manidp.graph import Graph, with_classes
-from manidp.images import (
+from manidp.data.images import (
     CIFAR10_PREPROCESSING,
     ImageSet,
     Preprocessing,
-    Progress,
     holds_cifar10,
     load_cifar10,
     load_folder,
     shown,
 )
-from manidp.macs import ungated_macs
+from manidp.errors import MissingExtraError, TrainingError
+from manidp.formats.checkpoint import Checkpoint, Found, save_checkpoint
+from manidp.gating.place import with_gates
+from manidp.graph import Graph, with_classes
+from manidp.graph.macs import ungated_macs
+from manidp.hub.find import find_model
 from manidp.models import resnet
-from manidp.settings import brief
+from manidp.progress import Progress
 from manidp.torch.convert import network_from, network_inheriting
 from manidp.torch.network import Network
-from manidp.torch.recipe import Recipe, parse_setting, read_recipe
 from manidp.torch.state import EpochRecord
 from manidp.torch.train import Training, check_folder, digest_of, evaluate, native_precision
+from manidp.training.recipe import Recipe, parse_setting, read_recipe
+from manidp.training.settings import brief
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from manidp.errors import TrainingError
 from manidp.files import open_regular, replacing
-from manidp.settings import brief
+from manidp.training.settings import brief
 
 VERSION = 2  # 1 had no version, and a run was no more than graph, recipe and number of images
 _DTYPES = {torch.float32: "F32"}  # all that a network holds

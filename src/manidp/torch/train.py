@@ -25,23 +25,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
+from manidp.data.images import ImageSet, Preprocessing
 from manidp.errors import TrainingError
 from manidp.files import replacing, sweep
 from manidp.graph import Graph
-from manidp.images import ImageSet, Preprocessing, Progress
-from manidp.macs import macs_per_image
-from manidp.settings import brief
+from manidp.graph.macs import macs_per_image
+from manidp.progress import Progress
 from manidp.torch.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
 from manidp.torch.network import Network, Output
-from manidp.torch.recipe import Recipe
-from manidp.torch.schedule import (
+from manidp.torch.state import EpochRecord, State, not_finite, read_state, read_tensors, write_state
+from manidp.training.recipe import Recipe
+from manidp.training.schedule import (
     continuous_thresholds,
     keep_rate,
     learning_rate,
     rate_for_budget,
     thresholds_for_rate,
 )
-from manidp.torch.state import EpochRecord, State, not_finite, read_state, read_tensors, write_state
+from manidp.training.settings import brief
 
 SAMPLE = 10_000  # images whose saliencies set the thresholds: the last ones of an epoch, so that they are not stale
 FOLLOW = 20  # steps after which the thresholds follow the saliencies, where a budget is to be met

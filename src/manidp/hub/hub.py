@@ -24,21 +24,22 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from manidp.archive import ArchiveError, members
-from manidp.card import MAX_CARD_BYTES, Asset, ModelCard, Remark, parse_card
-from manidp.checkpoint import Found, load_checkpoint
-from manidp.ckpt import read_ckpt, write_ckpt
-from manidp.conversion import from_ckpt, to_ckpt
-from manidp.download import Downloader, TransferError, is_offline, origins, target_of
+from manidp.data.images import Preprocessing
 from manidp.errors import CardError, HubError, quoted
+from manidp.fetch.archive import ArchiveError, members
+from manidp.fetch.download import Downloader, TransferError, is_offline, origins, target_of
 from manidp.files import open_regular, replacing, sha256_of, sweep, sync_folder
+from manidp.formats.checkpoint import Found, load_checkpoint
+from manidp.formats.ckpt import read_ckpt, write_ckpt
+from manidp.formats.conversion import from_ckpt, to_ckpt
 from manidp.gating.place import with_gates
-from manidp.images import Preprocessing, Progress
+from manidp.hub.card import MAX_CARD_BYTES, Asset, ModelCard, Remark, parse_card
 from manidp.models import resnet
+from manidp.progress import Progress
 
 HOSTS = ("download.mindspore.cn",)
 """The host of the hub's weights; all that is asked unless the user allows more."""
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 CARDS = DATA / "cards"
 """The bundled catalogue."""
 

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from manidp.errors import CkptError
 from manidp.files import open_regular, replacing
-from manidp.formats import HEAD, looks_like
+from manidp.formats.signatures import HEAD, looks_like
 
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 """The upper half of a float32, as bits."""

@@ -31,7 +31,7 @@ from typing import Literal
 
 from manidp.errors import HubError, quoted
 from manidp.files import open_regular, sha256_of
-from manidp.images import Progress
+from manidp.progress import Progress
 
 MAX_REDIRECTS = 5
 MAX_RETRY_AFTER_S = 30.0

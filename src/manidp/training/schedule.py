@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.graph import Graph
-from manidp.macs import macs_per_image
+from manidp.graph.macs import macs_per_image
 
 
 def learning_rate(step: int, steps: int, *, peak: float, warmup: int = 0) -> float:

@@ -13,8 +13,8 @@ import numpy as np
 from manidp.errors import TrainingError
 from manidp.files import open_regular
 from manidp.graph import Graph
-from manidp.macs import macs_per_image, ungated_macs
-from manidp.settings import brief, check_settings
+from manidp.graph.macs import macs_per_image, ungated_macs
+from manidp.training.settings import brief, check_settings
 
 MAX_BYTES = 2**20  # of a recipe file
 _PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from manidp.checkpoint import Checkpoint
-from manidp.ckpt import BFLOAT16, bfloat16_to_float32
+from manidp.data.images import Preprocessing
 from manidp.errors import CkptError, GraphError, some
 from manidp.files import open_regular, replacing
+from manidp.formats.checkpoint import Checkpoint
+from manidp.formats.ckpt import BFLOAT16, bfloat16_to_float32
 from manidp.gating.place import with_gates
 from manidp.graph import Graph, Select
-from manidp.images import Preprocessing
 from manidp.models import resnet
 
 STEM = "conv_1_3x3.weight"

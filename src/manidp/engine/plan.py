@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from manidp.engine.ir import FLOAT, Element
 from manidp.errors import UnsupportedError
 from manidp.graph import (
     Activation,
@@ -43,7 +44,6 @@ from manidp.graph import (
     Scatter,
     Select,
 )
-from manidp.runtime.ir import FLOAT, Element
 
 Array = NDArray[Any]
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from manidp.data.images import fit_picture, load_picture
 from manidp.errors import ImageError
-from manidp.images import fit_picture, load_picture
 
 Dims = tuple[int, int, int]
 Picture = str | os.PathLike[str] | Image.Image

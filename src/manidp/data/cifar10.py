@@ -29,11 +29,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from manidp.archive import ArchiveError, members
-from manidp.download import Downloader, TransferError, is_offline, origins, target_of
+from manidp.data.images import CIFAR10_CLASSES, CIFAR10_SHA1, shown
 from manidp.errors import ImageError, quoted
+from manidp.fetch.archive import ArchiveError, members
+from manidp.fetch.download import Downloader, TransferError, is_offline, origins, target_of
 from manidp.files import open_regular, replacing, sync_folder
-from manidp.images import CIFAR10_CLASSES, CIFAR10_SHA1, Progress, shown
+from manidp.progress import Progress
 
 HOME_PAGE_FILE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _HOME_PAGE_MOVED = "https://cave.cs.toronto.edu"  # where the page's host may send us

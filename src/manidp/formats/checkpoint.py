@@ -25,14 +25,14 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from manidp.data.images import Preprocessing
 from manidp.errors import CheckpointError, GraphError, ImageError, some
 from manidp.files import replacing
-from manidp.formats import HEAD, looks_like
+from manidp.formats.signatures import HEAD, looks_like
 from manidp.gating.version1 import graph_of_version_1
 from manidp.graph import Graph, graph_from_json
-from manidp.images import Preprocessing
+from manidp.graph.macs import ungated_macs
 from manidp.limits import Limits
-from manidp.macs import ungated_macs
 
 VERSION = 2
 DEFAULT = "default"
@@ -44,7 +44,7 @@ CLASS_LENGTH = 1000  # characters in the name of a class or an operating point
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "I32": "int32", "I64": "int64"}
 ADJUSTABLE = ("threshold", "mask", "moving_mean", "moving_variance")  # what an operating point may set
 Described = dict[str, tuple[str, tuple[int, ...]]]  # name -> type and shape
-_DATA = Path(__file__).parent / "data"
+_DATA = Path(__file__).parents[1] / "data"
 
 
 @dataclass(frozen=True)

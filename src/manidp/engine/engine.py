@@ -19,13 +19,13 @@ import llvmlite.binding as llvm
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.checkpoint import DEFAULT, Checkpoint
+from manidp.engine.codegen import ISAS, Generator, Isa
+from manidp.engine.inputs import Images, batch_of
+from manidp.engine.ir import FLOAT, HALF
+from manidp.engine.plan import Plan, make_plan
 from manidp.errors import ImageError, ManiDPError, UnsupportedError
-from manidp.runtime.codegen import ISAS, Generator, Isa
-from manidp.runtime.inputs import Images, batch_of
-from manidp.runtime.ir import FLOAT, HALF
-from manidp.runtime.plan import Plan, make_plan
-from manidp.runtime.reference import Result
+from manidp.formats.checkpoint import DEFAULT, Checkpoint
+from manidp.result import Result
 
 MAX_THREADS = 1024
 MAX_WORKSPACES = 2**34  # bytes of all threads

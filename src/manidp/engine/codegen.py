@@ -25,11 +25,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.errors import UnsupportedError
-from manidp.graph import Pool
-from manidp.limits import Limits
-from manidp.runtime.ir import FLOAT, HALF, Element, Function
-from manidp.runtime.plan import (
+from manidp.engine.ir import FLOAT, HALF, Element, Function
+from manidp.engine.plan import (
     WINOGRAD,
     Channels,
     Convolve,
@@ -52,6 +49,9 @@ from manidp.runtime.plan import (
     Winograd,
     window_of,
 )
+from manidp.errors import UnsupportedError
+from manidp.graph import Pool
+from manidp.limits import Limits
 
 Numbers = NDArray[np.int64]
 Lanes = NDArray[np.bool_]

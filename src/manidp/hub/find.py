@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from manidp.checkpoint import Found, checkpoint_path, load_checkpoint
 from manidp.errors import CheckpointError, HubError, quoted
 from manidp.files import sha256_of
+from manidp.formats.checkpoint import Found, checkpoint_path, load_checkpoint
 
 
 def find_model(name: str | Path) -> Found:
@@ -23,7 +23,7 @@ def find_model(name: str | Path) -> Found:
         path = checkpoint_path(name)
         checkpoint = load_checkpoint(path)
         return Found(path.stem, path, sha256_of(path), checkpoint)
-    from manidp.hub import open_hub  # only now: it takes as long to import as half of the rest
+    from manidp.hub.hub import open_hub  # only now: it takes as long to import as half of the rest
 
     hub = open_hub()
     try:

@@ -24,16 +24,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from manidp.card import Asset, ModelCard, write_card
-from manidp.checkpoint import Checkpoint
-from manidp.ckpt import write_ckpt
-from manidp.conversion import to_ckpt, write_thresholds
 from manidp.errors import HubError, quoted
 from manidp.files import filling
+from manidp.formats.checkpoint import Checkpoint
+from manidp.formats.ckpt import write_ckpt
+from manidp.formats.conversion import to_ckpt, write_thresholds
 from manidp.graph import Graph, Select
-from manidp.publish import measured, sections
+from manidp.hub.card import Asset, ModelCard, write_card
+from manidp.hub.publish import measured, sections
 
-NETWORK = Path(__file__).parent / "mindspore" / "network.py"
+NETWORK = Path(__file__).parents[1] / "mindspore" / "network.py"
 HOME = "https://example.com/manidp/manidp/tree/main"
 """Where a bundle is said to be until its publisher says better; no file is there."""
 _NAME = re.compile(r"[a-z0-9]+([_-][a-z0-9]+)*")

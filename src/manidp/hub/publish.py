@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from manidp.checkpoint import Checkpoint, save_checkpoint
 from manidp.errors import HubError, quoted
 from manidp.files import filling, replacing
-from manidp.macs import ungated_macs
+from manidp.formats.checkpoint import Checkpoint, save_checkpoint
+from manidp.graph.macs import ungated_macs
 from manidp.terminal import escaped
 
 _LONGEST_FACT = 2000  # characters

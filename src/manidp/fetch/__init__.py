@@ -1,0 +1,1 @@
+"""What comes from the network: downloads under one policy, and archives read within limits."""

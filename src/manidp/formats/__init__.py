@@ -1,0 +1,1 @@
+"""What files hold models: checkpoints, MindSpore .ckpt files, and the ways between them."""

@@ -1,0 +1,1 @@
+"""The hub of model cards: find, bring, verify and publish models."""

@@ -1,0 +1,1 @@
+"""Training that imports no framework: recipe, schedule, settings."""
