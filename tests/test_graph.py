@@ -25,6 +25,8 @@ from manidp.graph import (
     Multiply,
     Node,
     Pool,
+    Shuffle,
+    Slice,
     graph_from_json,
     with_classes,
 )
@@ -274,3 +276,21 @@ def test_a_new_head_has_the_new_number_of_classes_and_nothing_else_changes() -> 
     assert graph.num_classes == 3
     changed = {n for n, s in graph.parameters.items() if with_gates(resnet(20)).parameters[n] != s}
     assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_slices_and_shuffles_say_which_channel_is_which_and_refuse_what_does_not_fit() -> None:
+    conv = Conv(name="conv", inputs=("image",), channels=6)
+    shuffle = Shuffle(name="shuffle", inputs=("conv",), groups=3)
+    part = Slice(name="part", inputs=("shuffle",), start=1, stop=4)
+    head = (replace(HEAD[0], inputs=("part",)), HEAD[1])
+    graph = small(conv, shuffle, part, *head)
+    assert graph.shapes["part"] == (3, 8, 8)
+    assert shuffle.origin((6, 8, 8)).tolist() == [0, 2, 4, 1, 3, 5]
+    assert part.origin((6, 8, 8)).tolist() == [1, 2, 3]
+    assert graph_from_json(json.loads(json.dumps(graph.to_json()))) == graph
+    for start, stop in ((-1, 2), (2, 2), (0, 7)):
+        with pytest.raises(GraphError, match=rf"'part' \(Slice\) expects channels {start} to {stop - 1}; got shuffle"):
+            small(conv, shuffle, replace(part, start=start, stop=stop), *head)
+    for groups in (0, -2, 4):
+        with pytest.raises(GraphError, match=rf"'shuffle' \(Shuffle\) expects channels that {groups} groups divide"):
+            small(conv, replace(shuffle, groups=groups), part, *head)

@@ -24,6 +24,8 @@ from manidp.graph import (
     Multiply,
     Node,
     Pool,
+    Shuffle,
+    Slice,
 )
 from manidp.graph.macs import dense_macs
 from manidp.models import resnet
@@ -122,6 +124,8 @@ def test_the_other_nodes_are_what_they_are_defined_as() -> None:
     np.testing.assert_allclose(value_of(Add(name="node", inputs=("in0", "in1")), x, y), x + y)
     np.testing.assert_allclose(value_of(Multiply(name="node", inputs=("in0", "in1")), x, y), x * y)
     np.testing.assert_array_equal(value_of(Concat(name="node", inputs=("in0", "in1")), x, y)[:, 4:], y)
+    np.testing.assert_array_equal(value_of(Slice(name="node", inputs=("in0",), start=1, stop=3), x), x[:, 1:3])
+    np.testing.assert_array_equal(value_of(Shuffle(name="node", inputs=("in0",), groups=2), x), x[:, [0, 2, 1, 3]])
     flat = value_of(Flatten(name="node", inputs=("in0",)), x)
     assert flat[1, 2 * 15 + 1 * 5 + 4] == x[1, 2, 1, 4]
     gamma, beta, mean, variance = rng.normal(size=(4, 4))

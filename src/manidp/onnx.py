@@ -38,6 +38,8 @@ from manidp.graph import (
     Pool,
     Scatter,
     Select,
+    Shuffle,
+    Slice,
     pair,
     sides,
 )
@@ -150,6 +152,16 @@ def _nodes(node: Node, graph: Graph, checkpoint: Checkpoint, constants: dict[str
             yield op("Mul", inputs)
         case Concat():
             yield op("Concat", inputs, axis=1)
+        case Slice():
+            bounds = [constant(what, np.array([at], np.int64)) for what, at in
+                      (("start", node.start), ("stop", node.stop), ("axis", 1))]  # fmt: skip
+            yield op("Slice", [*inputs, *bounds])
+        case Shuffle():
+            (x,) = graph.input_shapes(node)
+            parts = constant("parts", np.array([0, node.groups, x[0] // node.groups, *x[1:]], np.int64))
+            yield op("Reshape", [*inputs, parts], "apart")
+            yield op("Transpose", [made("apart")], "dealt", perm=[0, 2, 1, *range(3, len(x) + 2)])
+            yield op("Reshape", [made("dealt"), constant("whole", np.array([0, *x], np.int64))])
         case Scatter():
             (x,) = graph.input_shapes(node)
             source = np.full(node.channels, x[0])  # where there is no channel, the zero put behind them

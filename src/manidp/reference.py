@@ -26,6 +26,8 @@ from manidp.graph import (
     Pool,
     Scatter,
     Select,
+    Shuffle,
+    Slice,
     pair,
     sides,
 )
@@ -83,6 +85,10 @@ def _value(node: Node, p: dict[str, Array], x: Array, *others: Array) -> Any:
             return x * factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
         case Concat():
             return np.concatenate((x, *others), axis=1)
+        case Slice():
+            return x[:, node.start : node.stop]
+        case Shuffle():
+            return x.reshape(len(x), node.groups, -1, *x.shape[2:]).swapaxes(1, 2).reshape(x.shape)
         case Scatter():
             whole = np.zeros((len(x), node.channels, *x.shape[2:]), dtype=x.dtype)
             whole[:, node.at] = x

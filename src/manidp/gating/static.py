@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from manidp.errors import GraphError
 from manidp.formats.checkpoint import Checkpoint
-from manidp.graph import Activation, BatchNorm, Conv, Graph, Linear, Node, Scatter, Select
+from manidp.graph import Activation, BatchNorm, Conv, Graph, Node, Scatter, Select
 from manidp.graph.macs import gate_macs, macs_per_image
 
 Indices = NDArray[np.intp]
@@ -137,13 +137,12 @@ class _Rewrite:
                 node = replace(node, channels=len(left.channels), groups=len(left.channels))
             self._emit(node, own, left)
             return
-        mixes = isinstance(node, Linear) or (isinstance(node, Conv) and node.groups == 1)
-        if left is not None and mixes:  # what it reads of the dropped channels is zero
+        if left is not None and flow == "summed":  # what it reads of the dropped channels is zero
             own["weight"] = own["weight"][:, left.channels]
-        whole = () if left is not None and mixes else node.inputs
+        whole = () if left is not None and flow == "summed" else node.inputs
         node = replace(node, inputs=tuple(self._whole(s) if s in whole else self._made(s) for s in node.inputs))
         wanted = self.graph.wanted_by.get(node.name)
-        if wanted is not None and mixes and isinstance(node, Conv):
+        if wanted is not None and flow == "summed" and isinstance(node, Conv):
             left = _Left(np.flatnonzero(self.masks[wanted]), zero=False)
             own = {name: value[left.channels] for name, value in own.items()}
             self._emit(replace(node, channels=len(left.channels)), own, left)

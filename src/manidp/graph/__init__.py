@@ -21,6 +21,8 @@ from manidp.graph.ops import (
     Scatter,
     Select,
     Shape,
+    Shuffle,
+    Slice,
     pair,
     sides,
 )
@@ -28,5 +30,5 @@ from manidp.graph.ops import (
 __all__ = [
     "OPS", "Activation", "ActivationKind", "Add", "BatchNorm", "Clip", "Concat", "Conv", "Flatten", "GlobalPool",
     "Graph", "Input", "Linear", "Multiply", "Node", "Pool", "PoolKind", "Scatter", "Select", "Shape",
-    "graph_from_json", "pair", "sides", "with_classes",
+    "Shuffle", "Slice", "graph_from_json", "pair", "sides", "with_classes",
 ]  # fmt: skip

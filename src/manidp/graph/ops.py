@@ -28,11 +28,12 @@ ActivationKind = Literal["relu", "relu6", "hardswish", "silu", "sigmoid", "hards
 PoolKind = Literal["average", "max"]
 SelectRule = Literal["threshold", "constant"]
 SelectGain = Literal["score", "one"]
-ChannelFlow = Literal["own", "mixed", "joined"]
-"""How an op's output channels come from its input's.
+ChannelFlow = Literal["own", "moved", "summed", "mixed"]
+"""How the channels of an op's value come from those of its inputs.
 
-own: channel c of the value depends on channel c of each input alone. mixed: on any of them. joined: the value's
-channels are the inputs' channels, one input after the other.
+own: channel c depends on channel c of each input alone. moved: each channel is one of the inputs' channels, unchanged,
+or zeros; ``Node.origin`` says which. summed: each is a sum over all channels of the input, weighted by the parameter
+``weight`` (out, in, ...), plus ``bias`` (out,) if it has one. mixed: none of these.
 """
 
 
@@ -68,6 +69,13 @@ class Node:
     def channel_flow(self, *inputs: Shape) -> ChannelFlow:
         """How channels go through this node, given the shapes of the inputs."""
         return self.flow
+
+    def origin(self, *inputs: Shape) -> NDArray[np.intp]:
+        """(C,) of each channel the one that it is, counted through all inputs one after the other; -1: zeros.
+
+        For nodes whose channels are moved.
+        """
+        raise NotImplementedError
 
     @property
     def keeps_zero(self) -> bool:
@@ -189,7 +197,9 @@ class Conv(_Window):
         return {"weight": weight} | ({"bias": (self.channels,)} if self.bias else {})
 
     def channel_flow(self, *inputs: Shape) -> ChannelFlow:
-        return "own" if self.groups == self.channels == inputs[0][0] else "mixed"
+        if self.groups == self.channels == inputs[0][0]:
+            return "own"
+        return "summed" if self.groups == 1 else "mixed"
 
     @property
     def keeps_zero(self) -> bool:
@@ -315,11 +325,50 @@ class Concat(Node):
     """Inputs one after the other along the channel axis."""
 
     arity: ClassVar[tuple[int, int]] = (2, 64)
-    flow: ClassVar[ChannelFlow] = "joined"
+    flow: ClassVar[ChannelFlow] = "moved"
 
     def shape(self, *inputs: Shape) -> Shape:
         self._expect(len({x[1:] for x in inputs}) == 1, "inputs of one height and width", *inputs)
         return (sum(x[0] for x in inputs), *inputs[0][1:])
+
+    def origin(self, *inputs: Shape) -> NDArray[np.intp]:
+        return np.arange(self.shape(*inputs)[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice(Node):
+    """Channels ``start`` to ``stop`` - 1, of a map or a vector."""
+
+    flow: ClassVar[ChannelFlow] = "moved"
+    start: int = 0
+    stop: int
+
+    def shape(self, *inputs: Shape) -> Shape:
+        (x,) = inputs
+        self._expect(0 <= self.start < self.stop <= x[0], f"channels {self.start} to {self.stop - 1}", x)
+        return (self.stop - self.start, *x[1:])
+
+    def origin(self, *inputs: Shape) -> NDArray[np.intp]:
+        return np.arange(self.start, self.stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shuffle(Node):
+    """Channels in ``groups`` equal parts, dealt out in turn: the first of each part, then the second of each, ...
+
+    Source: ShuffleNet, Zhang et al. 2018.
+    """
+
+    flow: ClassVar[ChannelFlow] = "moved"
+    groups: int
+
+    def shape(self, *inputs: Shape) -> Shape:
+        self._expect(self.groups > 0 and inputs[0][0] % self.groups == 0, f"channels that {self.groups} groups divide",
+                     *inputs)  # fmt: skip
+        return inputs[0]
+
+    def origin(self, *inputs: Shape) -> NDArray[np.intp]:
+        return np.arange(inputs[0][0]).reshape(self.groups, -1).T.ravel()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +378,7 @@ class Scatter(Node):
     What is left of a multiplication by a constant mask when closed channels are no longer computed at all.
     """
 
+    flow: ClassVar[ChannelFlow] = "moved"
     channels: int
     at: tuple[int, ...]
 
@@ -337,6 +387,11 @@ class Scatter(Node):
         self._expect(len(self.at) == inputs[0][0] and rising,
                      f"a place below {self.channels}, in rising order, for each channel", *inputs)  # fmt: skip
         return (self.channels, *inputs[0][1:])
+
+    def origin(self, *inputs: Shape) -> NDArray[np.intp]:
+        origin = np.full(self.channels, -1)
+        origin[list(self.at)] = range(len(self.at))
+        return origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,6 +446,7 @@ class Flatten(Node):
 class Linear(Node):
     """Fully connected. Parameters: weight (features, in), bias (features,) if ``bias``."""
 
+    flow: ClassVar[ChannelFlow] = "summed"
     features: int
     bias: bool = True
 
@@ -410,7 +466,7 @@ class Linear(Node):
 OPS: dict[str, type[Node]] = {
     kind.__name__: kind
     for kind in (
-        Input, Conv, BatchNorm, Activation, Clip, Select, Add, Multiply, Concat, Scatter, Pool, GlobalPool, Flatten,
-        Linear,
+        Input, Conv, BatchNorm, Activation, Clip, Select, Add, Multiply, Concat, Slice, Shuffle, Scatter, Pool,
+        GlobalPool, Flatten, Linear,
     )
 }  # fmt: skip

@@ -172,6 +172,26 @@ class _Scatter(nn.Cell):
         return ops.gather(ops.concat((x, ops.zeros_like(x[:, :1])), 1), self.source, 1)
 
 
+class _Slice(nn.Cell):
+    def __init__(self, start: int, stop: int) -> None:
+        super().__init__()
+        self.start, self.stop = start, stop
+
+    def construct(self, x: Tensor) -> Tensor:
+        return x[:, self.start : self.stop]
+
+
+class _Shuffle(nn.Cell):
+    """Channels in equal parts, dealt out in turn."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.source = Tensor(np.arange(channels, dtype=np.int32).reshape(groups, -1).T.ravel())
+
+    def construct(self, x: Tensor) -> Tensor:
+        return ops.gather(x, self.source, 1)
+
+
 class _Function(nn.Cell):
     """A step without parameters."""
 
@@ -261,6 +281,10 @@ def _cell(node: Mapping[str, Any], threshold: float | None, makes: str) -> nn.Ce
         case "Select":
             assert threshold is not None
             return _Select(threshold, node["gain"])
+        case "Slice":
+            return _Slice(node["start"], node["stop"])
+        case "Shuffle":
+            return _Shuffle(node["shape"][0], node["groups"])
         case "Scatter":
             return _Scatter(len(node["at"]), node["channels"], node["at"])
         case "Pool":

@@ -31,6 +31,8 @@ from manidp.graph import (
     Pool,
     Scatter,
     Select,
+    Shuffle,
+    Slice,
     pair,
     sides,
 )
@@ -185,6 +187,10 @@ class Network(nn.Module):
                 return x * (factor if factor.dim() == x.dim() else factor[:, :, None, None])
             case Concat():
                 return torch.cat(inputs, 1)
+            case Slice():
+                return x[:, node.start : node.stop]
+            case Shuffle():
+                return x.reshape(len(x), node.groups, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
             case Pool(kind="max"):
                 x, padding = _padded(x, node, -math.inf)
                 return F.max_pool2d(x, pair(node.kernel), pair(node.stride), padding)
