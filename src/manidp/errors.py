@@ -6,12 +6,33 @@ from collections.abc import Iterable
 
 
 def quoted(text: str, most: int = 200) -> str:
-    """A stranger's text as a message can hold it: in quotes, escaped, cut after ``most`` characters."""
-    return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text):,} characters)"
+    """Text from outside as a message can hold it: in quotes, escaped, cut after ``most`` characters."""
+    shown = repr(text[:most])
+    if len(text) <= most and len(shown) <= most + 2:
+        return shown
+    return f"{shown[: most + 1]}{shown[0]}... ({len(text):,} characters)"
+
+
+def short(text: str, most: int = 100) -> str:
+    """A name from outside as a message can hold it: as it is if that is short and printable, else ``quoted``."""
+    return text if text.isprintable() and len(text) <= most else quoted(text, most)
+
+
+def some(names: Iterable[str], count: int = 4) -> str:
+    """The first few of many names, for a message: "a, b, c, d, ... (9 in all)"."""
+    names = list(names)
+    return ", ".join(map(short, names[:count])) + (f", ... ({len(names)} in all)" if len(names) > count else "")
 
 
 class ManiDPError(Exception):
-    """Something given to the library is wrong; the message says what was expected, what came and what to do."""
+    """Something given to the library is wrong; the message says what was expected, what came and what to do.
+
+    A message is one line of printable characters: whatever else is put into it is escaped, such as ``\\n``.
+    """
+
+    def __init__(self, message: str) -> None:
+        printable = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().__init__("".join(printable))
 
 
 class GraphError(ManiDPError):
@@ -48,9 +69,3 @@ class TrainingError(ManiDPError):
 
 class MissingExtraError(ManiDPError):
     """An optional dependency is needed; the message holds the pip command that brings it."""
-
-
-def some(names: Iterable[str], count: int = 4) -> str:
-    """The first few of many names, for a message: "a, b, c, d, ... (9 in all)"."""
-    names = list(names)
-    return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")

@@ -24,6 +24,7 @@ import numpy as np
 from engine_cases import assert_same_result, close_calls, some_images
 from hostile import strangers
 from hostile.mutate import checkpoint_mutant, ckpt_mutant
+from hostile.strangers import assert_one_line
 from manidp.data.images import MINDSPORE_PREPROCESSING
 from manidp.engine.engine import Engine
 from manidp.errors import CheckpointError, CkptError, ManiDPError
@@ -43,7 +44,7 @@ def try_checkpoint(path: Path, runs: bool) -> str:
     try:
         checkpoint = load_checkpoint(path)
     except CheckpointError as error:
-        _assert_one_line(error)
+        assert_one_line(error)
         return "refused"
     assert checkpoint.weights.keys() == checkpoint.graph.parameters.keys()
     small = dense_macs(checkpoint.graph) <= RUN_MACS and len(checkpoint.graph.nodes) <= RUN_NODES
@@ -59,7 +60,7 @@ def try_ckpt(path: Path, runs: bool) -> str:
         from_ckpt(values, [0.5] * len(graph.gates), graph, MINDSPORE_PREPROCESSING, classes)
     except ManiDPError as error:
         assert isinstance(error, (CkptError, CheckpointError)), f"{type(error).__name__}: {error}"
-        _assert_one_line(error)
+        assert_one_line(error)
         return "refused"
     return "loaded"
 
@@ -103,18 +104,13 @@ def _run(checkpoint: Checkpoint) -> str:
             wanted = run(graph, checkpoint.weights, images)
         result = Engine(checkpoint).run(images)
     except ManiDPError as error:
-        _assert_one_line(error)
+        assert_one_line(error)
         return "run, refused"
     if not 0 <= largest < 1e18:
         return "run, too large to compare"
     differ = close_calls(result, wanted, checkpoint.weights)
     assert_same_result(some_images(result, ~differ), some_images(wanted, ~differ))
     return "run"
-
-
-def _assert_one_line(error: ManiDPError) -> None:
-    text = str(error)
-    assert len(text) < 2000 and "\n" not in text and text.encode(), f"not one short line: {text[:300]!r}"
 
 
 def _peak() -> float:

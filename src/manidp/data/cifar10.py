@@ -85,7 +85,9 @@ def fetch_cifar10(folder: str | Path, source: str | Path | None = None, progress
         if target.exists():
             others = sorted({entry.name for entry in target.iterdir()} - {*CIFAR10_SHA1, _META})
             if others:
-                raise ImageError(f"{shown(folder)}: holds other files ('{others[0]}'); give a new folder for CIFAR-10")
+                raise ImageError(
+                    f"{shown(folder)}: holds other files ({quoted(others[0])}); give a new folder for CIFAR-10"
+                )
         with _workplace(target) as place:
             if _verified(target):  # by another process, while this one waited for its turn
                 return Path(folder)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from reprlib import repr as brief
 
 import numpy as np
 import safetensors
@@ -31,7 +32,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from manidp.errors import ImageError
+from manidp.errors import ImageError, quoted
 from manidp.files import filling, open_regular, replacing
 from manidp.limits import FLOAT32_MAX, FLOAT32_TINY
 from manidp.progress import Progress
@@ -131,7 +132,9 @@ class ImageSet:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:20])) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+    return ", ".join(quoted(name, 60) for name in names[:12]) + (
+        f", ... ({len(names)} in all)" if len(names) > 12 else ""
+    )
 
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -200,7 +203,7 @@ def draw_sample(image_set: ImageSet, per_class: int, seed: int) -> NDArray[np.in
     for label, name in enumerate(image_set.classes):
         places = np.flatnonzero(image_set.labels == label)
         if len(places) < per_class:
-            raise ImageError(f"cannot draw {per_class} images of class '{name}': there are {len(places)}")
+            raise ImageError(f"cannot draw {per_class} images of class {quoted(name, 60)}: there are {len(places)}")
         drawn.append(generator.choice(places, per_class, replace=False))
     return np.sort(np.concatenate(drawn)).astype(np.int64)
 
@@ -240,14 +243,14 @@ def load_image_set(path: str | Path) -> ImageSet:
             if not isinstance(description, dict) or description.get("format") != "image set":
                 raise ImageError("not an image set")
             if description.get("version") != 1:
-                raise ImageError(f"expected an image set of version 1, got {description.get('version')!r}")
+                raise ImageError(f"expected an image set of version 1, got {brief(description.get('version'))}")
             classes = description.get("classes")
             if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-                raise ImageError(f"expected a list of class names, got {classes!r}")
+                raise ImageError(f"expected a list of class names, got {brief(classes)}")
             dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a mapping
             expected = {"images": "U8", "labels": "I64", "indices": "I64"}
             if dtypes not in (expected, {name: expected[name] for name in ("images", "labels")}):
-                raise ImageError(f"expected the tensors {expected} (indices may be absent), got {dtypes}")
+                raise ImageError(f"expected the tensors {expected} (indices may be absent), got {brief(dtypes)}")
             tensors = {name: file.get_tensor(name) for name in dtypes}
         return ImageSet(classes=tuple(classes), **tensors)
     except OSError as error:
@@ -407,10 +410,12 @@ def load_folder(
             raise ImageError(f"{shown(root / name)}: the name of a class must be UTF-8; rename this folder")
     if classes is None and len(found) < 2:
         raise ImageError(
-            f"{shown(root)}: expected a subfolder of pictures for each of two classes or more, got {found}"
+            f"{shown(root)}: expected subfolders of pictures for two classes or more, got [{_some(found)}]"
         )
     if classes is not None and not (found and set(found) <= set(classes)):
-        raise ImageError(f"{shown(root)}: expected subfolders named after classes of {list(classes)}, got {found}")
+        raise ImageError(
+            f"{shown(root)}: expected subfolders named after classes of [{_some(classes)}], got [{_some(found)}]"
+        )
     names = tuple(found if classes is None else classes)
     of_class, unread, skipped = _walk([root / name for name in found], around=root)
     label_of = {file: names.index(name) for name, files in zip(found, of_class, strict=True) for file in files}
@@ -420,7 +425,9 @@ def load_folder(
         if names.index(name) not in labels:
             place = shown(root / name)
             reasons = (f"; {error}" for error in pictures.errors if str(error).startswith(place))
-            raise ImageError(f"{place}: expected pictures of class '{name}', got none to read{next(reasons, '')}")
+            raise ImageError(
+                f"{place}: expected pictures of class {quoted(name, 60)}, got none to read{next(reasons, '')}"
+            )
     return ImageSet(pictures.images, labels, names), pictures
 
 

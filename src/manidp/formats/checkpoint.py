@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from manidp.data.images import Preprocessing
-from manidp.errors import CheckpointError, GraphError, ImageError, some
+from manidp.errors import CheckpointError, GraphError, ImageError, quoted, short, some
 from manidp.files import replacing
 from manidp.formats.signatures import HEAD, looks_like
 from manidp.gating.version1 import graph_of_version_1
@@ -87,7 +87,9 @@ class Checkpoint:
             if not all(
                 figure is None or (_is_number(figure) and figure >= 0) for figure in (point.macs, point.accuracy)
             ):
-                raise CheckpointError(f"operating point '{point.name}': macs and accuracy are numbers >= 0 or None")
+                raise CheckpointError(
+                    f"operating point {quoted(point.name, 60)}: macs and accuracy are numbers >= 0 or None"
+                )
         if len(self.classes) != self.graph.num_classes:
             raise CheckpointError(
                 f"the graph has {self.graph.num_classes} outputs but there are {len(self.classes)} class names"
@@ -116,7 +118,7 @@ class Checkpoint:
             within = [point for point in known if point.macs is not None and point.macs <= limit]
             if within:
                 return max(within, key=lambda point: point.macs or 0.0)
-        listed = ", ".join(self._told(point) for point in known)
+        listed = some(map(self._told, known), 12)
         raise CheckpointError(f"no operating point fits the budget {budget!r}; this model has {listed}")
 
     def at(self, budget: str | float) -> Checkpoint:
@@ -134,7 +136,7 @@ class Checkpoint:
 
     def _told(self, point: OperatingPoint) -> str:
         share = "" if point.macs is None else f" ({point.macs / ungated_macs(self.graph):.1%} of dense)"
-        return f"'{point.name}'{share}"
+        return f"{quoted(point.name, 40)}{share}"
 
 
 @dataclass(frozen=True)
@@ -163,11 +165,7 @@ def _check_tensors(graph: Graph, given: Described) -> None:
             )
     unknown = sorted(given.keys() - graph.parameters.keys())
     if unknown:
-        raise CheckpointError(f"tensors that the graph does not know: {some(map(_shown, unknown))}")
-
-
-def _shown(name: str) -> str:
-    return name if name.isprintable() and len(name) < 100 else brief(name)
+        raise CheckpointError(f"tensors that the graph does not know: {some(unknown)}")
 
 
 def _is_unicode(text: str) -> bool:
@@ -204,12 +202,12 @@ def _check_points(graph: Graph, points: Sequence[tuple[str, Described]]) -> None
         for name, described in given.items():
             if name.rpartition(".")[2] not in ADJUSTABLE or name not in graph.parameters:
                 raise CheckpointError(
-                    f"operating point '{point}' sets {_shown(name)}; only {', '.join(ADJUSTABLE)} may differ"
+                    f"operating point {quoted(point, 60)} sets {short(name)}; only {', '.join(ADJUSTABLE)} may differ"
                 )
             if described != ("float32", graph.parameters[name]):
                 raise CheckpointError(
-                    f"operating point '{point}', '{name}': the graph asks for float32 {list(graph.parameters[name])}; "
-                    f"got {described[0]} {brief(list(described[1]))}"
+                    f"operating point {quoted(point, 60)}, '{name}': the graph asks for float32 "
+                    f"{list(graph.parameters[name])}; got {described[0]} {brief(list(described[1]))}"
                 )
 
 
@@ -421,7 +419,7 @@ def _sorted_out(given: Described, points: int) -> tuple[Described, list[Describe
             number, _, rest = rest.partition("/")
             first = f"points/{number}"
         if first not in groups:
-            raise CheckpointError(f"tensor '{_shown(name)}' is neither a weight nor of one of {points} points")
+            raise CheckpointError(f"tensor {short(name)} is neither a weight nor of one of {points} points")
         groups[first][rest] = described
     return own, values
 

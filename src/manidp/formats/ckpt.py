@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.errors import CkptError
+from manidp.errors import CkptError, quoted
 from manidp.files import open_regular, replacing
 from manidp.formats.signatures import HEAD, looks_like
 
@@ -222,10 +222,10 @@ class _Reader:
             elif part.length:
                 dims.extend(islice(self.numbers(part), MAX_DIMS + 1))
             else:
-                raise self.fail(f"'{name}' has packed dims of 0 bytes", part.start)
+                raise self.fail(f"{quoted(name, 100)} has packed dims of 0 bytes", part.start)
             if len(dims) > MAX_DIMS:
-                raise self.fail(f"'{name}' has more than {MAX_DIMS} dims", tensor.start)
-        kind = self.text(self._need(parts, "the type", tensor), f"the type of '{name}'")
+                raise self.fail(f"{quoted(name, 100)} has more than {MAX_DIMS} dims", tensor.start)
+        kind = self.text(self._need(parts, "the type", tensor), f"the type of {quoted(name, 100)}")
         return _Piece(name, kind, tuple(dims), self._need(parts, "the content", tensor))
 
     def _put(self, parts: dict[str, _Span], label: str, part: int | _Span) -> None:
@@ -272,24 +272,29 @@ class _Reader:
         at = first.content.start
         length = sum(piece.content.length for piece in pieces)
         if any((piece.kind, piece.dims) != (first.kind, first.dims) for piece in pieces):
-            raise self.fail(f"the slices of '{first.name}' differ in type or shape", at)
+            raise self.fail(f"the slices of {quoted(first.name, 100)} differ in type or shape", at)
         if first.kind == "str":
             if len(pieces) > 1:
-                raise self.fail(f"the text '{first.name}' is given twice", at)
+                raise self.fail(f"the text {quoted(first.name, 100)} is given twice", at)
             return self.string(first)
         dtype = TYPES.get(first.kind)
         if dtype is None:
-            raise self.fail(f"'{first.name}' has the type {first.kind!r}; known are {', '.join(TYPES)} and str", at)
+            raise self.fail(
+                f"{quoted(first.name, 60)} has the type {quoted(first.kind, 40)}; known are {', '.join(TYPES)} and str",
+                at,
+            )
         scalar = first.dims == (0,) and length == dtype.itemsize
         shape = () if scalar else first.dims
         if math.prod(dim or 1 for dim in shape) * dtype.itemsize >= 2**63:
-            raise self.fail(f"'{first.name}' has the impossible shape {shape}", at)
+            raise self.fail(f"{quoted(first.name, 100)} has the impossible shape {shape}", at)
         expected = math.prod(shape) * dtype.itemsize
         if length != expected:
-            raise self.fail(f"'{first.name}' holds {length} bytes; {first.kind} {shape} takes {expected}", at)
+            raise self.fail(
+                f"{quoted(first.name, 100)} holds {length} bytes; {first.kind} {shape} takes {expected}", at
+            )
         data = self.array([piece.content for piece in pieces], dtype)
         if first.kind == "Bool" and data.view(np.uint8).max(initial=0) > 1:
-            raise self.fail(f"'{first.name}' holds Bool values other than 0 and 1", at)
+            raise self.fail(f"{quoted(first.name, 100)} holds Bool values other than 0 and 1", at)
         return data.reshape(shape)
 
     def string(self, piece: _Piece) -> NDArray[Any]:
@@ -299,7 +304,9 @@ class _Reader:
         except UnicodeDecodeError:
             characters = 0
         if piece.dims != (0,) or not characters:
-            raise self.fail(f"'{piece.name}' is not a text of UTF-32 characters with dims [0]", piece.content.start)
+            raise self.fail(
+                f"{quoted(piece.name, 100)} is not a text of UTF-32 characters with dims [0]", piece.content.start
+            )
         return np.frombuffer(content, np.dtype(f"<U{characters}")).reshape(())
 
 
@@ -309,7 +316,7 @@ def _read(file: BufferedIOBase, name: str) -> dict[str, NDArray[Any]]:
     for key, group in groupby(reader.pieces(), lambda piece: piece.name):
         pieces = tuple(group)
         if key in values:
-            raise reader.fail(f"'{key}' is given twice", pieces[0].content.start)
+            raise reader.fail(f"{quoted(key, 100)} is given twice", pieces[0].content.start)
         values[key] = reader.value(pieces)
     return values
 
@@ -325,7 +332,7 @@ def _varint(number: int) -> bytes:
 def _name(name: str) -> bytes:
     tag = name.encode("utf-8", "replace")
     if not 0 < len(tag) <= MAX_NAME_BYTES or not name.isprintable():  # lone surrogates are not printable either
-        raise CkptError(f"a name in a .ckpt is 1 to {MAX_NAME_BYTES} bytes of printable text; got {name!r}")
+        raise CkptError(f"a name in a .ckpt is 1 to {MAX_NAME_BYTES} bytes of printable text; got {quoted(name)}")
     return tag
 
 
@@ -337,8 +344,8 @@ def _encoded(name: str, value: NDArray[Any]) -> tuple[bytes, memoryview]:
     else:
         dtype = value.dtype.newbyteorder("<")
         if dtype not in _NAMES or value.ndim > MAX_DIMS:
-            raise CkptError(f"'{name}' is of type {value.dtype} and shape {value.shape}; a .ckpt holds 0-d texts and "
-                            f"{', '.join(TYPES)} of at most {MAX_DIMS} dims")  # fmt: skip
+            raise CkptError(f"{quoted(name, 100)} is of type {value.dtype} and shape {value.shape}; a .ckpt holds 0-d "
+                            f"texts and {', '.join(TYPES)} of at most {MAX_DIMS} dims")  # fmt: skip
         kind, dims = _NAMES[dtype], value.shape
         value = value.astype(dtype, copy=False)
     head = b"".join(b"\x08" + _varint(dim) for dim in dims) + b"\x12" + _varint(len(kind)) + kind.encode()

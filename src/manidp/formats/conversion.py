@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from manidp.data.images import Preprocessing
-from manidp.errors import CkptError, GraphError, some
+from manidp.errors import CkptError, GraphError, quoted, some
 from manidp.files import open_regular, replacing
 from manidp.formats.checkpoint import Checkpoint
 from manidp.formats.ckpt import BFLOAT16, bfloat16_to_float32
@@ -61,7 +61,7 @@ def from_ckpt(
     for full, name in named.items():
         value, shape = values[full], wanted[name]
         if value.shape != shape:
-            raise CkptError(f"'{full}' has the shape {brief(value.shape)}; the network asks for {shape}")
+            raise CkptError(f"{quoted(full, 100)} has the shape {brief(value.shape)}; the network asks for {shape}")
         weights[name] = _float32(full, value)
     ignored = tuple(name for name in values if name not in named)
     ordered = {name: weights[name] for name in graph.parameters}
@@ -155,6 +155,8 @@ def _float32(name: str, value: NDArray[Any]) -> NDArray[np.float32]:
     if value.dtype == BFLOAT16:
         return bfloat16_to_float32(value)
     if value.dtype.kind != "f":
-        raise CkptError(f"'{name}' is of type {value.dtype}; the network's values are floating-point numbers")
+        raise CkptError(
+            f"{quoted(name, 100)} is of type {value.dtype}; the network's values are floating-point numbers"
+        )
     with np.errstate(over="ignore"):  # what becomes infinite the checkpoint refuses
         return value.astype(np.float32)

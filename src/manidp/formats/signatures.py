@@ -35,7 +35,7 @@ def looks_like(head: bytes, name: str = "FILE") -> str | None:
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
         return "a web page; download the file itself, not the page that shows it"
-    if head[:1] == b"\x08" and 0 < head[1] < 32 and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a"):
+    if head[:1] == b"\x08" and b"\0" < head[1:2] < b"\x20" and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a"):
         return "an ONNX model, which manidp writes but does not read"
     if is_ckpt(head):
         return (

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from manidp.errors import CardError
+from manidp.errors import CardError, quoted
 from manidp.files import open_regular, replacing
 
 MAX_CARD_BYTES = 2**20
@@ -129,12 +129,13 @@ def render_card(card: ModelCard) -> str:
     text = "\n".join(lines).rstrip("\n") + "\n"
     if not text.isascii():
         text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text
-    faults = card_faults(text.encode(), f"the card '{card.title}'")
+    called = f"the card {quoted(card.title)}"
+    faults = card_faults(text.encode(), called)
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise CardError(f"the card '{card.title}' would be refused: {faults[0]}{more}")
-    if parse_card(text.encode(), card.title) != card:
-        raise CardError(f"the card '{card.title}' would not be read back as it is: line breaks or spaces in a value?")
+        raise CardError(f"{called} would be refused: {faults[0]}{more}")
+    if parse_card(text.encode(), called) != card:
+        raise CardError(f"{called} would not be read back as it is: line breaks or spaces in a value?")
     return text
 
 
@@ -225,14 +226,14 @@ def _read_head(
                     items.append((number, {"file-format": items[-1][1].get("file-format", "")}))
                 items[-1][1][key] = value
             elif entry:
-                remarks.append(Remark(number, f"not one of an asset's {', '.join(ASSET_KEYS)}: {entry[:60]!r}"))
+                remarks.append(Remark(number, f"not one of an asset's {', '.join(ASSET_KEYS)}: {quoted(entry, 60)}"))
         elif inside and last:
             fields[last] = f"{fields[last]} {entry}".strip()
             remarks.append(Remark(number, f"taken for the rest of '{last}'"))
         else:
             key, value = _key_and_value(entry)
             if not key:
-                remarks.append(Remark(number, f"not a 'key: value': {entry[:60]!r}"))
+                remarks.append(Remark(number, f"not a 'key: value': {quoted(entry, 60)}"))
                 continue
             if key in at:
                 remarks.append(Remark(number, f"'{key}' is given again; line {at[key]} is ignored"))
@@ -240,7 +241,7 @@ def _read_head(
             if key != "asset":
                 fields[key] = value
             elif value:
-                remarks.append(Remark(number, f"assets stand on lines of their own; got {value[:60]!r}"))
+                remarks.append(Remark(number, f"assets stand on lines of their own; got {quoted(value, 60)}"))
     return fields, at, items
 
 
@@ -279,7 +280,7 @@ def _field_faults(parsed: _Parsed) -> list[Remark]:
 
     def expect(key: str, fits: bool, expected: str) -> None:
         if fields.get(key) and not fits:
-            faults.append(Remark(at[key], f"'{key}' must be {expected}; got {fields[key][:60]!r}"))
+            faults.append(Remark(at[key], f"'{key}' must be {expected}; got {quoted(fields[key], 60)}"))
 
     get = fields.get
     expect("module-type", get("module-type", "").split("-")[0] in _MODULE_TYPES,
@@ -295,16 +296,18 @@ def _field_faults(parsed: _Parsed) -> list[Remark]:
     expect("input-shape", _SHAPE.fullmatch(get("input-shape", "")) is not None, "like [32, 32, 3]")
     for key, value in fields.items():
         if ":" in value and key not in _COLON_ALLOWED:
-            faults.append(Remark(at[key], f"'{key}' must not hold a ':'; got {value[:60]!r}"))
+            faults.append(Remark(at[key], f"'{key}' must not hold a ':'; got {quoted(value, 60)}"))
         elif _YAML_SPECIAL.search(value) and key != "input-shape":
-            faults.append(Remark(at[key], f"'{key}' would be read as something else by YAML: {value[:60]!r}"))
+            faults.append(Remark(at[key], f"'{key}' would be read as something else by YAML: {quoted(value, 60)}"))
         if not re.fullmatch(r"[A-Za-z][\w-]*", key):
-            faults.append(Remark(at[key], f"a key is of letters, digits and '-'; got {key[:60]!r}"))
+            faults.append(Remark(at[key], f"a key is of letters, digits and '-'; got {quoted(key, 60)}"))
     for line, asset in zip(parsed.assets_at, parsed.card.assets, strict=True):
         if asset.file_format and asset.file_format not in _FORMATS:
-            faults.append(Remark(line, f"file-format must be of {', '.join(_FORMATS)}; got {asset.file_format!r}"))
+            faults.append(
+                Remark(line, f"file-format must be of {', '.join(_FORMATS)}; got {quoted(asset.file_format, 60)}")
+            )
         if asset.link and not re.fullmatch(r"https?://[^\s<>]+", asset.link):
-            faults.append(Remark(line, f"asset-link must be a web address; got {asset.link[:60]!r}"))
+            faults.append(Remark(line, f"asset-link must be a web address; got {quoted(asset.link, 60)}"))
     return faults
 
 

@@ -25,7 +25,7 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 
 from manidp.data.images import Preprocessing
-from manidp.errors import CardError, HubError, quoted
+from manidp.errors import CardError, HubError, quoted, short
 from manidp.fetch.archive import ArchiveError, members
 from manidp.fetch.download import Downloader, TransferError, is_offline, origins, target_of
 from manidp.files import open_regular, replacing, sha256_of, sweep, sync_folder
@@ -673,7 +673,7 @@ def _chosen(listed: Listed) -> Asset:
         weak = assets[0].sha256
         raise HubError(f"the card '{listed.uid}' gives {f'only {len(weak)} digits' if weak else 'nothing'} of the "
                        "sha256 of its .ckpt: what came could not be verified, so it is not brought")  # fmt: skip
-    formats = ", ".join(asset.file_format[:20] or "no format" for asset in listed.card.assets[:9])
+    formats = ", ".join(short(asset.file_format, 20) or "no format" for asset in listed.card.assets[:9])
     raise HubError(f"the card '{listed.uid}' names no .ckpt file ({formats or 'no files at all'})")
 
 
