@@ -1,6 +1,6 @@
 """The engine's code with every load and store bounded: instead of leaving its region, it says which one would have.
 
-``Checked`` is the generator with its text rewritten. Every pointer is followed from where it enters a function to where
+``Checked`` is the module with its text rewritten. Every pointer is followed from where it enters a function to where
 it is used, and with it goes the region that it may be used in: a map, a vector, a part of the constants, a table, the
 images, the results, the state. A line with a pointer that is not understood is an error, so nothing is left unchecked.
 """
@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from unittest import mock
 
 from engine_cases import Array, run_program
-from manidp.engine.codegen import ISAS, Generator, Isa
 from manidp.engine.engine import Program
-from manidp.engine.plan import Plan
+from manidp.engine.module import Module
+from manidp.engine.steps import Plan
+from manidp.engine.target import ISAS, Isa
 from manidp.result import Result
 
 BOUNDS = ("low", "high", "first", "last")  # where a pointer may write, and where it may read; ends not included
@@ -42,7 +43,7 @@ def _size(kind: str) -> int:
     return int(vector[1]) * _SIZES[vector[2]] if vector else _SIZES[kind]
 
 
-class Checked(Generator):
+class Checked(Module):
     """Code that counts accesses and notes the line of ``lines`` that would have left its region."""
 
     def __init__(self, plan: Plan, isa: Isa) -> None:
@@ -220,11 +221,11 @@ def _regions(plan: Plan, workspace: int, isa: Isa) -> Iterator[tuple[int, Region
     yield plan.workspace, (4 * plan.workspace, 4 * workspace, 4 * plan.workspace, 4 * workspace)
 
 
-def run_checked(plan: Plan, isa: str, images: Array, generator: type[Checked] = Checked) -> tuple[Result, str, int]:
+def run_checked(plan: Plan, isa: str, images: Array, module: type[Checked] = Checked) -> tuple[Result, str, int]:
     """What a plan's checked code gives, an instruction that would have left its region, and the number of accesses."""
-    with mock.patch("manidp.engine.engine.Generator", generator):
+    with mock.patch("manidp.engine.engine.Module", module):
         program = Program(plan, ISAS[isa])
     result, _ = run_program(program, plan, images)
     addresses = (program._code.get_global_value_address(name) for name in ("violation", "accesses"))
     violation, accesses = (ctypes.c_int64.from_address(address).value for address in addresses)
-    return result, generator(plan, ISAS[isa]).lines[violation].strip() if violation else "", accesses
+    return result, module(plan, ISAS[isa]).lines[violation].strip() if violation else "", accesses

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.data.images import Preprocessing
-from manidp.engine.codegen import ISAS
 from manidp.engine.engine import Program
 from manidp.engine.ir import FLOAT, HALF, Element
-from manidp.engine.plan import Plan, make_plan
+from manidp.engine.planner import make_plan
+from manidp.engine.steps import Plan
+from manidp.engine.target import ISAS
 from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import Graph
 from manidp.reference import node_values, run

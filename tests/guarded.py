@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine_cases import Array, call_program, plan_of, random_weights, with_thresholds
-from manidp.engine.codegen import ISAS
 from manidp.engine.engine import Program
+from manidp.engine.target import ISAS
 from manidp.graph import Graph
 from test_engine_random import networks
 

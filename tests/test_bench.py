@@ -15,9 +15,9 @@ from manidp.bench import measure
 from manidp.bench.measure import Contender, calibrated, interleaved, random_checkpoint
 from manidp.bench.peers import PEERS, Batch, Opened, Peer
 from manidp.data.images import draw_sample, load_sample
-from manidp.engine.codegen import ISAS
-from manidp.engine.engine import Engine, available_isas
+from manidp.engine.engine import Engine
 from manidp.engine.peak import multiply_add_peak
+from manidp.engine.target import ISAS, available_isas
 from manidp.errors import ManiDPError, MissingExtraError, UnsupportedError
 from manidp.gating.place import with_gates
 from manidp.graph.macs import dense_macs

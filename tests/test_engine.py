@@ -26,11 +26,15 @@ from engine_cases import (
     run_program,
     with_thresholds,
 )
-from manidp.engine import codegen
-from manidp.engine.codegen import ISAS
-from manidp.engine.engine import Engine, Program, available_isas, emulating_isas
+from manidp.engine.engine import Engine, Program
 from manidp.engine.ir import FLOAT, HALF
-from manidp.engine.plan import WINOGRAD, Convolve, Plan, make_plan
+from manidp.engine.kernels.convolution import Convolve, Kernel
+from manidp.engine.kernels.direct import Direct
+from manidp.engine.kernels.winograd import MATRICES, Winograd
+from manidp.engine.module import Module
+from manidp.engine.planner import make_plan
+from manidp.engine.steps import Plan
+from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.errors import ManiDPError, UnsupportedError
 from manidp.gating.manidp import head
 from manidp.gating.place import with_gates
@@ -144,7 +148,7 @@ def test_names_in_a_file_never_mean_a_vector_of_our_own() -> None:
     graph = network_with_a_vector_called("harmless")
     weights = with_thresholds(graph, random_weights(graph), images, {"g": 0.5})
     wanted = plan_of(graph, weights, isa)
-    code = codegen.Generator(wanted, ISAS[isa])
+    code = Module(wanted, ISAS[isa])
     assert_same_result(run_program(Program(wanted, ISAS[isa]), wanted, images)[0], run(graph, weights, images))
     for owner in ("g", "x"):
         for part in ("list", "mean", "hidden", "average", "max", "value", "1", "4"):
@@ -152,31 +156,40 @@ def test_names_in_a_file_never_mean_a_vector_of_our_own() -> None:
                 graph = network_with_a_vector_called(name)
                 plan = plan_of(graph, {k.replace("harmless", name): v for k, v in weights.items()}, isa)
                 np.testing.assert_array_equal(plan.constants.view(np.int32), wanted.constants.view(np.int32))
-                assert codegen.Generator(plan, ISAS[isa]).text == code.text, name
+                assert Module(plan, ISAS[isa]).text == code.text, name
 
 
-@pytest.mark.parametrize("side", WINOGRAD)
+@pytest.mark.parametrize("side", MATRICES)
 def test_winograds_products_make_a_convolution(side: int) -> None:
     """at [(g w g') * (bt d bt')] at' is d convolved with w, whatever the numbers."""
-    rng, way = np.random.default_rng(side), WINOGRAD[side]
-    d, w = rng.normal(size=(way.points, way.points)), rng.normal(size=(3, 3))
+    rng, way = np.random.default_rng(side), MATRICES[side]
+    d, w = rng.normal(size=(side + 2, side + 2)), rng.normal(size=(3, 3))
     bt, g, at = (np.array(matrix) for matrix in (way.bt, way.g, way.at))
     wanted = np.tensordot(sliding_window_view(d, (3, 3)), w, axes=2)
     np.testing.assert_allclose(at @ ((g @ w @ g.T) * (bt @ d @ bt.T)) @ at.T, wanted, atol=1e-12)
 
 
-@pytest.mark.parametrize(("size", "lanes", "side"), [(32, 16, 4), (16, 16, 4), (8, 16, 2), (8, 4, 4), (2, 4, 2)])
-def test_the_tile_is_the_one_that_needs_the_fewest_vectors(size: int, lanes: int, side: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "lanes", "single", "half"),
+    [
+        (32, 16, Winograd(4), Winograd(2)),
+        (8, 16, Winograd(2), Winograd(2)),
+        (8, 4, Winograd(4), Winograd(2)),
+        (4, 8, Direct(), Winograd(2)),
+        (2, 4, Direct(), Direct()),
+    ],
+)
+def test_the_cheapest_kernel_is_taken(size: int, lanes: int, single: Kernel, half: Kernel) -> None:
     nodes = (
         Input(name="image", dims=(3, size, size)),
         Conv(name="conv", inputs=("image",), channels=4),
         GlobalPool(name="pool", inputs=("conv",)),
     )
     graph = Graph(nodes, "pool")
-    for element, wanted in ((FLOAT, side), (HALF, 2)):
+    for element, wanted in ((FLOAT, single), (HALF, half)):
         plan = make_plan(graph, random_weights(graph), lanes=lanes, element=element, scale=np.ones(3), shift=np.ones(3))
         (step,) = [step for step in plan.steps if isinstance(step, Convolve)]
-        assert step.winograd == wanted
+        assert step.kernel == wanted
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden set at {GOLDEN}")
@@ -244,15 +257,15 @@ def test_weights_of_closed_channels_are_never_read(isa: str, weights: dict[str, 
     np.testing.assert_array_equal(again.logits, result.logits)
 
 
-class SkipsOneTooMany(codegen.Generator):
-    def _list(self, f, channels):  # type: ignore[no-untyped-def]
-        kept, below, number = super()._list(f, channels)
+class SkipsOneTooMany(Module):
+    def list(self, f, channels):  # type: ignore[no-untyped-def]
+        kept, below, number = super().list(f, channels)
         if channels.gate == "stage_2.1.mb1" and not channels.closed:
-            number = f(f"sub i64 {number}, 1")
+            number = f.minus(number, 1)
         return kept, below, number
 
 
-class ClosesLate(codegen.Generator):
+class ClosesLate(Module):
     def __init__(self, plan, isa):  # type: ignore[no-untyped-def]
         super().__init__(plan, isa)
         changed = self.text.replace("fcmp ugt", "fcmp uge")
@@ -265,10 +278,10 @@ def without_residual(plan: Plan) -> Plan:
     index, step = next(
         (i, step)
         for i, step in enumerate(steps)
-        if isinstance(step, Convolve) and any(op.kind == "add" for op in step.finish.ops)
+        if isinstance(step, Convolve) and any(op.kind == "add" for op in step.epilogue.ops)
     )
-    ops = tuple(op for op in step.finish.ops if op.kind != "add")
-    steps[index] = replace(step, finish=replace(step.finish, ops=ops))
+    ops = tuple(op for op in step.epilogue.ops if op.kind != "add")
+    steps[index] = replace(step, epilogue=replace(step.epilogue, ops=ops))
     return replace(plan, steps=tuple(steps))
 
 
@@ -280,17 +293,17 @@ def with_a_weight_changed(plan: Plan) -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("change", "generator"),
+    ("change", "module"),
     [
         (lambda plan: plan, SkipsOneTooMany),
-        (without_residual, codegen.Generator),
-        (with_a_weight_changed, codegen.Generator),
+        (without_residual, Module),
+        (with_a_weight_changed, Module),
     ],
     ids=["one channel too many skipped", "a residual left out", "one weight changed"],
 )
 def test_the_comparison_notices(
     change: Callable[[Plan], Plan],
-    generator: type[codegen.Generator],
+    module: type[Module],
     weights: dict[str, Array],
     images: Array,
     monkeypatch: pytest.MonkeyPatch,
@@ -298,14 +311,14 @@ def test_the_comparison_notices(
     plan = plan_of(GRAPH, weights, ISA[0])
     wanted = run(GRAPH, weights, images)
     assert_same_result(run_program(Program(plan, ISAS[ISA[0]]), plan, images)[0], wanted)
-    monkeypatch.setattr("manidp.engine.engine.Generator", generator)
+    monkeypatch.setattr("manidp.engine.engine.Module", module)
     broken = change(plan)
     with pytest.raises(AssertionError):
         assert_same_result(run_program(Program(broken, ISAS[ISA[0]]), broken, images)[0], wanted)
 
 
 def test_the_threshold_test_notices_at_least_in_place_of_more_than(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manidp.engine.engine.Generator", ClosesLate)
+    monkeypatch.setattr("manidp.engine.engine.Module", ClosesLate)
     with pytest.raises(AssertionError):
         test_a_saliency_exactly_on_the_threshold_is_closed(ISA[0])
 
@@ -423,8 +436,8 @@ def test_code_does_not_grow_with_a_map(isa: str) -> None:
     instructions = []
     for width in (500, 32_000):
         graph = row_of(width)
-        generator = codegen.Generator(plan_of(graph, random_weights(graph), isa), ISAS[isa])
-        instructions.append(sum(function.count("\n") for function in generator.functions))
+        module = Module(plan_of(graph, random_weights(graph), isa), ISAS[isa])
+        instructions.append(sum(function.count("\n") for function in module.functions))
     assert instructions[1] < 1.2 * instructions[0]
 
 
@@ -473,7 +486,7 @@ def test_the_time_to_plan_grows_no_faster_than_the_network() -> None:
     graph = Graph((*nodes, GlobalPool(name="last", inputs=(nodes[-1].name,))), "last")
     weights = random_weights(graph)
     start = time.process_time()
-    codegen.Generator(plan_of(graph, weights, ISA[0]), ISAS[ISA[0]])
+    Module(plan_of(graph, weights, ISA[0]), ISAS[ISA[0]])
     assert time.process_time() - start < 10
 
 
@@ -499,15 +512,15 @@ def test_a_long_chain_of_pointwise_nodes_is_cut_into_steps(gated: int) -> None:
 def test_code_and_workspace_are_bounded_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = deep(3)
     plan = plan_of(graph, random_weights(graph), ISA[0])
-    generator = codegen.Generator(plan, ISAS[ISA[0]])
-    assert 0.9 * len(generator.text) < generator.size < len(generator.text)
+    module = Module(plan, ISAS[ISA[0]])
+    assert 0.9 * len(module.text) < module.size < len(module.text)
     monkeypatch.setenv("MANIDP_MAX_CODE", "20000")
     with pytest.raises(UnsupportedError, match=r"takes \d\d,\d\d\d characters of generated code; .* MANIDP_MAX_CODE"):
-        codegen.Generator(plan, ISAS[ISA[0]])
+        Module(plan, ISAS[ISA[0]])
     monkeypatch.undo()
     monkeypatch.setenv("MANIDP_MAX_WORKSPACE_BYTES", "1000")
-    with pytest.raises(UnsupportedError, match=rf"needs {4 * generator.workspace:,} bytes .* MANIDP_MAX_WORKSPACE_B"):
-        codegen.Generator(plan, ISAS[ISA[0]])
+    with pytest.raises(UnsupportedError, match=rf"needs {4 * module.workspace:,} bytes .* MANIDP_MAX_WORKSPACE_B"):
+        Module(plan, ISAS[ISA[0]])
 
 
 @pytest.mark.parametrize(
@@ -528,7 +541,7 @@ def test_code_for_every_cpu_can_be_made_on_any(
     llvm.initialize_all_asmprinters()
     features = ",".join(f"+{feature}" for feature in ISAS[isa].features)
     target = llvm.Target.from_triple(triple).create_target_machine(features=features)
-    text = codegen.Generator(plan_of(GRAPH, weights, isa), ISAS[isa]).text
+    text = Module(plan_of(GRAPH, weights, isa), ISAS[isa]).text
     assembly = target.emit_assembly(llvm.parse_assembly(text))
     assert len(re.findall(instruction, assembly.replace("\t", " "))) > 100
     assert "%zmm" not in assembly or isa.startswith("avx512")

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine_cases import check, random_weights, with_thresholds
-from manidp.engine.engine import available_isas, emulating_isas
+from manidp.engine.target import available_isas, emulating_isas
 from manidp.gating.place import with_gates
 from manidp.graph import (
     Activation,

@@ -14,9 +14,9 @@ import manidp
 from engine_cases import assert_same_result, checkpoint_of, close_calls, random_weights, some_images
 from manidp import reference
 from manidp.data.images import load_sample
-from manidp.engine.codegen import ISAS
-from manidp.engine.engine import Engine, available_isas, emulating_isas
+from manidp.engine.engine import Engine
 from manidp.engine.ir import HALF
+from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.errors import ManiDPError, UnsupportedError
 from manidp.formats.checkpoint import checkpoint_path, load_checkpoint
 from manidp.models import resnet

@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 
 from checked import Checked, run_checked
 from engine_cases import Array, assert_same_result, plan_of, random_weights, with_thresholds
-from manidp.engine.codegen import ISAS
-from manidp.engine.engine import available_isas, emulating_isas
-from manidp.engine.ir import FLOAT, Function
-from manidp.engine.plan import Channels, Plan, Vector
+from manidp.engine.ir import FLOAT, Function, Index, Pointer
+from manidp.engine.steps import Channels, Plan, VectorKey
+from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.gating.manidp import head
 from manidp.graph import Concat, Conv, GlobalPool, Graph, Input, Linear, Multiply
 from manidp.reference import run
@@ -89,26 +88,26 @@ def with_a_list_that_a_file_writes(plan: Plan) -> Plan:
 
     It has as many numbers as the gate has channels: the counts behind them stay, so that all loops end.
     """
-    return replace(plan, vectors={**plan.vectors, Vector("gate", "list"): plan.vectors[Vector("side")]})
+    return replace(plan, vectors={**plan.vectors, VectorKey("gate", "list"): plan.vectors[VectorKey("side")]})
 
 
 class OneChannelTooMany(Checked):
-    def _list(self, f: Function, channels: Channels) -> tuple[str, str, str]:
-        kept, below, number = super()._list(f, channels)
-        return kept, below, f(f"add i64 {number}, 1")
+    def list(self, f: Function, channels: Channels) -> tuple[Pointer, Pointer, Index]:
+        kept, below, number = super().list(f, channels)
+        return kept, below, f.plus(number, 1)
 
 
 @pytest.mark.parametrize(
-    ("change", "generator"),
+    ("change", "module"),
     [(with_a_list_that_a_file_writes, Checked), (lambda plan: plan, OneChannelTooMany)],
     ids=["a list that a file writes", "one channel too many"],
 )
 def test_an_access_outside_its_region_is_reported_and_not_made(
-    change: Callable[[Plan], Plan], generator: type[Checked]
+    change: Callable[[Plan], Plan], module: type[Checked]
 ) -> None:
     plan = plan_of(GRAPH, gated_weights(0.5), ISA[0])
     assert not run_checked(plan, ISA[0], IMAGES)[1]
-    _, outside, _ = run_checked(change(plan), ISA[0], IMAGES, generator)
+    _, outside, _ = run_checked(change(plan), ISA[0], IMAGES, module)
     assert "load" in outside or "store" in outside
 
 

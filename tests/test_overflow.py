@@ -10,8 +10,8 @@ import pytest
 
 from engine_cases import Array, assert_close, checkpoint_of, random_weights
 from manidp import reference
-from manidp.engine.codegen import ISAS
-from manidp.engine.engine import Engine, available_isas, emulating_isas
+from manidp.engine.engine import Engine
+from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.errors import ManiDPError, UnsupportedError
 from manidp.gating.manidp import head
 from manidp.graph import Activation, BatchNorm, Conv, GlobalPool, Graph, Input, Linear, Multiply, Node, Pool

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 import manidp
 from engine_cases import assert_close, check, random_weights
 from manidp.data.images import load_sample
-from manidp.engine.engine import Engine, available_isas
+from manidp.engine.engine import Engine
+from manidp.engine.target import available_isas
 from manidp.formats.checkpoint import load_checkpoint, save_checkpoint
 from manidp.gating.static import constant_masks, freeze, static_macs, without_gates
 from manidp.graph import Graph

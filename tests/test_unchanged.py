@@ -11,7 +11,8 @@ import pytest
 
 from manidp import load_model
 from manidp.data.images import load_sample
-from manidp.engine.engine import Engine, available_isas
+from manidp.engine.engine import Engine
+from manidp.engine.target import available_isas
 
 RECORDED = {
     ("manidp-res20", "avx2"): "244664d3df4df8d658f25215b167cb6e99e132682e2b6074490e122cea5849f9",

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from manidp.bench.peers import PEERS, Batch, Peer, Run
 from manidp.data.images import CIFAR10_PREPROCESSING, ImageSet, Preprocessing
-from manidp.engine.codegen import ISAS
-from manidp.engine.engine import Engine, available_isas
+from manidp.engine.engine import Engine
 from manidp.engine.peak import multiply_add_peak
+from manidp.engine.target import ISAS, available_isas
 from manidp.errors import ManiDPError, MissingExtraError, UnsupportedError
 from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.place import with_gates

@@ -19,17 +19,17 @@ import llvmlite.binding as llvm
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.engine.codegen import ISAS, Generator, Isa
 from manidp.engine.inputs import Images, batch_of
-from manidp.engine.ir import FLOAT, HALF
-from manidp.engine.plan import Plan, make_plan
-from manidp.errors import ImageError, ManiDPError, UnsupportedError
+from manidp.engine.module import Module
+from manidp.engine.planner import make_plan
+from manidp.engine.steps import Plan
+from manidp.engine.target import Isa, choose_isa
+from manidp.errors import ImageError, ManiDPError
 from manidp.formats.checkpoint import DEFAULT, Checkpoint
 from manidp.result import Result
 
 MAX_THREADS = 1024
 MAX_WORKSPACES = 2**34  # bytes of all threads
-_ELEMENTS = {"float32": FLOAT, "float16": HALF}
 _RUN = ctypes.CFUNCTYPE(
     None,
     ctypes.c_void_p,  # images
@@ -54,11 +54,11 @@ class Program:
     """
 
     def __init__(self, plan: Plan, isa: Isa) -> None:
-        generator = Generator(plan, isa)
+        module = Module(plan, isa)
         self.constants = plan.constants
-        self.workspace = generator.workspace
+        self.workspace = module.workspace
         self.result_size = plan.graph.num_classes + sum(plan.graph.gate_channels.values())
-        self._code = _compile(generator.text, isa)
+        self._code = _compile(module.text, isa)
         self.run = _RUN(self._code.get_function_address("run"))
 
 
@@ -174,7 +174,7 @@ class Engine:
         if not isinstance(checkpoint, Checkpoint):
             raise ManiDPError(f"an engine runs a Checkpoint; got {checkpoint!r:.80}; manidp.load takes names and paths")
         self.checkpoint, self.graph, self.threads = checkpoint, checkpoint.graph, _threads(threads)
-        self.precision, self.isa = precision, _choose(precision, isa)
+        self.precision, self.isa = precision, choose_isa(precision, isa)
         self._again = partial(type(self), precision=precision, threads=self.threads, isa=isa)
         self._points: dict[str, _Address] = {}  # packed weights of the operating points that have been asked for
         self._runner: _Runner | None = _Runner(Program(self._plan(checkpoint.weights), self.isa), self.threads)
@@ -269,39 +269,6 @@ def _threads(threads: object) -> int:
     if not 1 <= number <= MAX_THREADS:
         raise ManiDPError(f"threads must be a whole number from 1 to {MAX_THREADS:,}; got {threads!r:.80}")
     return number
-
-
-def available_isas(precision: str = "float32") -> tuple[str, ...]:
-    """Names of the vector instruction sets of this CPU that have arithmetic of a precision, widest first."""
-    return tuple(isa.name for isa in _runnable(precision) if not isa.emulates)
-
-
-def emulating_isas(precision: str) -> tuple[str, ...]:
-    """Names of those that only emulate it, slowly: never taken unless asked for."""
-    return tuple(isa.name for isa in _runnable(precision) if isa.emulates)
-
-
-def _runnable(precision: str) -> list[Isa]:
-    if not isinstance(precision, str) or precision not in _ELEMENTS:
-        raise UnsupportedError(f"precisions {' and '.join(map(repr, _ELEMENTS))} can be run; got {precision!r}")
-    features = llvm.get_host_cpu_features()
-    return [
-        isa
-        for isa in ISAS.values()
-        if isa.element == _ELEMENTS[precision] and all(features.get(feature) for feature in isa.features)
-    ]
-
-
-def _choose(precision: str, name: str | None) -> Isa:
-    available = available_isas(precision)
-    if isinstance(name, str) and name in available + emulating_isas(precision):
-        return ISAS[name]
-    if name is None and available:
-        return ISAS[available[0]]
-    if not available:
-        missing = "AVX512-FP16 or Arm's FP16" if precision == "float16" else "vector"
-        raise UnsupportedError(f"precision {precision!r} needs {missing} instructions, which this CPU does not have")
-    raise UnsupportedError(f"for {precision} this CPU has {', '.join(available)}; got {name!r}")
 
 
 def _compile(text: str, isa: Isa) -> llvm.ExecutionEngine:

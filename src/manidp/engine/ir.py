@@ -1,4 +1,8 @@
-"""LLVM IR as text: a function under construction, with loops, vectors of floats and what is computed on them."""
+"""LLVM IR as text: a function under construction, with loops, vectors and what is computed on them.
+
+What an instruction makes is a name; its Python type says what is behind the name, so that mypy finds an index where a
+pointer belongs.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,64 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 
-Body = Callable[..., Sequence[str]]
+
+class Value(str):
+    """The name of a value, or a constant, in the text."""
+
+    __slots__ = ()
+
+
+class Pointer(Value):
+    """An address."""
+
+    __slots__ = ()
+
+
+class Index(Value):
+    """An i64: a count, a position, an offset in elements."""
+
+    __slots__ = ()
+
+
+class Scalar(Value):
+    """One element."""
+
+    __slots__ = ()
+
+
+class Vec(Value):
+    """A vector of as many elements as the instruction set has lanes."""
+
+    __slots__ = ()
+
+
+class Piece(Value):
+    """A vector of another length, or of other numbers."""
+
+    __slots__ = ()
+
+
+class Bits(Value):
+    """One bit a lane."""
+
+    __slots__ = ()
+
+
+class Bool(Value):
+    """One bit."""
+
+    __slots__ = ()
+
+
+V = TypeVar("V", bound=Value)
+Offset = Index | int
+Body = Callable[..., Sequence[Value]]
+ZERO = Index("0")
+NULL = Pointer("null")
 
 
 @dataclass(frozen=True)
@@ -21,11 +79,11 @@ class Element:
     suffix: str
     size: int
 
-    def literal(self, value: float) -> str:
+    def literal(self, value: float) -> Scalar:
         """A number as LLVM writes it."""
         if self.size == 2:
-            return f"0xH{np.float16(value).view(np.uint16):04X}"
-        return f"0x{np.float64(np.float32(value)).view(np.uint64):016X}"
+            return Scalar(f"0xH{np.float16(value).view(np.uint16):04X}")
+        return Scalar(f"0x{np.float64(np.float32(value)).view(np.uint64):016X}")
 
 
 FLOAT = Element("float", "f32", 4)
@@ -33,7 +91,7 @@ HALF = Element("half", "f16", 2)
 
 
 class Function:
-    """The text of one function; every method that makes a value returns its name.
+    """The text of one function; ``arguments`` are its parameters, names that begin with %.
 
     Vectors hold ``lanes`` elements, floats unless said otherwise. NaN goes through whatever is computed, so that an
     overflow anywhere is seen at the end.
@@ -42,17 +100,18 @@ class Function:
     def __init__(
         self,
         name: str,
-        arguments: str,
+        arguments: Sequence[Value],
         *,
         lanes: int,
         element: Element = FLOAT,
         linkage: str = "internal",
     ) -> None:
-        self.lines = [f"define {linkage} void @{name}({arguments}) #0 {{", "entry:"]
-        self.numbers = itertools.count(1)
-        self.label = "entry"
         self.lanes = lanes
         self.element = element
+        taken = ", ".join(map(self.typed, arguments))
+        self.lines = [f"define {linkage} void @{name}({taken}) #0 {{", "entry:"]
+        self.numbers = itertools.count(1)
+        self.label = "entry"
 
     @cached_property
     def floats(self) -> Function:
@@ -65,16 +124,45 @@ class Function:
     def vector(self) -> str:
         return f"<{self.lanes} x {self.element.name}>"
 
+    def kind(self, value: Value) -> str:
+        """LLVM's type of a value."""
+        match value:
+            case Pointer():
+                return "ptr"
+            case Index():
+                return "i64"
+            case Scalar():
+                return self.element.name
+            case Vec():
+                return self.vector
+            case Bits():
+                return f"<{self.lanes} x i1>"
+            case Bool():
+                return "i1"
+        raise TypeError(f"{type(value).__name__} {value} has no one type")
+
+    def typed(self, value: Value) -> str:
+        """A value with its type before it, as in a list of arguments."""
+        return f"{self.kind(value)} {value}"
+
     def text(self) -> str:
         return "\n".join([*self.lines, "  ret void", "}"])
 
-    def __call__(self, instruction: str) -> str:
-        name = f"%v{next(self.numbers)}"
+    def make(self, kind: type[V], instruction: str) -> V:
+        """The value that an instruction makes."""
+        name = kind(f"%v{next(self.numbers)}")
         self.lines.append(f"  {name} = {instruction}")
         return name
 
     def do(self, instruction: str) -> None:
         self.lines.append(f"  {instruction}")
+
+    def call(self, name: str, *arguments: Value | int) -> None:
+        """Call a function that returns nothing; an int is an i64."""
+        given = (Index(value) if isinstance(value, int) else value for value in arguments)
+        self.do(f"call void @{name}({', '.join(map(self.typed, given))})")
+
+    # Control
 
     def begin(self, label: str) -> None:
         self.lines.append(f"{label}:")
@@ -83,62 +171,86 @@ class Function:
     def new_label(self, name: str) -> str:
         return f"{name}{next(self.numbers)}"
 
-    def loop(self, count: str | int, body: Body, *carried: tuple[str, str]) -> list[str]:
-        """For i from 0 to count - 1: carried = body(i, *carried). ``carried`` are (type, first value)."""
+    def go(self, label: str) -> None:
+        self.do(f"br label %{label}")
+
+    def branch(self, condition: Bool, yes: str, no: str) -> None:
+        self.do(f"br i1 {condition}, label %{yes}, label %{no}")
+
+    def loop(self, count: Offset, body: Body, *carried: Value) -> list[Any]:
+        """For i from 0 to count - 1: carried = body(i, *carried). ``carried`` are the first values."""
         if count == 1:
-            return list(body("0", *(first for _, first in carried)))
+            return list(body(ZERO, *carried))
         before, start, after = self.label, self.new_label("loop"), self.new_label("after")
-        some = self(f"icmp sgt i64 {count}, 0")
-        self.do(f"br i1 {some}, label %{start}, label %{after}")
+        some = self.make(Bool, f"icmp sgt i64 {count}, 0")
+        self.branch(some, start, after)
         self.begin(start)
-        counter, index = f"%{start}.i", f"%{start}.index"
-        values = [f"%{start}.{n}" for n in range(len(carried))]
+        counter, index = Index(f"%{start}.i"), Index(f"%{start}.index")
+        values = [type(first)(f"%{start}.{n}") for n, first in enumerate(carried)]
         head = len(self.lines)
         updated = list(body(index, *values))
-        following = self(f"add nsw i64 {counter}, 1")
-        again = self(f"icmp slt i64 {following}, {count}")
-        self.do(f"br i1 {again}, label %{start}, label %{after}")
+        following = self.make(Index, f"add nsw i64 {counter}, 1")
+        again = self.make(Bool, f"icmp slt i64 {following}, {count}")
+        self.branch(again, start, after)
         last = self.label
         self.lines[head:head] = [
             f"  {counter} = phi i64 [0, %{before}], [{following}, %{last}]",
             *(
-                f"  {value} = phi {kind} [{first}, %{before}], [{update}, %{last}]"
-                for value, (kind, first), update in zip(values, carried, updated, strict=True)
+                f"  {value} = phi {self.kind(first)} [{first}, %{before}], [{update}, %{last}]"
+                for value, first, update in zip(values, carried, updated, strict=True)
             ),
             # opaque: LLVM's search for the cheapest addresses in a loop takes long, and gains nothing
             f'  {index} = call i64 asm "", "=r,0"(i64 {counter})',
         ]
         self.begin(after)
         return [
-            self(f"phi {kind} [{first}, %{before}], [{update}, %{last}]")
-            for (kind, first), update in zip(carried, updated, strict=True)
+            self.make(type(first), f"phi {self.kind(first)} [{first}, %{before}], [{update}, %{last}]")
+            for first, update in zip(carried, updated, strict=True)
         ]
+
+    # Whole numbers
+
+    def plus(self, a: Offset, b: Offset) -> Index:
+        return self.make(Index, f"add i64 {a}, {b}")
+
+    def minus(self, a: Offset, b: Offset) -> Index:
+        return self.make(Index, f"sub i64 {a}, {b}")
+
+    def scaled(self, value: Index, factor: Offset) -> Index:
+        return ZERO if "0" in (value, str(factor)) else self.make(Index, f"mul nsw i64 {value}, {factor}")
+
+    def divided(self, value: Offset, divisor: Offset) -> Index:
+        return self.make(Index, f"udiv i64 {value}, {divisor}")
+
+    def remainder(self, value: Offset, divisor: Offset) -> Index:
+        return self.make(Index, f"urem i64 {value}, {divisor}")
+
+    def least(self, a: Offset, b: Offset) -> Index:
+        return self.make(Index, f"call i64 @llvm.umin.i64(i64 {a}, i64 {b})")
 
     # Addresses and memory; offsets count elements
 
-    def at(self, pointer: str, *offsets: str | int, element: Element | None = None) -> str:
+    def at(self, pointer: Pointer, *offsets: Offset, element: Element | None = None) -> Pointer:
         for offset in offsets:
             if str(offset) != "0":
                 kind = (element or self.element).name
-                pointer = self(f"getelementptr inbounds {kind}, ptr {pointer}, i64 {offset}")
+                pointer = self.make(Pointer, f"getelementptr inbounds {kind}, ptr {pointer}, i64 {offset}")
         return pointer
 
-    def bytes_at(self, pointer: str, *offsets: str) -> str:
+    def bytes_at(self, pointer: Pointer, *offsets: Index) -> Pointer:
         for offset in offsets:
-            pointer = self(f"getelementptr inbounds i8, ptr {pointer}, i64 {offset}")
+            pointer = self.make(Pointer, f"getelementptr inbounds i8, ptr {pointer}, i64 {offset}")
         return pointer
 
-    def scaled(self, value: str, factor: str | int) -> str:
-        return "0" if "0" in (value, str(factor)) else self(f"mul nsw i64 {value}, {factor}")
-
-    def index(self, pointer: str, position: str | int = 0) -> str:
+    def index(self, pointer: Pointer, position: Offset = 0) -> Index:
         """An int32 of a list, as i64."""
-        return self(f"zext i32 {self(f'load i32, ptr {self.floats.at(pointer, position)}')} to i64")
+        number = self.make(Piece, f"load i32, ptr {self.floats.at(pointer, position)}")
+        return self.make(Index, f"zext i32 {number} to i64")
 
-    def load(self, pointer: str, offset: str | int = 0) -> str:
-        return self(f"load {self.vector}, ptr {self.at(pointer, offset)}, align {self.element.size}")
+    def load(self, pointer: Pointer, offset: Offset = 0) -> Vec:
+        return self.make(Vec, f"load {self.vector}, ptr {self.at(pointer, offset)}, align {self.element.size}")
 
-    def store(self, value: str, pointer: str, offset: str | int = 0, mask: str | None = None) -> None:
+    def store(self, value: Vec, pointer: Pointer, offset: Offset = 0, mask: Bits | None = None) -> None:
         address = self.at(pointer, offset)
         if mask is None:
             self.do(f"store {self.vector} {value}, ptr {address}, align {self.element.size}")
@@ -147,94 +259,104 @@ class Function:
             name = f"llvm.masked.store.v{self.lanes}{self.element.suffix}.p0"
             self.do(f"call void @{name}({self.vector} {value}, ptr {address}, i32 {self.element.size}, {lanes})")
 
-    def scalar(self, pointer: str, offset: str | int = 0) -> str:
-        return self(f"load {self.element.name}, ptr {self.at(pointer, offset)}, align {self.element.size}")
+    def scalar(self, pointer: Pointer, offset: Offset = 0) -> Scalar:
+        return self.make(Scalar, f"load {self.element.name}, ptr {self.at(pointer, offset)}, align {self.element.size}")
 
-    def get(self, address: str, element: Element, lanes: int) -> str:
+    def get(self, address: Pointer, element: Element, lanes: int) -> Piece:
         """A vector of any type and length."""
-        return self(f"load <{lanes} x {element.name}>, ptr {address}, align {element.size}")
+        return self.make(Piece, f"load <{lanes} x {element.name}>, ptr {address}, align {element.size}")
 
-    def put(self, value: str, address: str, element: Element, lanes: int) -> None:
+    def put(self, value: Piece, address: Pointer, element: Element, lanes: int) -> None:
         """Store a vector of any type and length."""
         self.do(f"store <{lanes} x {element.name}> {value}, ptr {address}, align {element.size}")
 
-    def copy(self, source: str, target: str, size: int | str) -> None:
+    def copy(self, source: Pointer, target: Pointer, size: Offset) -> None:
         """Copy ``size`` floats."""
-        length = self(f"mul i64 {size}, 4")
+        length = self.make(Index, f"mul i64 {size}, 4")
         self.do(f"call void @llvm.memcpy.p0.p0.i64(ptr {target}, ptr {source}, i64 {length}, i1 false)")
 
     # Arithmetic on vectors
 
-    def convert(self, value: str, source: Element, target: Element, lanes: int) -> str:
+    def convert(self, value: V, source: Element, target: Element, lanes: int) -> V:
         """Elements of one type as elements of another; ``lanes`` 0 stands for a single one."""
         if source == target:
             return value
         from_, to = (f"<{lanes} x {e.name}>" if lanes else e.name for e in (source, target))
-        return self(f"{'fpext' if source.size < target.size else 'fptrunc'} {from_} {value} to {to}")
+        return self.make(type(value), f"{'fpext' if source.size < target.size else 'fptrunc'} {from_} {value} to {to}")
 
-    def widen(self, value: str) -> str:
+    def widen(self, value: Vec) -> Vec:
         """A vector as floats."""
         return self.convert(value, self.element, FLOAT, self.lanes)
 
-    def splat_float(self, pointer: str, offset: str | int) -> str:
+    def splat_float(self, pointer: Pointer, offset: Offset) -> Vec:
         """A float in memory, in every lane."""
         return self.splat(self.convert(self.floats.scalar(pointer, offset), FLOAT, self.element, 0))
 
-    def splat(self, value: str) -> str:
-        one = self(f"insertelement {self.vector} poison, {self.element.name} {value}, i64 0")
-        return self(f"shufflevector {self.vector} {one}, {self.vector} poison, <{self.lanes} x i32> zeroinitializer")
+    def splat(self, value: Scalar) -> Vec:
+        one = self.make(Vec, f"insertelement {self.vector} poison, {self.element.name} {value}, i64 0")
+        every = f"<{self.lanes} x i32> zeroinitializer"
+        return self.make(Vec, f"shufflevector {self.vector} {one}, {self.vector} poison, {every}")
 
-    def constant(self, *values: float) -> str:
+    def constant(self, *values: float) -> Vec:
         """The values again and again."""
         lanes = [f"{self.element.name} {self.element.literal(value)}" for value in values]
-        return f"<{', '.join(lanes * (self.lanes // len(lanes)))}>"
+        return Vec(f"<{', '.join(lanes * (self.lanes // len(lanes)))}>")
 
-    def fma(self, a: str, b: str, c: str) -> str:
+    def fma(self, a: Vec, b: Vec, c: Vec) -> Vec:
         v = self.vector
-        return self(f"call {v} @llvm.fmuladd.v{self.lanes}{self.element.suffix}({v} {a}, {v} {b}, {v} {c})")
+        return self.make(Vec, f"call {v} @llvm.fmuladd.v{self.lanes}{self.element.suffix}({v} {a}, {v} {b}, {v} {c})")
 
-    def arithmetic(self, operation: str, a: str, b: str) -> str:
-        return self(f"{operation} {self.vector} {a}, {b}")
+    def arithmetic(self, operation: str, a: Vec, b: Vec) -> Vec:
+        return self.make(Vec, f"{operation} {self.vector} {a}, {b}")
 
-    def select(self, mask: str, a: str, b: str) -> str:
-        return self(f"select <{self.lanes} x i1> {mask}, {self.vector} {a}, {self.vector} {b}")
+    def compare(self, comparison: str, a: Vec, b: Vec) -> Bits:
+        return self.make(Bits, f"fcmp {comparison} {self.vector} {a}, {b}")
 
-    def zero_unless(self, mask: str | None, value: str) -> str:
+    def select(self, mask: Bits, a: Vec, b: Vec) -> Vec:
+        return self.make(Vec, f"select <{self.lanes} x i1> {mask}, {self.vector} {a}, {self.vector} {b}")
+
+    def zero_unless(self, mask: Bits | None, value: Vec) -> Vec:
         return value if mask is None else self.select(mask, value, self.constant(0))
 
-    def shuffle(self, kind: str, value: str, lanes: Sequence[int | None], other: str = "poison") -> str:
+    def any_of(self, bits: Bits) -> Bool:
+        integer = self.make(Piece, f"bitcast <{self.lanes} x i1> {bits} to i{self.lanes}")
+        return self.make(Bool, f"icmp ne i{self.lanes} {integer}, 0")
+
+    def shuffle(self, kind: str, value: V, lanes: Sequence[int | None], other: Value | None = None) -> V:
         """Lanes of one or two vectors of type ``kind``; None stands for any."""
         chosen = ", ".join("i32 poison" if lane is None else f"i32 {lane}" for lane in lanes)
-        return self(f"shufflevector {kind} {value}, {kind} {other}, <{len(lanes)} x i32> <{chosen}>")
+        second = other if other is not None else "poison"
+        pattern = f"<{len(lanes)} x i32> <{chosen}>"
+        return self.make(type(value), f"shufflevector {kind} {value}, {kind} {second}, {pattern}")
 
-    def scale_and_shift(self, value: str, scale: str, shift: str, lanes: int) -> str:
+    def scale_and_shift(self, value: Piece, scale: Scalar, shift: Scalar, lanes: int) -> Piece:
         """value * scale + shift for a vector of any length."""
         kind = f"<{lanes} x float>"
-        ones = [self(f"insertelement {kind} poison, float {x}, i64 0") for x in (scale, shift)]
+        ones = [self.make(Piece, f"insertelement {kind} poison, float {x}, i64 0") for x in (scale, shift)]
         scales, shifts = (self.shuffle(kind, one, [0] * lanes) for one in ones)
-        product = self(f"fmul contract {kind} {value}, {scales}")
-        return self(f"fadd contract {kind} {product}, {shifts}")
+        product = self.make(Piece, f"fmul contract {kind} {value}, {scales}")
+        return self.make(Piece, f"fadd contract {kind} {product}, {shifts}")
 
-    def maximum(self, a: str, b: str) -> str:
+    def maximum(self, a: Vec, b: Vec) -> Vec:
         """The larger of two, NaN if one of them is; cheapest if ``a`` is a constant."""
         return self._extreme("ogt", a, b)
 
-    def minimum(self, a: str, b: str) -> str:
+    def minimum(self, a: Vec, b: Vec) -> Vec:
         """The smaller of two, NaN if one of them is; cheapest if ``a`` is a constant."""
         return self._extreme("olt", a, b)
 
-    def _extreme(self, comparison: str, a: str, b: str) -> str:
-        chosen = self.select(self(f"fcmp {comparison} {self.vector} {a}, {b}"), a, b)  # b if one of them is NaN
+    def _extreme(self, comparison: str, a: Vec, b: Vec) -> Vec:
+        chosen = self.select(self.compare(comparison, a, b), a, b)  # b if one of them is NaN
         return chosen if a.startswith("<") else self.select(self.is_nan(a), a, chosen)
 
-    def is_nan(self, value: str) -> str:
-        return self(f"fcmp uno {self.vector} {value}, {value}")
+    def is_nan(self, value: Vec) -> Bits:
+        return self.compare("uno", value, value)
 
-    def spoil(self, value: str) -> str:
+    def spoil(self, value: Vec) -> Vec:
         """NaN in place of infinities, all else as it is: what would make a decent number of them lets NaN through."""
         return self.fma(value, self.constant(0), value)
 
-    def combine(self, coefficients: Sequence[float], values: Sequence[str]) -> str:
+    def combine(self, coefficients: Sequence[float], values: Sequence[Vec]) -> Vec:
         """The sum of coefficient * value, terms with coefficient 0 left out."""
         terms = [(c, v) for c, v in zip(coefficients, values, strict=True) if c != 0]
         (first, total), *rest = sorted(terms, key=lambda term: (term[0] != 1, term[0] < 0))
@@ -244,12 +366,12 @@ class Function:
             total = self.add_multiple(total, coefficient, value)
         return total
 
-    def add_multiple(self, total: str, coefficient: float, value: str) -> str:
+    def add_multiple(self, total: Vec, coefficient: float, value: Vec) -> Vec:
         if abs(coefficient) == 1:
             return self.arithmetic("fadd" if coefficient > 0 else "fsub", total, value)
         return self.fma(value, self.constant(coefficient), total)
 
-    def multiply(self, matrix: Sequence[Sequence[float]], values: Sequence[str]) -> list[str]:
+    def multiply(self, matrix: Sequence[Sequence[float]], values: Sequence[Vec]) -> list[Vec]:
         """Matrix times values; sums and differences serve all neighbouring pairs that differ in signs only."""
         coefficients, terms = np.array(matrix, dtype=np.float64), list(values)
         for j in range(0, len(terms) - 1, 2):
@@ -257,7 +379,7 @@ class Function:
             if np.array_equal(abs(a), abs(b)):
                 terms[j : j + 2] = [self.arithmetic(way, *terms[j : j + 2]) for way in ("fadd", "fsub")]
                 coefficients.T[j : j + 2] = (a + b) / 2, (a - b) / 2
-        made: list[str] = []
+        made: list[Vec] = []
         for i in range(0, len(coefficients), 2):
             rows = coefficients[i : i + 2]
             if len(rows) == 2 and np.array_equal(*abs(rows)):
@@ -270,10 +392,10 @@ class Function:
                 made += [self.combine(row, terms) for row in rows]
         return made
 
-    def clip(self, y: str, low: float, high: float) -> str:
+    def clip(self, y: Vec, low: float, high: float) -> Vec:
         return self.minimum(self.maximum(y, self.constant(low)), self.constant(high))
 
-    def activate(self, kind: str, y: str) -> str:
+    def activate(self, kind: str, y: Vec) -> Vec:
         if kind == "relu":
             return self.maximum(self.constant(0), y)
         if kind == "relu6":
@@ -284,14 +406,14 @@ class Function:
             return sixth if kind == "hardsigmoid" else self.arithmetic("fmul", y, sixth)
         return self.convert(self.floats._sigmoid(kind, self.widen(y)), FLOAT, self.element, self.lanes)
 
-    def _sigmoid(self, kind: str, y: str) -> str:
+    def _sigmoid(self, kind: str, y: Vec) -> Vec:
         """sigmoid(y), or y * sigmoid(y)."""
         exponential = self._exp(self.arithmetic("fsub", self.constant(0), y))
         exponential = self.fma(y, self.constant(0), exponential)  # NaN if y is: its bits are no exponent
         sum_ = self.arithmetic("fadd", exponential, self.constant(1))
         return self.arithmetic("fdiv", self.constant(1) if kind == "sigmoid" else y, sum_)
 
-    def _exp(self, x: str) -> str:
+    def _exp(self, x: Vec) -> Vec:
         """e^x for |x| <= 87 and clipped beyond: 2^n e^r, n = round(x / ln 2), a polynomial for e^r."""
         x = self.minimum(self.constant(87), self.maximum(self.constant(-87), x))
         magic = self.constant(1.5 * 2**23)  # adding it rounds to an integer, kept in the low bits
@@ -303,7 +425,8 @@ class Function:
         for factorial in (120, 24, 6, 2, 1, 1):
             polynomial = self.fma(polynomial, r, self.constant(1 / factorial))
         integers = f"<{self.lanes} x i32>"
-        bits = self(f"bitcast {self.vector} {shifted} to {integers}")
-        exponent = self(f"shl {integers} {bits}, <{', '.join(['i32 23'] * self.lanes)}>")
-        scaled = self(f"add {integers} {self(f'bitcast {self.vector} {polynomial} to {integers}')}, {exponent}")
-        return self(f"bitcast {integers} {scaled} to {self.vector}")
+        bits = self.make(Piece, f"bitcast {self.vector} {shifted} to {integers}")
+        exponent = self.make(Piece, f"shl {integers} {bits}, <{', '.join(['i32 23'] * self.lanes)}>")
+        scaled = self.make(Piece, f"bitcast {self.vector} {polynomial} to {integers}")
+        scaled = self.make(Piece, f"add {integers} {scaled}, {exponent}")
+        return self.make(Vec, f"bitcast {integers} {scaled} to {self.vector}")

@@ -7,8 +7,8 @@ import time
 
 import numpy as np
 
-from manidp.engine.codegen import Isa
 from manidp.engine.engine import _compile
+from manidp.engine.target import Isa
 
 CHAINS = 12  # independent sums: more than latency times throughput of any CPU's multiply-add units
 REPEATS = 400_000

@@ -1,0 +1,103 @@
+"""Which nodes make one step of the plan, and in which order the steps run.
+
+Convolutions and pools start a step; the pointwise nodes that follow are fused into it as far as each value has one
+reader.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from manidp.graph import Activation, Add, BatchNorm, Clip, Conv, Graph, Multiply, Node, Pool
+
+POINTWISE = (BatchNorm, Activation, Clip, Add, Multiply)
+_LIMIT = 16  # nodes that one step may go on with: each makes the code of its inner loop longer
+
+
+@dataclass
+class Task:
+    """A node that starts a step and the pointwise nodes fused into it."""
+
+    start: Node
+    gated: bool  # whether a gate scales one of its nodes
+    fused: list[Node] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.nodes[-1].name
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return (self.start, *self.fused)
+
+
+def tasks_of(graph: Graph) -> list[Task]:
+    """The graph as tasks, each after those that it needs."""
+    return _ordered(graph, _fused(graph))
+
+
+def gate_to_skip(graph: Graph, task: Task) -> str | None:
+    """The gate whose closed channels the start of a task need not compute."""
+    return graph.select_of(task.start) or graph.wanted_by.get(task.start.name)
+
+
+def _fused(graph: Graph) -> list[Task]:
+    tasks: dict[str, Task] = {}  # by the value that ends them, in the order of the graph
+    place: dict[str, int] = {}  # of every value in the graph
+    for node in graph.nodes:
+        place[node.name] = len(place)
+        gated = graph.select_of(node) is not None
+        value = _fusible(graph, node, tasks, place)
+        if value is None:
+            tasks[node.name] = Task(node, gated)
+        else:
+            task = tasks[node.name] = tasks.pop(value)
+            task.fused.append(node)
+            task.gated |= gated
+    return list(tasks.values())
+
+
+def _fusible(graph: Graph, node: Node, tasks: Mapping[str, Task], place: Mapping[str, int]) -> str | None:
+    """The input of a pointwise node whose step may go on with it: a gated one if there is one, else the latest."""
+    if not isinstance(node, POINTWISE) or len(graph.shapes[node.name]) != 3:
+        return None
+    per_channel_factor = isinstance(node, Multiply) and len(graph.shapes[node.inputs[1]]) == 1
+    found: list[tuple[bool, int, str]] = []
+    for name in node.inputs[:1] if per_channel_factor else node.inputs:
+        task = tasks.get(name)
+        if (
+            task is not None
+            and node.inputs.count(name) == 1
+            and len(graph.readers[name]) == 1
+            and isinstance(task.start, (Conv, Pool, *POINTWISE))
+            and len(task.fused) < _LIMIT
+        ):
+            found.append((task.gated, place[name], name))
+    return max(found)[2] if found else None
+
+
+def _ordered(graph: Graph, tasks: list[Task]) -> list[Task]:
+    """As given, but each after the steps and the gate that it needs."""
+    makes = {node.name: index for index, task in enumerate(tasks) for node in task.nodes}
+    readers: list[list[int]] = [[] for _ in tasks]
+    missing: list[int] = []
+    for index, task in enumerate(tasks):
+        gate = gate_to_skip(graph, task)
+        sources = [source for node in task.nodes for source in node.inputs] + ([gate] if gate else [])
+        needed = {makes[source] for source in sources} - {index}
+        missing.append(len(needed))
+        for other in needed:
+            readers[other].append(index)
+    ready = [index for index, number in enumerate(missing) if not number]
+    ordered: list[Task] = []
+    while ready:
+        first = heapq.heappop(ready)
+        ordered.append(tasks[first])
+        for index in readers[first]:
+            missing[index] -= 1
+            if not missing[index]:
+                heapq.heappush(ready, index)
+    assert len(ordered) == len(tasks), "a gate depends on what it gates"
+    return ordered

@@ -1,0 +1,401 @@
+"""A convolution of whatever kernel: block by block of neighbouring positions, K kept outputs at a time.
+
+The loop that takes the time is the *tile*, K outputs x V vectors of accumulators that stay in registers:
+
+    for j in kept inputs:                  # li[j], so closed inputs cost nothing
+        for each tap of the kernel:
+            x[v] = V vectors of input channel li[j] at the tap's shift
+            for k in K kept outputs:       # lo[k], so closed outputs cost nothing, either
+                a[k][v] += weight[lo[k]][li[j]][tap] * x[v]
+
+Weights are broadcast one by one from where they lie, so any set of channels can be skipped without packing anything.
+What tiles make goes to a scratch area, and the epilogue makes outputs from it. A kernel (``direct``, ``winograd``) says
+what the tiles multiply and how outputs come from their products.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.engine.ir import NULL, ZERO, Element, Function, Index, Offset, Pointer, Vec
+from manidp.engine.kernels import epilogue as epilogues
+from manidp.engine.module import WORKSPACE, Module
+from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, Step, Window, window_of
+from manidp.engine.target import Isa
+from manidp.engine.walk import BLOCK, Mask, Tile, bits_of, single, vectors_of
+from manidp.errors import UnsupportedError
+from manidp.graph import Conv
+
+KERNEL_LIMIT, STRIDE_LIMIT = 7, 8
+
+_X, _WEIGHTS, _BIAS, _LI, _LO = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%li"), Pointer("%lo")
+_NI, _NO, _SCRATCH, _PRODUCTS = Index("%ni"), Index("%no"), Pointer("%scratch"), Pointer("%products")
+_ROW, _STRIDE, _CHANNEL, _POINTS = Index("%row"), Index("%stride"), Index("%channel"), Index("%points")
+_STEP, _TABLE = Index("%step"), Pointer("%table")
+_TILE = [
+    _X, _WEIGHTS, _LI, _NI, _LO, _NO, _PRODUCTS, BLOCK, _ROW, _STRIDE, _CHANNEL, _POINTS, _STEP, _TABLE,
+]  # fmt: skip
+
+
+class Kernel(ABC):
+    """A way to compute a convolution."""
+
+    most_outputs: int  # that a tile works on
+    packed = False  # whether tiles read inputs that ``transform`` has put one after the other
+
+    @property
+    def points(self) -> int:
+        """Products that tiles make of each output and position of the frame."""
+        return 1
+
+    @abstractmethod
+    def supports(self, node: Conv, element: Element) -> bool:
+        """Whether it can compute this convolution on such elements."""
+
+    @abstractmethod
+    def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
+        """Vectors of multiply-adds for one output and input channel; height and width are those of the output."""
+
+    @abstractmethod
+    def phases(self, node: Conv) -> tuple[int, int]:
+        """In how many phases it reads the source and writes the output."""
+
+    @abstractmethod
+    def pack(self, weight: NDArray[np.float64], element: Element) -> NDArray[np.float64]:
+        """weight (outputs, inputs, kernel, kernel) as tiles read it: (outputs, elements of a row)."""
+
+    @abstractmethod
+    def taps(
+        self, module: Module, group: Group, source: Layout, frame: Layout
+    ) -> tuple[list[int], list[tuple[int, list[Mask]]]]:
+        """What tiles multiply: offsets of the kernel's lines, and of its taps, with a mask for each vector."""
+
+    @abstractmethod
+    def outputs(self, g: Function, products: list[Vec]) -> list[Vec]:
+        """The outputs of one vector, a phase each, from its products, a point each."""
+
+    def transform(self, module: Module, group: Group, source: Layout, frame: Layout) -> str | None:
+        """The function that prepares the kept inputs of a block, None if there is nothing to prepare."""
+        return None
+
+    @abstractmethod
+    def model(self, x: NDArray[np.float32], weight: NDArray[np.float64], node: Conv) -> NDArray[Any]:
+        """Its arithmetic in NumPy: x (B, inputs, H, W), weight (outputs, inputs / groups, k, k), no bias."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """What the code for one group of a convolution depends on, layouts aside."""
+
+    kernel: Kernel
+    inputs: int
+    outputs: int
+    row: int
+    window: Window
+    tile: Tile
+    lanes: int
+
+    @property
+    def geometry(self) -> Group:
+        """The same without what most functions are told when called: how many channels, how far apart their weights."""
+        return replace(self, inputs=0, outputs=0, row=0)
+
+    @property
+    def block(self) -> int:
+        """Positions in a block."""
+        return self.tile.vectors * self.lanes
+
+    @property
+    def channel(self) -> int:
+        """Elements of scratch for one channel of a block, what was transformed or what tiles made.
+
+        An odd number of vectors, so that neighbouring channels do not fall into the same lines of the cache.
+        """
+        return (self.kernel.points * self.tile.vectors | 1) * self.lanes
+
+    @property
+    def transformed(self) -> int:
+        """Elements of scratch for the transformed inputs."""
+        return self.inputs * self.channel if self.kernel.packed else 0
+
+
+def check_convolution(node: Conv) -> Window:
+    """Its window. Raises UnsupportedError for a convolution that no kernel computes."""
+    window = window_of(node)
+    if window.kernel > KERNEL_LIMIT or window.stride > STRIDE_LIMIT:
+        raise UnsupportedError(
+            f"node '{node.name}': kernels up to {KERNEL_LIMIT}x{KERNEL_LIMIT} and strides up to {STRIDE_LIMIT} "
+            f"can be run; it has kernel {window.kernel}, stride {window.stride}"
+        )
+    return window
+
+
+def cheapest(kernels: Sequence[Kernel], node: Conv, size: Sequence[int], element: Element, lanes: int) -> Kernel:
+    """The kernel of least cost that supports the convolution; the first one of several. size: its output's."""
+    height, width = size
+    fitting = [kernel for kernel in kernels if kernel.supports(node, element)]
+    return min(fitting, key=lambda kernel: kernel.cost(node, height, width, lanes, element))
+
+
+def tile_shape(positions: int, most_outputs: int, isa: Isa) -> Tile:
+    """The tile that needs fewest cycles at two multiply-adds and two loads a cycle, padding of blocks counted."""
+    best: tuple[float, Tile] | None = None
+    needed = -(-positions // isa.lanes)
+    for vectors in range(1, 9):
+        outputs = min((isa.registers - 2 - vectors) // vectors, most_outputs)
+        if outputs < 1:
+            continue
+        blocks = -(-needed // vectors)
+        multiplied, loaded = outputs * vectors, outputs + vectors + 1
+        cost = max(multiplied, loaded) / multiplied * blocks * vectors / needed + 0.5 / multiplied + 0.02 * vectors
+        if best is None or cost < best[0]:
+            best = cost, Tile(outputs, vectors, blocks)
+    assert best is not None
+    return best[1]
+
+
+@dataclass(frozen=True)
+class Convolve(Step):
+    """A convolution and what follows it; ``weights`` and ``bias`` are offsets among the constants.
+
+    The weights of one output are ``row`` elements behind those of the one before.
+    """
+
+    node: Conv
+    kernel: Kernel
+    source: MapKey
+    weights: int
+    row: int
+    bias: int
+    inputs: Channels
+    outputs: Channels
+    epilogue: Epilogue
+
+    def maps(self) -> list[MapKey]:
+        stored = [self.epilogue.frame] if self.epilogue.stored else []
+        return [self.source, *self.epilogue.maps, *stored]
+
+    def together(self) -> list[MapKey]:
+        return [self.epilogue.frame, *self.epilogue.maps, self.source]
+
+    def window(self) -> tuple[MapKey, MapKey, Window] | None:
+        return self.source, self.epilogue.frame, window_of(self.node)
+
+    def emit(self, module: Module, f: Function) -> None:
+        node = self.node
+        source, frame = module.plan.maps[self.source].layout, module.plan.maps[self.epilogue.frame].layout
+        outputs = node.channels // node.groups
+        group = Group(
+            kernel=self.kernel,
+            inputs=self.inputs.count // node.groups,
+            outputs=outputs,
+            row=self.row,
+            window=window_of(node),
+            tile=tile_shape(frame.rows * frame.pitch, min(outputs, self.kernel.most_outputs), module.isa),
+            lanes=module.lanes,
+        )
+        products = (outputs + group.tile.outputs) * group.channel
+        module.reserve_scratch(group.transformed + products)
+        operands = epilogues.operands_of(module, f, self.epilogue)
+        extra = epilogues.parameters_of(operands)
+        arguments = [_X, _WEIGHTS, _BIAS, _LI, _NI, _LO, _NO, _SCRATCH, *extra]
+        key = (group, source, frame, self.epilogue.signature)
+        blocks = _Blocks(module, group, source, frame, self.epilogue, extra)
+        name = module.function(key, arguments, blocks.write)
+        li, below_in, ni = module.list(f, self.inputs)
+        lo, below_out, no = module.list(f, self.outputs)
+        x, weights = module.map(f, self.source), module.constant(f, self.weights)
+        bias = module.constant(f, self.bias)
+        rest = [f.at(WORKSPACE, module.plan.workspace), *operands]
+
+        def one_group(index: Index) -> list[Index]:
+            following = f.plus(index, 1)
+            first_in = f.index(below_in, f.scaled(index, group.inputs))
+            first_out = f.index(below_out, f.scaled(index, group.outputs))
+            these_in = f.minus(f.index(below_in, f.scaled(following, group.inputs)), first_in)
+            these_out = f.minus(f.index(below_out, f.scaled(following, group.outputs)), first_out)
+            # the list counts inputs from the first group's first, a row of weights counts from its own group's first
+            before = f.scaled(index, -group.row)
+            own = f.make(Pointer, f"getelementptr {module.element.name}, ptr {weights}, i64 {before}")
+            f.call(name, x, own, bias, f.at(li, first_in), these_in, f.at(lo, first_out), these_out, *rest)
+            return []
+
+        if node.groups > 1:
+            f.loop(node.groups, one_group)
+        else:
+            f.call(name, x, weights, bias, li, ni, lo, no, *rest)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The code for one group: block by block, and in each block the outputs in tiles of as even a size as can be."""
+
+    module: Module
+    group: Group
+    source: Layout
+    frame: Layout
+    epilogue: Epilogue
+    extra: list[Pointer]
+
+    def write(self, g: Function) -> None:
+        group, kernel = self.group, self.group.kernel
+        tiles = g.divided(g.plus(_NO, group.tile.outputs - 1), group.tile.outputs)
+        products = g.at(_SCRATCH, group.transformed)
+        multiply, table = self._tiles()
+        make_outputs = self._outputs()
+        x, stride = (_SCRATCH, group.channel) if kernel.packed else (_X, self.source.channel)
+
+        def one_block(block: Index) -> list[Index]:
+            transform = kernel.transform(self.module, group, self.source, self.frame)
+            if transform:
+                g.call(transform, _X, _SCRATCH, _LI, _NI, block)
+
+            def one_tile(index: Index) -> list[Index]:
+                first = g.divided(g.scaled(index, _NO), tiles)
+                end = g.divided(g.scaled(g.plus(index, 1), _NO), tiles)
+                outputs = g.floats.at(_LO, first), g.minus(end, first)
+                into = g.at(products, g.scaled(first, group.channel))
+                g.call(
+                    multiply, x, _WEIGHTS, _LI, _NI, *outputs, into, ZERO if kernel.packed else block, group.row,
+                    stride, group.channel, kernel.points, group.inputs, table,
+                )  # fmt: skip
+                return []
+
+            g.loop(tiles, one_tile)
+            g.call(make_outputs, products, _BIAS, _LO, _NO, block, *self.extra)
+            return []
+
+        g.loop(group.tile.blocks, one_block)
+
+    def _tiles(self) -> tuple[str, Pointer]:
+        """The function that picks the tile for a number of outputs, and the table that it is to be called with.
+
+        In the table lie the places of the kernel's lines and taps and the masks of the taps, where these are the same
+        for all blocks: so layers that differ in nothing else share their tiles.
+        """
+        group, module = self.group, self.module
+        tile, packed = group.tile, group.kernel.packed
+        lines, taps = group.kernel.taps(module, group, self.source, self.frame)
+        places = [*lines, *(offset for offset, _ in taps)]
+        masks = [mask for _, these in taps for mask in these]
+        words = [mask.word for mask in masks if mask.lanes]
+        table = module.table("i64", [*places, *words]) if any(places) or words else NULL
+        unknown = tuple((mask.lanes and "in the table") or mask.table for mask in masks)
+        key = ("tile", packed, tile.outputs, tile.vectors, len(lines), any(places), unknown)
+
+        def write(g: Function) -> None:
+            arms = {n: g.new_label("tile") for n in range(tile.least, tile.outputs + 1)}
+            cases = " ".join(f"i64 {n}, label %{arm}" for n, arm in arms.items())
+            g.do(f"switch i64 {_NO}, label %{arms[tile.least]} [{cases}]")
+            for n, arm in arms.items():
+                g.begin(arm)
+                one = multiply_tile(tile, n, len(lines), masks, apart=any(places), packed=packed)
+                g.call(module.function((*key, n), _TILE, one), *_TILE)
+                g.go("after")
+            g.begin("after")
+
+        return module.function(key, _TILE, write), table
+
+    def _outputs(self) -> str:
+        """The function that makes outputs of a block from what tiles made, and does what follows."""
+        group, frame, lanes = self.group, self.frame, self.module.lanes
+        one = single(frame, lanes)
+
+        def write(g: Function) -> None:
+            def one_output(k: Index) -> list[Index]:
+                channel = g.index(_LO, k)
+                bias = g.splat_float(_BIAS, channel)
+                products = g.at(_PRODUCTS, g.scaled(k, group.channel))
+
+                def one_vector(v: Index, block: Index) -> None:
+                    start = g.scaled(block, lanes)
+                    element = epilogues.Element(self.module, g, frame, self.epilogue, channel, start)
+                    here = g.at(products, g.scaled(v, lanes))
+                    made = [g.load(here, n * group.block) for n in range(group.kernel.points)]
+                    for phase, value in enumerate(group.kernel.outputs(g, made)):
+                        element.make(phase, block, g.arithmetic("fadd", value, bias))
+                    element.pool()
+
+                vectors_of(g, group.tile, one, one_vector)
+                return []
+
+            g.loop(_NO, one_output)
+
+        key = ("outputs", group.geometry, frame, self.epilogue.signature)
+        return self.module.function(key, [_PRODUCTS, _BIAS, _LO, _NO, BLOCK, *self.extra], write)
+
+
+def multiply_tile(
+    tile: Tile, outputs: int, side: int, masks: list[Mask], *, apart: bool, packed: bool
+) -> Callable[[Function], None]:
+    """Writes the function that multiplies and adds: ``outputs`` of a block, from all kept inputs, at each point.
+
+    ``side``: lines and taps a line. ``masks`` are those of the first tap's vectors, then of the second's, ...
+    ``apart``: taps lie at the places in %table, else all in one. ``packed``: kept inputs lie one after the other, as
+    ``Kernel.transform`` leaves them, not where their numbers say.
+    """
+    vectors = tile.vectors
+
+    def write(g: Function) -> None:
+        lanes = g.lanes
+
+        def number(position: Offset) -> Index:
+            address = g.make(Pointer, f"getelementptr i64, ptr {_TABLE}, i64 {position}")
+            return g.make(Index, f"load i64, ptr {address}")
+
+        rows = _rows_of_weights(g, tile, outputs)
+        start = g.at(_X, g.scaled(BLOCK, vectors * lanes))
+        offsets: list[Offset] = [number(side + t) if apart else 0 for t in range(side)]
+        words = iter(range(2 * side, 2 * side + len(masks)))
+        shown = [bits_of(g, number(next(words)), "i64") if mask.lanes else mask.bits(g, BLOCK) for mask in masks]
+
+        def one_point(point: Index) -> list[Index]:
+            here, at_point = g.scaled(point, vectors * lanes), g.scaled(point, _STEP)
+
+            def one_input(j: Index, *sums: Vec) -> list[Vec]:
+                i = g.index(_LI, j)
+                x = g.at(start, here, g.scaled(j if packed else i, _STRIDE))
+
+                def one_line(u: Index, *sums: Vec) -> list[Vec]:
+                    line = g.at(x, number(u)) if apart else x
+                    first = g.plus(g.scaled(i, side**2), g.scaled(u, side))
+                    first = g.plus(at_point, first)
+                    totals = list(sums)
+                    for t, offset in enumerate(offsets):
+                        tap = g.at(line, offset)
+                        values = [
+                            g.zero_unless(mask, g.load(tap, v * lanes))
+                            for v, mask in enumerate(shown[t * vectors : (t + 1) * vectors])
+                        ]
+                        for k in range(outputs):
+                            weight = g.splat(g.scalar(g.at(rows[k], first), t))
+                            for v, value in enumerate(values):
+                                totals[k * vectors + v] = g.fma(value, weight, totals[k * vectors + v])
+                    return totals
+
+                return g.loop(side, one_line, *sums)
+
+            zeros = [Vec("zeroinitializer")] * (outputs * vectors)
+            for at, total in enumerate(g.loop(_NI, one_input, *zeros)):
+                k, v = divmod(at, vectors)
+                g.store(total, g.at(_PRODUCTS, g.scaled(_CHANNEL, k), here), v * lanes)
+            return []
+
+        g.loop(_POINTS, one_point)
+
+    return write
+
+
+def _rows_of_weights(g: Function, tile: Tile, outputs: int) -> list[Pointer]:
+    """Pointers to the weights of the outputs of a tile; one that is not full does its last output again."""
+    positions: list[Offset] = list(range(outputs))
+    if outputs == tile.least:
+        last = g.minus(_NO, 1)
+        positions = [g.least(last, k) for k in positions]
+    return [g.at(_WEIGHTS, g.scaled(g.index(_LO, position), _ROW)) for position in positions]

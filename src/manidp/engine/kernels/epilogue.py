@@ -1,0 +1,97 @@
+"""The epilogue: what becomes of a value that was just computed. Operations, store, pooled sums."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from manidp.engine.ir import Function, Index, Pointer, Vec
+from manidp.engine.module import Module
+from manidp.engine.steps import Epilogue, Layout, MapKey, VectorKey
+from manidp.engine.walk import mask_of, single
+
+START = {"average": 0.0, "max": -np.inf}  # of pooled sums and maxima
+
+
+def operands_of(module: Module, f: Function, epilogue: Epilogue) -> list[Pointer]:
+    """What a function with this epilogue takes: pointers of the operations, of the stored map, of pooled sums."""
+    pointers = []
+    for op in epilogue.ops:
+        match op.operand:
+            case MapKey() as key:
+                pointers.append(module.map(f, key))
+            case VectorKey() as key:
+                pointers.append(module.vector(f, key))
+            case int(offset):
+                pointers.append(module.constant(f, offset))
+    if epilogue.stored:
+        frame = module.plan.maps[epilogue.frame].layout
+        first = epilogue.first_channel * frame.channel
+        pointers.append(f.at(module.map(f, epilogue.frame), first, element=module.element))
+    for sums in epilogue.pooled:
+        pointers.append(f.at(module.vector(f, sums), epilogue.first_channel * module.lanes))
+    return pointers
+
+
+def parameters_of(operands: list[Pointer]) -> list[Pointer]:
+    """The names under which such a function has its operands."""
+    return [Pointer(f"%p{i}") for i in range(len(operands))]
+
+
+class Element:
+    """What becomes of the values of one channel and vector."""
+
+    def __init__(
+        self, module: Module, g: Function, frame: Layout, epilogue: Epilogue, channel: Index, start: Index
+    ) -> None:
+        self.module, self.g, self.frame, self.epilogue = module, g, frame, epilogue
+        in_map = g.plus(g.scaled(channel, frame.channel), start)
+        pointers = iter([Pointer(f"%p{i}") for i in range(len(epilogue.ops) + 1 + len(epilogue.pooled))])
+        self.maps: list[Pointer] = []  # of each operation: the map beside the value,
+        self.factors: list[tuple[Vec, ...]] = []  # or a factor, or a scale and a shift
+        for op in epilogue.ops:
+            place, factors = Pointer(), tuple[Vec, ...]()
+            if op.kind in ("add", "multiply"):
+                place = g.at(next(pointers), in_map)
+            elif op.kind == "scale":
+                factors = (g.splat_float(next(pointers), channel),)
+            elif op.kind == "affine":
+                pair = g.floats.at(next(pointers), g.scaled(channel, 2))
+                factors = (g.splat_float(pair, 0), g.splat_float(pair, 1))
+            self.maps.append(place)
+            self.factors.append(factors)
+        self.into = g.at(next(pointers), in_map) if epilogue.stored else None
+        self.sums = [(sums.part, g.floats.at(next(pointers), g.scaled(channel, g.lanes))) for sums in epilogue.pooled]
+        self.totals: dict[str, Vec] = {}
+
+    def make(self, phase: int, block: Index, y: Vec) -> None:
+        """Do it for one vector of a phase."""
+        g, offset = self.g, phase * self.frame.plane
+        for op, place, factors in zip(self.epilogue.ops, self.maps, self.factors, strict=True):
+            if op.kind == "activate":
+                y = g.activate(str(op.operand), g.spoil(y))
+            elif isinstance(op.operand, tuple):
+                y = g.clip(g.spoil(y), *op.operand)
+            elif op.kind == "scale":
+                y = g.arithmetic("fmul", y, factors[0])
+            elif op.kind == "affine":
+                y = g.fma(y, factors[0], factors[1])
+            else:
+                y = g.arithmetic("fadd" if op.kind == "add" else "fmul", y, g.load(place, offset))
+        mask = mask_of(self.module, self.frame, phase, single(self.frame, g.lanes), 0).bits(g, block)
+        if self.into:
+            g.store(y, self.into, offset, mask)
+        for part, _ in self.sums:
+            counted = g.widen(g.spoil(y) if part == "max" else y)
+            if mask is not None:
+                counted = g.floats.select(mask, counted, g.floats.constant(START[part]))
+            self.totals[part] = self._pooled(part, self.totals[part], counted) if part in self.totals else counted
+
+    def pool(self) -> None:
+        """Add what was made to the pooled sums."""
+        floats = self.g.floats
+        for part, pointer in self.sums:
+            floats.store(self._pooled(part, floats.load(pointer), self.totals[part]), pointer)
+
+    def _pooled(self, part: str, a: Vec, b: Vec) -> Vec:
+        floats = self.g.floats
+        return floats.maximum(a, b) if part == "max" else floats.arithmetic("fadd", a, b)

@@ -1,0 +1,79 @@
+"""A linear layer: a matrix times one vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.engine.ir import FLOAT, Function, Index, Pointer, Vec
+from manidp.engine.module import Module
+from manidp.engine.steps import Step, VectorKey
+
+_AT_ONCE = 4  # vectors of outputs
+
+
+@dataclass(frozen=True)
+class MatVec(Step):
+    """target = weights @ source + bias; the weights lie transposed, rows padded to whole vectors."""
+
+    source: VectorKey
+    target: VectorKey
+    inputs: int
+    outputs: int
+    weights: int
+    bias: int
+
+    def emit(self, module: Module, f: Function) -> None:
+        lanes = module.lanes
+        x, into, weights, bias = Pointer("%x"), Pointer("%into"), Pointer("%weights"), Pointer("%bias")
+        inputs, row = Index("%inputs"), Index("%row")
+
+        def write(g: Function) -> None:
+            def some(vectors: int, first: Index) -> None:
+                """``vectors`` vectors of outputs from ``first`` on."""
+                here = g.scaled(first, lanes)
+                columns = g.at(weights, here)
+
+                def one_input(i: Index, *sums: Vec) -> list[Vec]:
+                    line, factor = g.at(columns, g.scaled(i, row)), g.splat(g.scalar(x, i))
+                    return [g.fma(g.load(line, v * lanes), factor, total) for v, total in enumerate(sums)]
+
+                starts = [g.load(g.at(bias, here), v * lanes) for v in range(vectors)]
+                for v, total in enumerate(g.loop(inputs, one_input, *starts)):
+                    g.store(total, g.at(into, here), v * lanes)
+
+            def four(index: Index) -> list[Index]:
+                some(_AT_ONCE, g.scaled(index, _AT_ONCE))
+                return []
+
+            def rest(index: Index) -> list[Index]:
+                some(1, g.plus(index, whole))
+                return []
+
+            vectors = g.divided(row, lanes)
+            fours = g.divided(vectors, _AT_ONCE)
+            whole = g.scaled(fours, _AT_ONCE)
+            g.loop(fours, four)
+            g.loop(g.minus(vectors, whole), rest)
+
+        name = module.function("matvec", [x, into, weights, bias, inputs, row], write, FLOAT)
+        f.call(
+            name, module.vector(f, self.source), module.vector(f, self.target), module.constant(f, self.weights),
+            module.constant(f, self.bias), self.inputs, -(-self.outputs // lanes) * lanes,
+        )  # fmt: skip
+
+
+def pack(weight: NDArray[np.floating], bias: NDArray[np.floating], lanes: int) -> tuple[NDArray[np.floating], ...]:
+    """weight (outputs, inputs) transposed, and bias (outputs,), rows padded to whole vectors."""
+    padding = (0, -len(weight) % lanes)
+    return np.pad(weight.T, ((0, 0), padding)), np.pad(bias, padding)
+
+
+def model(x: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Vectors (B, inputs) to (B, outputs), input by input, each product and sum rounded once."""
+    total = np.broadcast_to(bias, (len(x), len(bias))).astype(np.float32)
+    for i in range(weight.shape[1]):
+        total = (x[:, i, None].astype(np.float64) * weight[:, i] + total).astype(np.float32)
+    return total

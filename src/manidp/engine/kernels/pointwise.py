@@ -1,0 +1,147 @@
+"""Maps walked element by element, with or without a pooling window; pooled sums of whole maps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.engine.ir import FLOAT, NULL, Function, Index, Pointer, Scalar
+from manidp.engine.kernels.epilogue import START, Element, operands_of, parameters_of
+from manidp.engine.kernels.pool import window_value
+from manidp.engine.module import Module
+from manidp.engine.steps import Channels, Epilogue, MapKey, Step, VectorKey, Window, window_of
+from manidp.engine.walk import single
+from manidp.graph import Pool
+
+_X, _LIST, _N, _SUMS, _INTO = Pointer("%x"), Pointer("%list"), Index("%n"), Pointer("%sums"), Pointer("%into")
+
+
+@dataclass(frozen=True)
+class Pointwise(Step):
+    """``source`` (None: zeros) through ``pool`` (None: as it is) and ``epilogue``."""
+
+    source: MapKey | None
+    pool: Pool | None
+    channels: Channels
+    epilogue: Epilogue
+
+    def maps(self) -> list[MapKey]:
+        stored = [self.epilogue.frame] if self.epilogue.stored else []
+        return [*self._sources(), *self.epilogue.maps, *stored]
+
+    def together(self) -> list[MapKey]:
+        return [self.epilogue.frame, *self.epilogue.maps, *self._sources()]
+
+    def window(self) -> tuple[MapKey, MapKey, Window] | None:
+        return (self.source, self.epilogue.frame, window_of(self.pool)) if self.pool and self.source else None
+
+    def _sources(self) -> list[MapKey]:
+        return [self.source] if self.source else []
+
+    def emit(self, module: Module, f: Function) -> None:
+        """Channel by channel, vector by vector."""
+        frame, pool = module.plan.maps[self.epilogue.frame].layout, self.pool
+        source = module.plan.maps[self.source].layout if self.source else None
+        operands = operands_of(module, f, self.epilogue)
+        tile = single(frame, module.lanes)
+
+        def write(g: Function) -> None:
+            def one_channel(j: Index) -> list[Index]:
+                channel = g.index(_LIST, j)
+                x = g.at(_X, g.scaled(channel, source.channel)) if source else NULL
+
+                def one_block(block: Index) -> list[Index]:
+                    start = g.scaled(block, module.lanes)
+                    element = Element(module, g, frame, self.epilogue, channel, start)
+                    for phase in range(frame.phases**2):
+                        if source is None:
+                            y = g.constant(0)
+                        elif pool:
+                            y = window_value(module, g, source, frame, tile, pool, g.at(x, start), block)
+                        else:
+                            y = g.load(g.at(x, start), phase * source.plane)
+                        element.make(phase, block, y)
+                    element.pool()
+                    return []
+
+                g.loop(tile.blocks, one_block)
+                return []
+
+            g.loop(_N, one_channel)
+
+        window = pool and (pool.kind, pool.kernel, pool.stride, pool.padding)
+        key = ("pointwise", source, window, frame, self.epilogue.signature)
+        name = module.function(key, [_X, _LIST, _N, *parameters_of(operands)], write)
+        list_, _, count = module.list(f, self.channels)
+        x = module.map(f, self.source) if self.source else NULL
+        f.call(name, x, list_, count, *operands)
+
+
+@dataclass(frozen=True)
+class ResetPooled(Step):
+    """Pooled sums of some channels back to where they start."""
+
+    pooled: VectorKey
+    channels: Channels
+
+    def emit(self, module: Module, f: Function) -> None:
+        start = START[self.pooled.part]
+
+        def write(g: Function) -> None:
+            def one_channel(j: Index) -> list[Index]:
+                g.store(g.constant(start), _SUMS, g.scaled(g.index(_LIST, j), module.lanes))
+                return []
+
+            g.loop(_N, one_channel)
+
+        name = module.function(("reset", start), [_SUMS, _LIST, _N], write, FLOAT)
+        list_, _, count = module.list(f, self.channels)
+        f.call(name, module.vector(f, self.pooled), list_, count)
+
+
+@dataclass(frozen=True)
+class Reduce(Step):
+    """Partial sums (or maxima) of a map to one number a channel, times ``factor``."""
+
+    pooled: VectorKey
+    target: VectorKey
+    channels: int
+    factor: float
+
+    def emit(self, module: Module, f: Function) -> None:
+        v, factor = f"v{module.lanes}f32", Scalar("%factor")
+
+        def write(g: Function) -> None:
+            def one_channel(c: Index) -> list[Index]:
+                sums = g.load(_SUMS, g.scaled(c, module.lanes))
+                if self.pooled.part == "max":
+                    total = g.make(Scalar, f"call nnan float @llvm.vector.reduce.fmax.{v}({g.vector} {sums})")
+                    bad = g.any_of(g.is_nan(sums))
+                    total = g.make(Scalar, f"select i1 {bad}, float {FLOAT.literal(np.nan)}, float {total}")
+                else:
+                    sum_ = f"call reassoc float @llvm.vector.reduce.fadd.{v}(float 0.0, {g.vector} {sums})"
+                    total = g.make(Scalar, sum_)
+                product = g.make(Scalar, f"fmul float {total}, {factor}")
+                g.do(f"store float {product}, ptr {g.at(_INTO, c)}, align 4")
+                return []
+
+            g.loop(_N, one_channel)
+
+        name = module.function(("reduce", self.pooled.part), [_SUMS, _INTO, _N, factor], write, FLOAT)
+        f.call(
+            name, module.vector(f, self.pooled), module.vector(f, self.target), self.channels,
+            FLOAT.literal(self.factor),
+        )  # fmt: skip
+
+
+def pooled_model(x: NDArray[np.float32], part: Literal["average", "max"], lanes: int) -> NDArray[Any]:
+    """Maps (B, C, H, W) to (B, C): a partial sum (or maximum) for each lane, then all of them together."""
+    flat = x.reshape(*x.shape[:2], -1)
+    padded = np.pad(flat, ((0, 0), (0, 0), (0, -flat.shape[2] % lanes)), constant_values=START[part])
+    partial = padded.reshape(*flat.shape[:2], -1, lanes)
+    if part == "max":
+        return np.asarray(partial.max((2, 3)))
+    return np.asarray(partial.sum(2).sum(2) * np.float32(1 / flat.shape[2]))

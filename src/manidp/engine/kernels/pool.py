@@ -1,0 +1,73 @@
+"""Pooling windows: maximum or average of the elements under a window, at a vector of positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from manidp.engine.ir import Function, Index, Pointer, Vec
+from manidp.engine.module import Module
+from manidp.engine.steps import Layout, window_of
+from manidp.engine.walk import Lanes, Numbers, Tile, mask_of, tap, within
+from manidp.errors import UnsupportedError
+from manidp.graph import Pool
+
+_LIMIT = 8
+
+
+def check_window(node: Pool) -> None:
+    """Raises UnsupportedError for windows that there is no code for."""
+    window = window_of(node)
+    if max(window.kernel, window.stride) > _LIMIT:
+        limit = f"windows and strides up to {_LIMIT} can be pooled"
+        raise UnsupportedError(f"node '{node.name}': {limit}; it has {window.kernel} and {window.stride}")
+
+
+def window_value(
+    module: Module, g: Function, source: Layout, frame: Layout, tile: Tile, pool: Pool, x: Pointer, block: Index
+) -> Vec:
+    """What the windows at a vector of positions give; what lies outside the map does not count, but as 0 in averages.
+
+    x: where the block begins in the source.
+    """
+    total: Vec | None = None
+    w = window_of(pool)
+    for u in range(w.kernel):
+        for v in range(w.kernel):
+            down, right = u - w.padding, v - w.padding
+            offset, (mask,) = tap(module, source, frame, tile, down, right)
+
+            def inside(row: Numbers, column: Numbers, down: int = down, right: int = right) -> Lanes:
+                y, x = row * w.stride + down, column * w.stride + right
+                return within(y, source.height) & within(x, source.width)
+
+            value = g.load(x, offset)
+            if pool.kind == "max":
+                mask, value = mask_of(module, frame, 0, tile, 0, inside), g.spoil(value)
+            lanes = mask.bits(g, block)
+            if lanes is not None:
+                value = g.select(lanes, value, g.constant(-np.inf if pool.kind == "max" else 0))
+            if total is None:
+                total = value
+            else:
+                total = g.maximum(total, value) if pool.kind == "max" else g.arithmetic("fadd", total, value)
+    assert total is not None
+    return total if pool.kind == "max" else g.arithmetic("fmul", total, g.constant(1 / w.kernel**2))
+
+
+def model(x: NDArray[np.float32], pool: Pool) -> NDArray[Any]:
+    """The same of maps (B, C, H, W) in NumPy, element by element in the order of the code."""
+    w = window_of(pool)
+    outside = -np.inf if pool.kind == "max" else 0
+    padded = np.pad(x, ((0, 0), (0, 0), *[(w.padding, w.padding)] * 2), constant_values=outside)
+    taps = sliding_window_view(padded, (w.kernel, w.kernel), axis=(2, 3))[:, :, :: w.stride, :: w.stride]
+    taps = taps.reshape(*taps.shape[:4], -1)
+    if pool.kind == "max":
+        return np.asarray(taps.max(-1))
+    total = taps[..., 0]
+    for n in range(1, w.kernel**2):
+        total = total + taps[..., n]
+    return np.asarray(total * x.dtype.type(1 / w.kernel**2))

@@ -1,0 +1,403 @@
+"""From a graph and its weights to a plan: what to run, in which order, on which channels, and where everything lies.
+
+Which channels a step may leave out comes from ``Graph.wanted_by`` and ``Graph.zeroed_by`` alone. Of the kernels that
+support a convolution, the cheapest is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Set
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.engine.fusion import Task, gate_to_skip, tasks_of
+from manidp.engine.ir import FLOAT, Element
+from manidp.engine.kernels import linear
+from manidp.engine.kernels.convolution import Convolve, Kernel, cheapest, check_convolution
+from manidp.engine.kernels.copies import FlattenMap, LoadImage, Relayout, ScatterMap
+from manidp.engine.kernels.direct import Direct
+from manidp.engine.kernels.pointwise import Pointwise, Reduce, ResetPooled
+from manidp.engine.kernels.pool import check_window
+from manidp.engine.kernels.select import Decide
+from manidp.engine.kernels.vector import VectorOp
+from manidp.engine.kernels.winograd import Winograd
+from manidp.engine.memory import Constants, place
+from manidp.engine.steps import Channels, Epilogue, MapKey, Op, Plan, Step, VectorKey, window_of
+from manidp.errors import UnsupportedError
+from manidp.graph import (
+    Activation,
+    Add,
+    BatchNorm,
+    Clip,
+    Concat,
+    Conv,
+    Flatten,
+    GlobalPool,
+    Graph,
+    Input,
+    Linear,
+    Multiply,
+    Node,
+    Pool,
+    PoolKind,
+    Scatter,
+    Select,
+)
+
+Array = NDArray[Any]
+
+KERNELS: tuple[Kernel, ...] = (Winograd(2), Winograd(4), Direct())
+
+
+def make_plan(
+    graph: Graph,
+    weights: Mapping[str, Array],
+    *,
+    lanes: int,
+    element: Element = FLOAT,
+    scale: Array,
+    shift: Array,
+    reuse: bool = True,
+) -> Plan:
+    """The plan for vectors of ``lanes`` elements.
+
+    Byte images are normalised by ``scale`` * byte + ``shift``, both (C,).
+    ``reuse=False`` stores every map and gives each its own memory, for comparing layer by layer.
+    Raises UnsupportedError naming the node that cannot be run.
+    """
+    return _Planner(graph, weights, lanes, element, reuse).plan(scale, shift)
+
+
+class _Planner:
+    def __init__(self, graph: Graph, weights: Mapping[str, Array], lanes: int, element: Element, reuse: bool) -> None:
+        self.graph, self.weights, self.lanes, self.element, self.reuse = graph, weights, lanes, element, reuse
+        self.steps: list[Step] = []
+        self.constants = Constants()
+        self.vectors: dict[VectorKey, int] = {}  # sizes in floats
+        self.phases: dict[str, int] = {}  # of each map as its step stores it
+        self.copied: set[MapKey] = set()
+        self.in_place: dict[MapKey, MapKey] = {}  # a map -> the one whose memory it takes, which has its own
+        self.pooled: dict[VectorKey, VectorKey] = {}  # partial sums of a value -> the vector that holds them
+        self.tasks = tasks_of(graph)
+        self.last_read = {
+            source: index for index, task in enumerate(self.tasks) for node in task.nodes for source in node.inputs
+        }
+
+    def plan(self, scale: Array, shift: Array) -> Plan:
+        for index, task in enumerate(self.tasks):
+            self._lower(index, task)
+        maps, vectors, workspace = place(
+            self.graph, self.steps, self.vectors, self.in_place, self.lanes, self.element, self.reuse
+        )
+        most = max(shape[0] for shape in self.graph.shapes.values() if len(shape) == 3)
+        return Plan(
+            graph=self.graph,
+            lanes=self.lanes,
+            steps=tuple(self.steps),
+            maps=maps,
+            vectors=vectors,
+            everything=self.constants.add(np.arange(most + 1, dtype=np.int32)),
+            scale=self.constants.add(scale, owner="preprocessing"),
+            shift=self.constants.add(shift, owner="preprocessing"),
+            constants=np.concatenate(self.constants.parts),
+            workspace=workspace,
+        )
+
+    # One step after the other
+
+    def _lower(self, index: int, task: Task) -> None:
+        node, shape = task.start, self.graph.shapes[task.start.name]
+        match node:
+            case Input():
+                self.phases[node.name] = self._preferred(node)
+                self.steps.append(LoadImage(MapKey(node.name, self.phases[node.name])))
+                self._pool_stored(node.name)
+            case Conv():
+                self._convolve(index, task, node)
+            case Pool():
+                check_window(node)
+                source = self._read(node.inputs[0], window_of(node).stride)
+                self._finish(index, task, 1, lambda channels, epilogue: Pointwise(source, node, channels, epilogue))
+            case Concat() if len(shape) == 3:
+                self._concat(node)
+            case Select():
+                self._select(node)
+            case Scatter() if len(shape) == 3:
+                self._scatter(node)
+            case GlobalPool():
+                self._reduce(VectorKey(node.inputs[0], node.kind), VectorKey(node.name))
+            case Linear():
+                bias = self._weight(node, "bias") if node.bias else np.zeros(node.features)
+                self._matvec(node, self._weight(node, "weight"), bias)
+            case Flatten():
+                target = self._vector(VectorKey(node.name), shape[0])
+                if len(self.graph.shapes[node.inputs[0]]) == 1:
+                    self.steps.append(VectorOp("copy", VectorKey(node.inputs[0]), target, shape[0]))
+                else:
+                    self.steps.append(FlattenMap(self._read(node.inputs[0], 1), target))
+            case _ if len(shape) == 3:
+                phases = self.phases[node.inputs[0]]
+                source = self._read(node.inputs[0], phases)
+                self._finish(
+                    index, task, phases, lambda channels, epilogue: Pointwise(source, None, channels, epilogue)
+                )
+            case _:
+                self._vector_op(node)
+
+    def _convolve(self, index: int, task: Task, node: Conv) -> None:
+        check_convolution(node)
+        weight = self._weight(node, "weight").astype(np.float64)
+        bias = self._weight(node, "bias").astype(np.float64) if node.bias else np.zeros(node.channels)
+        if task.fused and isinstance(task.fused[0], BatchNorm):
+            scale, shift = self._affine(task.fused[0])
+            weight, bias = weight * scale[:, None, None, None], bias * scale + shift
+        kernel, owner = self._kernel(node), f"node '{node.name}'"
+        packed = kernel.pack(weight, self.element)
+        weights, bias_at = self.constants.add(packed, self.element, owner), self.constants.add(bias, owner=owner)
+        inputs = Channels(self.graph.shapes[node.inputs[0]][0], self.graph.zeroed_by.get(node.inputs[0]))
+        phases_in, phases_out = kernel.phases(node)
+        source = self._read(node.inputs[0], phases_in)
+        self._finish(
+            index,
+            task,
+            phases_out,
+            lambda channels, epilogue: Convolve(
+                node, kernel, source, weights, packed.shape[1], bias_at, inputs, channels, epilogue
+            ),
+        )
+
+    def _kernel(self, node: Conv) -> Kernel:
+        return cheapest(KERNELS, node, self.graph.shapes[node.name][1:], self.element, self.lanes)
+
+    def _finish(self, index: int, task: Task, phases: int, step: Callable[[Channels, Epilogue], Step]) -> None:
+        """Emit the step, and the one that does the rest for channels whose gate is closed."""
+        name, channels = task.name, self.graph.shapes[task.name][0]
+        key, gate = MapKey(name, phases), gate_to_skip(self.graph, task)
+        self.phases[name] = phases
+        ops = self._ops(task, phases)
+        cut = next((i for i, (node, _) in enumerate(ops) if gate and self.graph.select_of(node) == gate), None)
+        tail = [] if cut is None else ops[cut + 1 :]
+        stored = not self.reuse or self._stored(name)
+        residual = self._overwritten(index, task, ops)
+        if residual:
+            self.in_place[key] = self.in_place.get(residual, residual)
+        untouched = residual is not None and self._changes_nothing(task, residual, tail)
+        for kind in self._pooled_kinds(name):
+            if residual and untouched:
+                self.pooled[VectorKey(name, kind)] = self.pooled[VectorKey(residual.node, kind)]
+            else:
+                self._partial_sums(name, kind, channels)
+            reset = Channels(channels, gate if untouched else None)
+            self.steps.append(ResetPooled(self.pooled[VectorKey(name, kind)], reset))
+        epilogue = Epilogue(key, tuple(op for _, op in ops), stored, pooled=self._pooled_sums(name))
+        self.steps.append(step(Channels(channels, gate), epilogue))
+        if cut is not None and not untouched and (tail or self._needs_zeros(name)):
+            closed = Channels(channels, gate, closed=True)
+            self.steps.append(Pointwise(None, None, closed, replace(epilogue, ops=tuple(op for _, op in tail))))
+
+    def _ops(self, task: Task, phases: int) -> list[tuple[Node, Op]]:
+        ops: list[tuple[Node, Op]] = []
+        nodes = task.fused if isinstance(task.start, (Conv, Pool)) else task.nodes
+        folded = isinstance(task.start, Conv) and nodes and isinstance(nodes[0], BatchNorm)
+        done = {task.start.name} if nodes is task.fused else set()
+        first = None if done else task.start.inputs[0]
+        for node in nodes:
+            others = [source for source in node.inputs if source not in done]
+            if first is not None:  # the step starts by loading this one
+                others.remove(first)
+                first = None
+            done.add(node.name)
+            if isinstance(node, BatchNorm):
+                if not (folded and node is nodes[0]):
+                    pairs = np.stack(self._affine(node), axis=1)
+                    ops.append((node, Op("affine", self.constants.add(pairs, owner=f"node '{node.name}'"))))
+            elif isinstance(node, Activation):
+                ops.append((node, Op("activate", node.kind)))
+            elif isinstance(node, Clip):
+                ops.append((node, Op("clip", (node.low, node.high))))
+            elif isinstance(node, Multiply) and len(self.graph.shapes[others[0]]) == 1:
+                ops.append((node, Op("scale", VectorKey(others[0]))))
+            elif isinstance(node, (Add, Multiply)):
+                kind: Literal["add", "multiply"] = "add" if isinstance(node, Add) else "multiply"
+                ops += [(node, Op(kind, self._read(other, phases))) for other in others]
+            else:
+                raise UnsupportedError(f"{node}: the engine does not run it on maps")
+        return ops
+
+    def _stored(self, name: str) -> bool:
+        """Whether anything reads a map itself rather than its pooled sums."""
+        return any(not isinstance(reader, GlobalPool) for reader in self.graph.readers[name])
+
+    def _needs_zeros(self, name: str) -> bool:
+        """Whether a reader of a gated map looks at closed channels, too."""
+        return any(
+            not isinstance(reader, Conv) and not (isinstance(reader, GlobalPool) and reader.kind == "average")
+            for reader in self.graph.readers[name]
+        )
+
+    def _overwritten(self, index: int, task: Task, ops: list[tuple[Node, Op]]) -> MapKey | None:
+        """A map to add whose memory the result may take: nothing reads it later, and the step reads it only here."""
+        if not self.reuse:
+            return None
+        read = [source for node in task.nodes for source in node.inputs]
+        for node, op in ops:
+            if isinstance(node, Add) and isinstance(op.operand, MapKey):
+                value = op.operand.node
+                if self.last_read[value] == index and read.count(value) == 1:
+                    return op.operand
+        return None
+
+    def _changes_nothing(self, task: Task, residual: MapKey, tail: list[tuple[Node, Op]]) -> bool:
+        """Whether a closed channel of the result is what ``residual`` already holds, pooled sums included."""
+        if not tail or tail[0][1] != Op("add", residual) or residual.phases != self.phases[residual.node]:
+            return False
+        rest = [op for _, op in tail[1:]]
+        same = not rest or (rest == [Op("activate", "relu")] and residual.node in self.nonnegative)
+        return same and all(VectorKey(residual.node, kind) in self.pooled for kind in self._pooled_kinds(task.name))
+
+    @cached_property
+    def nonnegative(self) -> Set[str]:
+        """The values that cannot be negative."""
+        found: set[str] = set()
+        for node in self.graph.nodes:
+            if isinstance(node, Activation):
+                never = node.kind in ("relu", "relu6", "sigmoid", "hardsigmoid")
+            elif isinstance(node, (Add, Multiply, Concat, Pool, GlobalPool)):
+                never = found.issuperset(node.inputs)
+            else:  # an open channel of a Select has a factor above 0
+                never = isinstance(node, Select) or (isinstance(node, Clip) and node.low >= 0)
+            if never:
+                found.add(node.name)
+        return found
+
+    def _concat(self, node: Concat) -> None:
+        phases = self.phases[node.inputs[0]]
+        self.phases[node.name] = phases
+        for kind in self._pooled_kinds(node.name):
+            channels = self.graph.shapes[node.name][0]
+            self._partial_sums(node.name, kind, channels)
+            self.steps.append(ResetPooled(self.pooled[VectorKey(node.name, kind)], Channels(channels)))
+        first = 0
+        for source in node.inputs:
+            epilogue = Epilogue(MapKey(node.name, phases), first_channel=first, pooled=self._pooled_sums(node.name))
+            channels = self.graph.shapes[source][0]
+            self.steps.append(Pointwise(self._read(source, phases), None, Channels(channels), epilogue))
+            first += channels
+
+    def _scatter(self, node: Scatter) -> None:
+        source = self._read(node.inputs[0], self.phases[node.inputs[0]])
+        self.phases[node.name] = source.phases
+        places = np.full(node.channels, -1, dtype=np.int32)
+        places[list(node.at)] = range(len(node.at))
+        target = MapKey(node.name, source.phases)
+        self.steps.append(ScatterMap(source, target, node.channels, self.constants.add(places)))
+        self._pool_stored(node.name)
+
+    # Pooled sums, gates and vectors
+
+    def _pooled_kinds(self, name: str) -> list[PoolKind]:
+        return sorted({reader.kind for reader in self.graph.readers[name] if isinstance(reader, GlobalPool)})
+
+    def _pooled_sums(self, name: str) -> tuple[VectorKey, ...]:
+        return tuple(self.pooled[VectorKey(name, kind)] for kind in self._pooled_kinds(name))
+
+    def _partial_sums(self, name: str, kind: PoolKind, channels: int) -> None:
+        sums = VectorKey(name, kind)
+        self.pooled[sums] = self._vector(sums, channels * self.lanes)
+
+    def _pool_stored(self, name: str) -> None:
+        """Pooled sums of a map that its own step could not make on the way."""
+        channels = Channels(self.graph.shapes[name][0])
+        for kind in self._pooled_kinds(name):
+            self._partial_sums(name, kind, channels.count)
+            self.steps.append(ResetPooled(self.pooled[VectorKey(name, kind)], channels))
+        if self._pooled_kinds(name):
+            key = MapKey(name, self.phases[name])
+            epilogue = Epilogue(key, stored=False, pooled=self._pooled_sums(name))
+            self.steps.append(Pointwise(key, None, channels, epilogue))
+
+    def _reduce(self, sums: VectorKey, target: VectorKey) -> None:
+        channels, *size = self.graph.shapes[sums.node]
+        factor = 1 / math.prod(size) if sums.part == "average" else 1.0
+        self.steps.append(Reduce(self.pooled[sums], self._vector(target, channels), channels, factor))
+
+    def _select(self, node: Select) -> None:
+        (channels,) = self.graph.shapes[node.name]
+        self._vector(VectorKey(node.name), channels)
+        self._vector(VectorKey(node.name, "list"), 2 * channels + 1)
+        limit = self.constants.add(self._weight(node, "threshold") if node.rule == "threshold" else np.zeros(1))
+        mask = None if node.rule == "threshold" else self.constants.add(self._weight(node, "mask"))
+        self.steps.append(Decide(node, VectorKey(node.inputs[0]), channels, limit, mask))
+
+    def _matvec(self, node: Node, weight: Array, bias: Array) -> None:
+        source, target = VectorKey(node.inputs[0]), self._vector(VectorKey(node.name), len(weight))
+        outputs, inputs = weight.shape
+        at = [self.constants.add(part, owner=f"node '{node.name}'") for part in linear.pack(weight, bias, self.lanes)]
+        self.steps.append(linear.MatVec(source, target, inputs, outputs, *at))
+
+    def _vector_op(self, node: Node) -> None:
+        (size,) = self.graph.shapes[node.name]
+        target, first, *others = self._vector(VectorKey(node.name), size), *map(VectorKey, node.inputs)
+        if isinstance(node, Activation):
+            self.steps.append(VectorOp(node.kind, first, target, size))
+        elif isinstance(node, Clip):
+            self.steps.append(VectorOp("clip", first, target, size, limits=(node.low, node.high)))
+        elif isinstance(node, Concat):
+            offset = 0
+            for source in (first, *others):
+                (part,) = self.graph.shapes[source.node]
+                self.steps.append(VectorOp("copy", source, target, part, offset=offset))
+                offset += part
+        elif isinstance(node, Scatter):  # as a product with a matrix of zeros and ones
+            chosen = np.zeros((size, len(node.at)))
+            chosen[node.at, range(len(node.at))] = 1
+            self._matvec(node, chosen, np.zeros(size))
+        elif isinstance(node, (Add, Multiply)):
+            for other in others:
+                self.steps.append(VectorOp("add" if isinstance(node, Add) else "multiply", first, target, size, other))
+                first = target
+        else:
+            raise UnsupportedError(f"{node}: the engine does not run it on vectors")
+
+    def _vector(self, key: VectorKey, size: int) -> VectorKey:
+        self.vectors[key] = size
+        return key
+
+    def _weight(self, node: Node, name: str) -> Array:
+        return np.asarray(self.weights[f"{node.name}.{name}"])
+
+    def _affine(self, node: BatchNorm) -> tuple[Array, Array]:
+        names = ("gamma", "beta", "moving_mean", "moving_variance")
+        gamma, beta, mean, variance = (self._weight(node, name).astype(np.float64) for name in names)
+        scale = gamma / np.sqrt(variance + node.eps)
+        return scale, beta - mean * scale
+
+    # Phases
+
+    def _preferred(self, node: Node) -> int:
+        """The number of phases that the first reader of a map wants."""
+        for reader in self.graph.readers[node.name]:
+            if isinstance(reader, Conv):
+                return self._kernel(reader).phases(reader)[0]
+            if isinstance(reader, Pool):
+                return window_of(reader).stride
+        return 1
+
+    def _read(self, name: str, phases: int) -> MapKey:
+        """The map in as many phases, copied into them if it is stored in others."""
+        stored = self.phases[name]
+        key = MapKey(name, phases)
+        if stored != phases and key not in self.copied:
+            divides = max(stored, phases) % min(stored, phases) == 0
+            source = MapKey(name, stored) if divides else self._read(name, 1)
+            gate = self.graph.wanted_by.get(name)
+            if gate is None and not self._needs_zeros(name):
+                gate = self.graph.zeroed_by.get(name)
+            self.steps.append(Relayout(source, key, Channels(self.graph.shapes[name][0], gate)))
+            self.copied.add(key)
+        return key

@@ -1,0 +1,184 @@
+"""What a plan is made of: maps and vectors in the workspace, channels that a loop visits, and steps.
+
+Feature maps lie channel by channel in *phases*: with S phases, element (y, x) of a channel is found in phase
+(y mod S, x mod S) at row y // S, column x // S. A strided convolution reads S = stride, a Winograd convolution reads
+and writes S = side of its tiles of outputs, so that both load neighbouring outputs' inputs from neighbouring addresses.
+Between the planes lie gaps of zeros, which serve as the padding above and below; nothing ever writes to them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.errors import UnsupportedError
+from manidp.graph import ActivationKind, Conv, Graph, Pool
+
+if TYPE_CHECKING:
+    from manidp.engine.ir import Function
+    from manidp.engine.module import Module
+
+
+@dataclass(frozen=True)
+class MapKey:
+    """A feature map: the node whose value it is, and the number of phases that it lies in."""
+
+    node: str
+    phases: int
+
+
+@dataclass(frozen=True)
+class VectorKey:
+    """A vector in the workspace: what it holds, and of which node.
+
+    A node's name comes from a file and may be any string. It never names a vector by itself, so no file can make one
+    stand for another.
+    """
+
+    node: str
+    part: Literal["value", "average", "max", "list"] = "value"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one channel lies in memory: ``phases``^2 planes of ``rows`` x ``pitch``, a gap of zeros after each."""
+
+    height: int
+    width: int
+    phases: int
+    pitch: int
+    plane: int
+
+    @property
+    def rows(self) -> int:
+        return -(-self.height // self.phases)
+
+    @property
+    def channel(self) -> int:
+        return self.phases**2 * self.plane
+
+    @property
+    def dense(self) -> Layout:
+        """The same map row after row, without gaps."""
+        return Layout(self.height, self.width, 1, self.width, self.height * self.width)
+
+    def valid(self, phase: int) -> tuple[int, int]:
+        """Rows and columns of a phase that belong to the map."""
+        row, column = divmod(phase, self.phases)
+        return -(-(self.height - row) // self.phases), -(-(self.width - column) // self.phases)
+
+    def reach(self, offset: int) -> tuple[int, int]:
+        """Phase row (or column) and shift at which the element ``offset`` before or after a tile's first lies."""
+        shift, phase = divmod(offset, self.phases)
+        return phase, shift
+
+
+@dataclass(frozen=True)
+class Map:
+    """A feature map in the workspace: ``at`` is the offset of its first element in floats."""
+
+    at: int
+    channels: int
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Op:
+    """One fused pointwise operation; ``operand``: an activation, limits, a vector, a constant's offset or a map."""
+
+    kind: Literal["activate", "clip", "scale", "affine", "add", "multiply"]  # affine: scale and shift
+    operand: ActivationKind | tuple[float, float] | VectorKey | int | MapKey
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What becomes of a value that was just computed: operations, where it is stored, which pooled sums it feeds."""
+
+    frame: MapKey  # the map whose layout it has
+    ops: tuple[Op, ...] = ()
+    stored: bool = True
+    first_channel: int = 0
+    pooled: tuple[VectorKey, ...] = ()  # partial sums ('average') or maxima ('max')
+
+    @property
+    def maps(self) -> list[MapKey]:
+        """The maps that its operations read."""
+        return [op.operand for op in self.ops if isinstance(op.operand, MapKey)]
+
+    @property
+    def signature(self) -> object:
+        """What its code depends on, names and places aside."""
+        ops = tuple((op.kind, op.operand if op.kind in ("activate", "clip") else None) for op in self.ops)
+        return ops, self.stored, tuple(sums.part for sums in self.pooled)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The channels that a loop visits: ``count`` in all, or those that a gate keeps (or closes)."""
+
+    count: int
+    gate: str | None = None
+    closed: bool = False
+
+
+@dataclass(frozen=True)
+class Window:
+    """What walks over a map: the kernel's side, the stride and the padding, the same in both directions."""
+
+    kernel: int
+    stride: int
+    padding: int
+
+
+def window_of(node: Conv | Pool) -> Window:
+    """Raises UnsupportedError for one that is not square."""
+    if node.square and isinstance(node.kernel, int) and isinstance(node.stride, int) and isinstance(node.padding, int):
+        return Window(node.kernel, node.stride, node.padding)
+    raise UnsupportedError(
+        f"node '{node.name}': the engine runs square kernels with one stride, one padding and no dilation; it has "
+        f"kernel {node.kernel}, stride {node.stride}, padding {node.padding}, dilation {node.spread}"
+    )
+
+
+class Step(ABC):
+    """One thing to do for an image. Each kind of step stands with its code in ``manidp.engine.kernels``."""
+
+    @abstractmethod
+    def emit(self, module: Module, f: Function) -> None:
+        """Write what does it at the end of ``f``, a part of the network."""
+
+    def maps(self) -> list[MapKey]:
+        """The maps that it reads or writes."""
+        return []
+
+    def together(self) -> list[MapKey]:
+        """Maps that it walks position by position with one counter, so that they need one pitch."""
+        return []
+
+    def window(self) -> tuple[MapKey, MapKey, Window] | None:
+        """The map over which a window walks, the map of its outputs, and the window."""
+        return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that code is made from. Offsets are in floats (4 bytes), in the workspace or among the constants.
+
+    Maps and the weights of convolutions are made of the elements that the plan was made for, all else of floats.
+    """
+
+    graph: Graph
+    lanes: int
+    steps: Sequence[Step]
+    maps: Mapping[MapKey, Map]
+    vectors: Mapping[VectorKey, int]  # vectors, partial sums, lists (int32: kept from the front, closed from the back)
+    constants: NDArray[np.float32]
+    everything: int  # offset among the constants of the int32 list 0, 1, 2, ...
+    scale: int  # offsets of what byte images are multiplied by, channel by channel, and of what is then added
+    shift: int
+    workspace: int  # floats

@@ -1,0 +1,130 @@
+"""Kernels against the NumPy model beside it, which rounds as the code does: to the bit where sums are fused."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from engine_cases import Array, plan_of, random_weights, run_program
+from manidp.engine import planner
+from manidp.engine.engine import Program
+from manidp.engine.kernels import linear, pointwise, pool, select
+from manidp.engine.kernels.convolution import Kernel
+from manidp.engine.kernels.direct import Direct
+from manidp.engine.kernels.winograd import Winograd
+from manidp.engine.target import ISAS, available_isas
+from manidp.graph import Conv, Flatten, GlobalPool, Graph, Input, Linear, Node, Pool, Select
+from manidp.reference import node_values
+
+ISA = available_isas()
+
+
+def fused(isa: str) -> bool:
+    return isa != "sse"
+
+
+def logits_of(nodes: Sequence[Node], isa: str, weights: dict[str, Array], images: Array) -> Array:
+    """What the engine makes of the last node, channel by channel."""
+    graph = Graph((*nodes, Flatten(name="flat", inputs=(nodes[-1].name,))), "flat")
+    plan = plan_of(graph, weights, isa)
+    return run_program(Program(plan, ISAS[isa]), plan, images)[0].logits
+
+
+CONVOLUTIONS: list[tuple[Kernel, dict[str, int]]] = [
+    (Direct(), {"kernel": 3}),
+    (Direct(), {"kernel": 3, "stride": 2}),
+    (Direct(), {"kernel": 1, "padding": 0}),
+    (Direct(), {"kernel": 5, "padding": 2, "groups": 3}),
+    (Winograd(2), {"kernel": 3}),
+    (Winograd(4), {"kernel": 3}),
+]
+
+
+@pytest.mark.parametrize("isa", ISA)
+@pytest.mark.parametrize(("kernel", "fields"), CONVOLUTIONS, ids=str)
+def test_a_convolution_is_what_its_model_says(
+    kernel: Kernel, fields: dict[str, int], isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "KERNELS", (kernel,))
+    conv = Conv(name="conv", inputs=("image",), channels=9, **fields)  # type: ignore[arg-type]
+    nodes = (Input(name="image", dims=(6, 9, 11)), conv)
+    graph = Graph((*nodes, Flatten(name="flat", inputs=("conv",))), "flat")
+    weights = random_weights(graph)
+    images = np.random.default_rng(1).normal(size=(2, 6, 9, 11)).astype(np.float32)
+    made = logits_of(nodes, isa, weights, images)
+    model = kernel.model(images, weights["conv.weight"].astype(np.float64), conv).reshape(2, -1)
+    exact = node_values(graph, weights, images.astype(np.float64))["flat"]
+    if isinstance(kernel, Direct) and fused(isa):
+        np.testing.assert_array_equal(made, model)
+    size = np.abs(exact).max()
+    transforms = isinstance(kernel, Winograd)  # their sums are made in another order
+    assert np.abs(made - model).max() < (4e-6 if transforms else 1e-6) * size
+    assert np.abs(model - exact).max() < 2e-5 * size
+
+
+@pytest.mark.parametrize("isa", ISA)
+@pytest.mark.parametrize("kind", ["max", "average"])
+def test_a_pool_is_what_its_model_says(kind: str, isa: str) -> None:
+    node = Pool(name="pool", inputs=("image",), kind=kind, kernel=3, stride=2, padding=1)  # type: ignore[arg-type]
+    images = np.random.default_rng(1).normal(size=(2, 5, 9, 11)).astype(np.float32)
+    made = logits_of((Input(name="image", dims=(5, 9, 11)), node), isa, {}, images)
+    np.testing.assert_array_equal(made, pool.model(images, node).reshape(2, -1))
+
+
+@pytest.mark.parametrize("isa", ISA)
+@pytest.mark.parametrize("kind", ["max", "average"])
+def test_a_pooled_map_is_what_its_model_says(kind: str, isa: str) -> None:
+    node = GlobalPool(name="pool", inputs=("image",), kind=kind)  # type: ignore[arg-type]
+    images = np.random.default_rng(1).normal(size=(2, 5, 9, 11)).astype(np.float32)
+    made = logits_of((Input(name="image", dims=(5, 9, 11)), node), isa, {}, images)
+    model = pointwise.pooled_model(images, kind, ISAS[isa].lanes)  # type: ignore[arg-type]
+    np.testing.assert_allclose(made, model, rtol=0 if kind == "max" else 1e-5)
+
+
+@pytest.mark.parametrize("isa", ISA)
+def test_a_linear_layer_is_what_its_model_says(isa: str) -> None:
+    nodes = (
+        Input(name="image", dims=(37, 1, 1)),
+        Flatten(name="vector", inputs=("image",)),
+        Linear(name="linear", inputs=("vector",), features=21),
+    )
+    weights = random_weights(Graph(nodes, "linear"))
+    images = np.random.default_rng(1).normal(size=(3, 37, 1, 1)).astype(np.float32)
+    made = logits_of(nodes, isa, weights, images)
+    model = linear.model(
+        images.reshape(3, 37), weights["linear.weight"].astype(np.float32), weights["linear.bias"].astype(np.float32)
+    )
+    if fused(isa):
+        np.testing.assert_array_equal(made, model)
+    np.testing.assert_allclose(made, model, atol=1e-6 * np.abs(model).max())
+
+
+@pytest.mark.parametrize("gain", ["score", "one"])
+@pytest.mark.parametrize("rule", ["threshold", "constant"])
+@pytest.mark.parametrize("isa", ISA)
+def test_select_is_what_its_model_says(rule: str, gain: str, isa: str) -> None:
+    """On the threshold, and just above; the lists are tested by what they steer (test_memory.py)."""
+    channels = 19
+    node = Select(name="gate", inputs=("scores",), rule=rule, gain=gain)  # type: ignore[arg-type]
+    nodes = (
+        Input(name="image", dims=(channels, 1, 1)),
+        GlobalPool(name="scores", inputs=("image",)),
+        node,
+    )
+    rng = np.random.default_rng(2)
+    weights: dict[str, Array] = {
+        name: rng.uniform(size=shape) for name, shape in Graph(nodes, "gate").parameters.items()
+    }
+    mask = None
+    if rule == "threshold":
+        weights["gate.threshold"] = np.array(0.5)
+    else:
+        mask = weights["gate.mask"] = (rng.uniform(size=channels) > 0.5).astype(np.float64)
+    scores = rng.uniform(size=(1, channels)).astype(np.float32)
+    scores[0, :2] = 0.5, np.nextafter(np.float32(0.5), np.float32(1))
+    made = logits_of(nodes, isa, weights, scores.reshape(1, channels, 1, 1))
+    factors, order, below = select.model(scores[0], 0.5, None if mask is None else mask.astype(np.float32), gain)
+    np.testing.assert_array_equal(made[0], factors)
+    kept = set(order[: below[-1]].tolist())
+    assert kept == set(np.flatnonzero(factors > 0).tolist())
+    assert sorted(order.tolist()) == list(range(channels))
