@@ -132,5 +132,7 @@ def test_what_a_checkpoint_says_makes_no_lines_of_the_card(tmp_path: Path) -> No
     plain = card(replace(made(), provenance={"data": {"images": "x"}}), "small")
     text = card(replace(made(), provenance={"data": {said: said}, "recipe": {}}, classes=classes), "small")
     assert len(text.splitlines()) == len(plain.splitlines()) and len(text) < 5000
-    write_folder(replace(made(), provenance={"data": {"x": "\u202e" * 10**6}}), tmp_path / "out", "\udcff")
+    with pytest.raises(HubError, match="a name of printable characters"):
+        write_folder(made(), tmp_path / "out", "\udcff")
+    write_folder(replace(made(), provenance={"data": {"x": "\u202e" * 10**6}}), tmp_path / "out", "small")
     assert len((tmp_path / "out" / "README.md").read_bytes()) < 20_000

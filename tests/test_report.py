@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from manidp import reference, report
+from manidp import reference
 from manidp.data.images import ImageSet, Preprocessing
 from manidp.errors import ManiDPError, MissingExtraError
 from manidp.formats.checkpoint import Checkpoint
@@ -29,7 +29,9 @@ from manidp.gating.place import with_gates
 from manidp.graph import Graph
 from manidp.graph.macs import dense_macs
 from manidp.models import resnet
-from manidp.report import Findings, class_keep_rates, collect, draw_overview, macs_histogram, write_report
+from manidp.report.charts import draw_overview
+from manidp.report.findings import Findings, class_keep_rates, collect, macs_histogram
+from manidp.report.page import write_report
 from manidp.result import Result
 
 # Names as folders may have them: markup, mathematics, another script, what XML forbids, what is longer than its place.
@@ -153,7 +155,7 @@ def test_findings_are_what_the_network_says_whatever_the_batches(
     checkpoint: Checkpoint, findings: Findings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Reference(checkpoint).run(findings.image_set.images)
-    monkeypatch.setattr(report, "BATCH", 7)
+    monkeypatch.setattr("manidp.report.findings.BATCH", 7)
     steps: list[tuple[int, int | None]] = []
     for found in (findings, collect(Reference(checkpoint), findings.image_set, None,
                                     lambda done, total: steps.append((done, total)))):  # fmt: skip
@@ -255,7 +257,7 @@ def test_page_says_what_was_counted(page: Page, findings: Findings) -> None:
     assert f"channels {sizes}" in page.text
 
 
-def test_page_shows_the_cheapest_and_the_dearest_pixel_by_pixel(page: Page, findings: Findings) -> None:
+def test_page_shows_the_cheapest_and_the_most_expensive_pixel_by_pixel(page: Page, findings: Findings) -> None:
     order = sorted(range(33), key=lambda place: int(findings.macs[place]))
     shown = [image for image in page.images if str(image["src"]).startswith("data:image/png")]
     assert len(shown) == 24
@@ -311,7 +313,7 @@ def test_one_image_is_enough(tmp_path: Path) -> None:
     assert "of 1 (" in Page(tmp_path / "out.html").text
 
 
-def test_overview_holds_the_cheapest_and_the_dearest_image_crisp(findings: Findings, tmp_path: Path) -> None:
+def test_overview_holds_the_cheapest_and_the_most_expensive_image_crisp(findings: Findings, tmp_path: Path) -> None:
     draw_overview(findings, tmp_path / "overview.png")
     assert (tmp_path / "overview.png").stat().st_size < 300_000
     pixels = np.asarray(Image.open(tmp_path / "overview.png").convert("RGB"))
@@ -363,6 +365,6 @@ def test_logits_that_overflow_are_refused(checkpoint: Checkpoint) -> None:
 
 def test_missing_matplotlib_names_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "manidp.report")
+    monkeypatch.delitem(sys.modules, "manidp.report.charts")
     with pytest.raises(MissingExtraError, match=re.escape("pip install 'manidp[plots]'")):
-        importlib.import_module("manidp.report")
+        importlib.import_module("manidp.report.charts")

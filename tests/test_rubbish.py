@@ -137,9 +137,11 @@ def prepare(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "train":
         pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
     if name == "report":
-        report = pytest.importorskip("manidp.report", reason="reports need matplotlib: pip install 'manidp[plots]'")
-        monkeypatch.setattr(report, "_page", lambda *_: "a page")
-        monkeypatch.setattr(report, "_overview", lambda *_: report.Figure())
+        charts = pytest.importorskip(
+            "manidp.report.charts", reason="reports need matplotlib: pip install 'manidp[plots]'"
+        )
+        monkeypatch.setattr("manidp.report.page._page", lambda *_: "a page")
+        monkeypatch.setattr(charts, "_overview", lambda *_: charts.Figure())
     monkeypatch.chdir(place)
     for variable, value in {"MANIDP_OFFLINE": "1", "MANIDP_CACHE": str(place / "cache")}.items():
         monkeypatch.setenv(variable, value)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from manidp import cli, terminal
 from manidp.bench.measure import random_checkpoint
+from manidp.cli import hub
 from manidp.data.images import load_sample
 from manidp.formats.checkpoint import save_checkpoint
 from manidp.gating.place import with_gates
@@ -237,10 +238,10 @@ def test_a_long_list_of_cards_is_shown_in_part_and_says_so(
         (place / f"{stem}.md").write_text(
             f"# a\n---\nmodel-name: {'x' * 10**6}\n{'junk' * 20}\n" + "junk\n" * 20 + "---\n"
         )
-    monkeypatch.setattr(cli, "MOST_LISTED", 2)
+    monkeypatch.setattr(hub, "MOST_LISTED", 2)
     stdout = Stdout("utf-8", False)
     assert run(["hub", "list", "me/", "--source", str(tmp_path / "cards")], monkeypatch, stdout) == 0
-    assert stdout.text().count("me/1.0/") == 2 and stdout.text().count("x") == 2 * cli.MOST_IN_A_CELL
+    assert stdout.text().count("me/1.0/") == 2 and stdout.text().count("x") == 2 * hub.MOST_IN_A_CELL
     assert capsys.readouterr().err == "manidp: 1 more cards are not listed; give words to search for, or --json\n"
     assert (
         run(["hub", "show", "me/1.0/a", "--source", str(tmp_path / "cards")], monkeypatch, Stdout("utf-8", False)) == 0

@@ -1,10 +1,14 @@
-"""From images to class, probability, multiply-adds and kept shares: what command line, report and servers call."""
+"""From images to class, probability, multiply-adds and kept shares, and to accuracy and latency over a labelled set.
+
+Command line, report and servers all call this.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +16,10 @@ from numpy.typing import NDArray
 from manidp.formats.checkpoint import DEFAULT, Checkpoint
 from manidp.graph.macs import ungated_macs
 from manidp.result import Result
+
+if TYPE_CHECKING:
+    from manidp.data.images import ImageSet
+    from manidp.engine.engine import Engine
 
 
 class Runner(Protocol):
@@ -65,6 +73,61 @@ def predict(engine: Runner, images: Any, *, budget: str | float = DEFAULT, top: 
             )
         )
     return predictions
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model does on a labelled set.
+
+    ``correct`` of ``total`` images are right. ``mean_macs``: multiply-adds an image, gates included; ``dense_macs``:
+    the same without gates. ``milliseconds_per_image``: images one at a time on each of ``threads`` threads, median of
+    ``rounds`` passes over the set.
+    """
+
+    model: str
+    correct: int
+    total: int
+    mean_macs: float
+    dense_macs: int
+    milliseconds_per_image: float
+    rounds: int
+    threads: int
+    precision: str
+    budget: str | float
+
+
+def evaluate(
+    engines: Mapping[str, Engine], images: ImageSet, budgets: Mapping[str, str | float] | None = None
+) -> list[Evaluation]:
+    """Accuracy, mean multiply-adds and time of each engine; they take turns over the whole set.
+
+    engines: by the name of the model. budgets: operating points other than the default, by the same names. Classes are
+    matched by name: raises ImageError for images of a class that a model does not know.
+    """
+    budgets = budgets or {}
+    labels = {name: images.relabelled(engine.checkpoint.classes, name).labels for name, engine in engines.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    results: dict[str, Result] = {}
+    for _ in range(9 if len(images) <= 1000 else 3):
+        for name, engine in engines.items():
+            started = time.perf_counter()
+            results[name] = engine.run(images.images, budget=budgets.get(name, DEFAULT))
+            seconds[name].append(time.perf_counter() - started)
+    return [
+        Evaluation(
+            model=name,
+            correct=int((results[name].logits.argmax(1) == labels[name]).sum()),
+            total=len(images),
+            mean_macs=float(results[name].macs.mean()),
+            dense_macs=ungated_macs(engine.checkpoint.graph),
+            milliseconds_per_image=float(np.median(seconds[name])) / len(images) * 1e3,
+            rounds=len(seconds[name]),
+            threads=engine.threads,
+            precision=engine.precision,
+            budget=budgets.get(name, DEFAULT),
+        )
+        for name, engine in engines.items()
+    ]
 
 
 def probabilities(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:

@@ -208,10 +208,18 @@ def draw_sample(image_set: ImageSet, per_class: int, seed: int) -> NDArray[np.in
     return np.sort(np.concatenate(drawn)).astype(np.int64)
 
 
-def load_sample() -> ImageSet:
-    """The bundled 200 CIFAR-10 test images, 20 of each class; ``indices`` are their places in the test set."""
+def load_sample(count: int | None = None) -> ImageSet:
+    """The bundled 200 CIFAR-10 test images, 20 of each class; ``indices`` are their places in the test set.
+
+    ``count``: only so many of them, at least 1, evenly spaced.
+    """
     with resources.as_file(resources.files("manidp") / "data" / "cifar10-sample.safetensors") as path:
-        return load_image_set(path)
+        whole = load_image_set(path)
+    if count is None or count >= len(whole):
+        return whole
+    assert whole.indices is not None
+    chosen = np.array([round(i * (len(whole) - 1) / max(1, count - 1)) for i in range(count)])
+    return replace(whole.take(chosen), indices=whole.indices[chosen])
 
 
 def save_image_set(image_set: ImageSet, path: str | Path) -> None:

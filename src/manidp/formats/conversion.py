@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +16,12 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from manidp.data.images import Preprocessing
+from manidp.data.images import CIFAR10_CLASSES, MINDSPORE_PREPROCESSING, Preprocessing, shown
 from manidp.errors import CkptError, GraphError, quoted, some
-from manidp.files import open_regular, replacing
-from manidp.formats.checkpoint import Checkpoint
-from manidp.formats.ckpt import BFLOAT16, bfloat16_to_float32
+from manidp.files import open_regular, replacing, sha256_of
+from manidp.formats.checkpoint import Checkpoint, Found
+from manidp.formats.ckpt import BFLOAT16, bfloat16_to_float32, read_ckpt
+from manidp.formats.signatures import HEAD, is_ckpt
 from manidp.gating.place import with_gates
 from manidp.graph import Graph, Select
 from manidp.models import resnet
@@ -30,6 +34,38 @@ _NPY = re.compile(
     re.DOTALL,
 )
 """The head of a .npy file of one dimension, as NumPy writes it."""
+_log = logging.getLogger(__name__)
+
+
+def is_ckpt_file(source: str | Path) -> bool:
+    """Whether this is MindSpore's kind of file: by how it begins; where there is no file, by its suffix."""
+    head = b""
+    with contextlib.suppress(OSError, ValueError), open_regular(source) as file:  # whoever reads it says what is wrong
+        head = file.read(HEAD)
+    return is_ckpt(head) or (os.fspath(source).lower().endswith(".ckpt") and head[8:9] != b"{")
+
+
+def load_ckpt(path: str | Path, thresholds: str | Path | None = None) -> Found:
+    """The CIFAR ResNet in a .ckpt file, with the ``thresholds`` of its gates from a .npy file.
+
+    The preprocessing is the original's for CIFAR-10, and so are the classes if there are ten; else they are called
+    "class 0", "class 1" and so on. A prefix of all names is left off, with a logged warning. Raises CkptError,
+    CheckpointError.
+    """
+    path = Path(path)
+    values = read_ckpt(path)
+    graph = resnet_of_ckpt(values)
+    if graph.gates and thresholds is None:
+        raise CkptError(f"{path}: a .ckpt does not hold its {len(graph.gates)} thresholds; give --thresholds FILE")
+    given = read_thresholds(thresholds) if thresholds is not None else ()
+    numbered = tuple(f"class {i}" for i in range(graph.num_classes))
+    classes = CIFAR10_CLASSES if graph.num_classes == len(CIFAR10_CLASSES) else numbered
+    sha256 = sha256_of(path)
+    provenance = {"converted_from": {"name": shown(path.name), "sha256": sha256}}
+    checkpoint, ignored = from_ckpt(values, given, graph, MINDSPORE_PREPROCESSING, classes, provenance)
+    if prefix := prefix_of(values):
+        _log.warning("%s: the network's names begin with %s, which is left off", path, quoted(prefix))
+    return Found(path.stem, path, sha256, checkpoint, ignored)
 
 
 def from_ckpt(

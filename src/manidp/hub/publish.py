@@ -62,8 +62,10 @@ def measured(checkpoint: Checkpoint) -> Measured | None:
 def write_folder(checkpoint: Checkpoint, folder: str | Path, name: str) -> None:
     """Write the model and its card into ``folder``, which must be new or empty, whole or not at all.
 
-    ``manidp.load(folder)`` reads it back. Raises HubError if it cannot be written.
+    ``manidp.load(folder)`` reads it back. Raises HubError if it cannot be written, or the name is not printable.
     """
+    if not name.strip() or not name.isprintable():
+        raise HubError(f"a card needs a name of printable characters; got {quoted(name)}")
     try:
         with filling(folder) as temporary:
             save_checkpoint(checkpoint, temporary / "model.safetensors")

@@ -1,0 +1,110 @@
+"""Commands on model files: info, convert, freeze."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from manidp.cli import show
+from manidp.cli.options import Json, check_outputs, labelled, suffix
+from manidp.errors import ManiDPError
+from manidp.terminal import complain, say, say_json
+
+
+def info(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A bundled model's name, a checkpoint file or a card's name on the hub.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show what a checkpoint holds: graph, multiply-adds, provenance, digest; the whole file is checked."""
+    from manidp.formats.facts import facts
+    from manidp.hub.find import find_model
+
+    shown = facts(find_model(checkpoint))
+    if as_json:
+        say_json(shown, indent=2)
+    else:
+        show.info(shown)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A .ckpt file, or any model that --model takes.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="What to write: x.safetensors, x.ckpt or x.onnx.")],
+    thresholds: Annotated[
+        Path | None, typer.Option(help="The gates' thresholds, a .npy file: read with a .ckpt, written beside one.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """From any model, MindSpore's .ckpt included, to a checkpoint, .ckpt or ONNX; MindSpore is not needed."""
+    from manidp.formats.checkpoint import save_checkpoint
+    from manidp.formats.ckpt import write_ckpt
+    from manidp.formats.conversion import is_ckpt_file, load_ckpt, to_ckpt, write_thresholds
+    from manidp.hub.find import find_model
+
+    kind = suffix(out, (".safetensors", ".ckpt", ".onnx"))
+    from_ckpt = is_ckpt_file(source)
+    to_write = thresholds if kind == ".ckpt" and not from_ckpt else None
+    if thresholds and not from_ckpt and not to_write:
+        raise ManiDPError(f"--thresholds {thresholds} is for a .ckpt, read or written; a {kind} holds them itself")
+    found = load_ckpt(source, thresholds) if from_ckpt else find_model(source)
+    checkpoint = found.checkpoint
+    if kind == ".ckpt" and checkpoint.graph.gates and thresholds is None:
+        raise ManiDPError("a .ckpt does not hold thresholds; say with --thresholds FILE where to write them")
+    written = [path for path in (out, to_write) if path]
+    check_outputs(written, [found.path, *([thresholds] if thresholds and not to_write else [])])
+    if kind == ".onnx":
+        from manidp.onnx import write_onnx
+
+        write_onnx(checkpoint, out)
+    elif kind == ".safetensors":
+        save_checkpoint(checkpoint, out)
+    else:
+        values, of_gates = to_ckpt(checkpoint)
+        write_ckpt(values, out)
+        if to_write:
+            write_thresholds(of_gates, to_write)
+    if as_json:
+        say_json({"written": [str(path) for path in written], "ignored": list(found.ignored)})
+        return
+    say(f"{', '.join(map(str, written))}: written")
+    if found.ignored:
+        first = ", ".join(found.ignored[:3]) + (", ..." if len(found.ignored) > 3 else "")
+        complain(f"left out: {len(found.ignored)} values of {source} that are not of the network: {first}")
+
+
+def freeze(
+    model: Annotated[str, typer.Argument(help="A gated model: a bundled name, a checkpoint file or a card's name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint to write, x.safetensors.")],
+    data: Annotated[Path | None, typer.Option(help="As for evaluate; default: the bundled 200 images.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the static twin of a gated model: every gate the one mask that images open most often.
+
+    The twin takes no more multiply-adds than the model on average; closed channels are gone for good, so it is an
+    ordinary dense checkpoint. It is not trained again. Masks are those of the images it is measured on, but for
+    CIFAR-10's files: there, those of 10,000 training images.
+    """
+    from manidp import load_model
+    from manidp.data.images import holds_cifar10, load_cifar10
+    from manidp.engine.engine import Engine
+    from manidp.formats.checkpoint import save_checkpoint
+    from manidp.gating.static import freeze as frozen
+    from manidp.predict import evaluate
+
+    suffix(out, (".safetensors",))
+    checkpoint = load_model(model)
+    images, description = labelled(data, {model: checkpoint})
+    chosen = images
+    if data is not None and holds_cifar10(data):
+        chosen = load_cifar10(data)[0]
+    twin = frozen(checkpoint, chosen.images[:10_000])
+    save_checkpoint(twin, out)
+    rows = evaluate({model: Engine(checkpoint), str(out): Engine(twin)}, images)
+    if as_json:
+        say_json({"written": str(out), "data": description, "models": [asdict(row) for row in rows]}, indent=2)
+    else:
+        show.evaluated(rows, description)

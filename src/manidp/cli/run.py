@@ -1,0 +1,176 @@
+"""Commands that run models on images: classify, evaluate, report, bench."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from manidp.cli import show
+from manidp.cli.options import Budget, Json, Model, Precision, Threads, check_outputs, labelled, point, suffix
+from manidp.terminal import complain, escaped, progress, say, say_json, steps
+
+
+def classify(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Pictures or folders of pictures; none: bundled test images.")
+    ] = None,
+    model: Model = "manidp-res20",
+    sample: Annotated[int, typer.Option(help="Without PATHS: how many of the 200 bundled test images.", min=1)] = 20,
+    threads: Threads = 1,
+    precision: Precision = "float32",
+    budget: Budget = "default",
+    as_json: Json = False,
+) -> None:
+    """Say what is on each picture, and what it cost: multiply-adds spent, share of channels kept in each stage.
+
+    Pictures are JPEG, PNG, WebP, BMP, GIF (the first frame) and TIFF; other files in a folder are skipped. One
+    that cannot be read is reported and does not stop the others; the exit code is then 1.
+    """
+    from manidp import load_model
+    from manidp.data.images import load_pictures, load_sample
+    from manidp.engine.engine import Engine
+    from manidp.graph.macs import ungated_macs
+    from manidp.predict import predict
+
+    checkpoint = load_model(model)
+    at = point(budget)
+    checkpoint.point(at)
+    truth: list[str | None]
+    errors: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    if paths:
+        with progress() as bars:
+            pictures = load_pictures(paths, checkpoint.preprocessing.size, steps(bars, "Reading"))
+        images, names = pictures.images, [str(path) for path in pictures.paths]
+        truth, errors, left_out = [None] * len(names), tuple(map(str, pictures.errors)), pictures.left_out
+    else:
+        bundled = load_sample(sample)
+        assert bundled.indices is not None
+        images, truth = bundled.images, [bundled.classes[label] for label in bundled.labels]
+        names = [f"test image {index}" for index in bundled.indices]
+    predictions = predict(Engine(checkpoint, threads=threads, precision=precision), images, budget=at)
+    rows = [show.row(*one) for one in zip(names, truth, predictions, strict=True)]
+    if as_json:
+        say_json({"model": model, "images": rows, "errors": errors}, indent=2)
+    else:
+        show.classified(rows, ungated_macs(checkpoint.graph))
+        for line in left_out:
+            complain(line)
+    if errors:
+        raise typer.Exit(1)
+
+
+def evaluate(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of CIFAR-10's six files (its test set is used) or of one subfolder for each class."),
+    ] = None,
+    model: Model = "manidp-res20",
+    beside: Annotated[str | None, typer.Option(help="A second model to show beside it, as it is by default.")] = None,
+    threads: Threads = 1,
+    precision: Precision = "float32",
+    budget: Budget = "default",
+    as_json: Json = False,
+) -> None:
+    """Accuracy, mean multiply-adds and time per image over a labelled set; without --data, the bundled 200 images."""
+    from manidp import load_model
+    from manidp.engine.engine import Engine
+    from manidp.machine import describe
+    from manidp.predict import evaluate as evaluated
+
+    models = {name: load_model(name) for name in dict.fromkeys([model, *([beside] if beside is not None else [])])}
+    at = point(budget)
+    models[model].point(at)
+    images, description = labelled(data, models)
+    engines = {name: Engine(one, threads=threads, precision=precision) for name, one in models.items()}
+    rows = evaluated(engines, images, {model: at})
+    if as_json:
+        say_json({"data": description, "machine": describe(), "models": [asdict(row) for row in rows]}, indent=2)
+    else:
+        show.evaluated(rows, description)
+
+
+def report(
+    out: Annotated[Path, typer.Argument(help="The HTML file to write; it opens without a network.")],
+    model: Model = "manidp-res20",
+    beside: Annotated[str, typer.Option(help="The dense network to compare with.")] = "dense-res20",
+    data: Annotated[Path | None, typer.Option(help="As for evaluate; default: the bundled 200 images.")] = None,
+    overview: Annotated[Path | None, typer.Option(help="Also write the overview figure (PNG or SVG) here.")] = None,
+) -> None:
+    """Draw what was pruned for whom: one self-contained HTML file. Needs the extra `plots`."""
+    from manidp.engine.engine import Engine
+    from manidp.hub.find import find_model
+    from manidp.report.charts import draw_overview
+    from manidp.report.findings import collect
+    from manidp.report.page import write_report
+
+    found = {name: find_model(name) for name in (model, beside)}
+    if overview:
+        suffix(overview, (".png", ".svg"))
+    check_outputs([out, *([overview] if overview else [])], [one.path for one in found.values()])
+    images, _ = labelled(data, {name: one.checkpoint for name, one in found.items()})
+    engine, dense = (Engine(found[name].checkpoint) for name in (model, beside))
+    with progress() as bars:
+        findings = collect(engine, images, dense, steps(bars, "Running"))
+    write_report(findings, out)
+    if overview:
+        draw_overview(findings, overview)
+    say(f"{out}: {len(images)} images")
+
+
+def bench(
+    model: Model = "manidp-res20",
+    dense: Annotated[str, typer.Option(help="The network without gates to compare with.")] = "dense-res20",
+    data: Annotated[Path | None, typer.Option(help="As for evaluate; default: the bundled 200 images.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the last measurement; default: all cores.", min=1)
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images in a batch, where not one at a time.", min=2)] = 100,
+    rounds: Annotated[int, typer.Option(help="How often every contender gets its turn.", min=3)] = 21,
+    growth: Annotated[
+        bool, typer.Option("--growth", help="Also deeper networks and ImageNet's, with random weights.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write everything that was measured to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figure: accuracy and multiply-adds against time.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the engine beside other runtimes on the same models and images, in turns; accuracy stands beside time.
+
+    Peers that are not installed are left out: pip install 'manidp[bench]'.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads of one library must not disturb the next
+    from manidp.bench.measure import bench as measured
+    from manidp.hub.find import find_model
+    from manidp.machine import describe
+
+    read = {name: find_model(name) for name in dict.fromkeys([dense, model])}
+    if plot:
+        suffix(plot, (".png", ".svg"))
+    check_outputs([path for path in (out, plot) if path], [one.path for one in read.values()])
+    models = {name: one.checkpoint for name, one in read.items()}
+    images, description = labelled(data, models)
+    with progress() as bars:
+        task = bars.add_task("", total=None)
+        found = measured(
+            models, images, threads=threads or int(describe()["cores"]), batch=batch, rounds=rounds, growth=growth,
+            say=lambda doing: bars.update(task, description=escaped(doing)),
+        )  # fmt: skip
+    found = {"data": description} | found
+    if out:
+        from manidp.files import replacing
+
+        with replacing(out) as file:
+            file.write((json.dumps(found, indent=1) + "\n").encode())
+    if plot:
+        from manidp.bench.plot import draw
+
+        draw(found, plot)
+    if as_json:
+        say_json(found, indent=2)
+    else:
+        show.bench(found)

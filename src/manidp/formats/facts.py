@@ -1,0 +1,42 @@
+"""What a model's file holds, as plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from manidp.formats.checkpoint import Found
+from manidp.graph.macs import node_macs
+
+
+def facts(found: Found) -> dict[str, Any]:
+    """File, digest, sizes, multiply-adds, classes, preprocessing, provenance, layers, thresholds, operating points.
+
+    All of it can be written as JSON. A layer's shape is that of its output for one image.
+    """
+    model = found.checkpoint
+    macs = node_macs(model.graph)
+    return {
+        "file": str(found.path),
+        "bytes": found.path.stat().st_size,
+        "sha256": found.sha256,
+        "nodes": len(model.graph.nodes),
+        "gates": len(model.graph.gates),
+        "parameters": sum(value.size for value in model.weights.values()),
+        "macs_with_everything_kept": sum(macs.values()),
+        "classes": list(model.classes),
+        "preprocessing": {"mean": model.preprocessing.mean, "std": model.preprocessing.std,
+                          "size": model.preprocessing.size},
+        "provenance": dict(model.provenance),
+        "layers": [
+            {"name": node.name, "op": type(node).__name__, "shape": list(model.graph.shapes[node.name]),
+             "macs": macs.get(node.name, 0)}
+            for node in model.graph.nodes
+        ],
+        "thresholds": {
+            name.removesuffix(".threshold"): float(model.weights[name]) for name in model.graph.thresholds
+        },
+        "operating_points": [
+            {"name": point.name, "macs": point.macs, "accuracy": point.accuracy}
+            for point in (model.default_point, *model.points)
+        ],
+    }  # fmt: skip
