@@ -7,7 +7,7 @@ TRAIN := $(MANIDP) train --data cifar10 --resume
 FIRST ?= 0
 MUTANTS ?= 20000
 
-.PHONY: help run test check fuzz data model cards table figure test-mindspore clean
+.PHONY: help run test check fuzz data model cards table figure support test-mindspore clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -78,6 +78,10 @@ $(VENV)/.dev: $(VENV)/.base
 	$(VENV)/bin/python -m pip install --quiet torch==2.13.0
 	$(VENV)/bin/python -m pip install --quiet --editable '.[torch,bench,dev]'
 	touch $@
+
+support: $(VENV)/.dev .venv-mindspore/.ready  ## Write docs/support.md, which backend runs which op, from what they do
+	PYTHONPATH=tests $(VENV)/bin/python -m conformance.support
+	PYTHONPATH=tests .venv-mindspore/bin/python -m conformance.support
 
 fuzz: $(VENV)/.dev  ## Try many more mutants of every kind of file than the tests do: FIRST=0 MUTANTS=20000
 	PYTHONPATH=tests nice $(VENV)/bin/python -m hostile.campaign $(FIRST) $(MUTANTS)

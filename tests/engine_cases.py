@@ -1,4 +1,4 @@
-"""What the tests of the engine share: weights for any graph, a program run between sentinels, comparisons."""
+"""What the tests of the engine share: a program run between sentinels, comparisons."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.data.images import Preprocessing
 from manidp.engine.engine import Program
 from manidp.engine.ir import FLOAT, HALF, Element
 from manidp.engine.planner import make_plan
 from manidp.engine.steps import Plan
 from manidp.engine.target import ISAS
-from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import Graph
 from manidp.reference import node_values, run
 from manidp.result import Result
@@ -25,57 +23,6 @@ SENTINEL = np.float32(-7.25e33)
 # Error against float64, relative to the largest number of the same map of the same image, or to LEAST if that is more:
 # a lone logit may be small because larger numbers cancel, so logits are never measured against less than LEAST_LOGIT
 TOLERANCES, LEAST, LEAST_LOGIT = {FLOAT: 2e-4, HALF: 2e-2}, {FLOAT: 1e-3, HALF: 0.5}, 5e-2
-
-
-def random_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
-    """Weights that keep values near 1, whatever the graph; gates scale by about 1."""
-    rng = np.random.default_rng(seed)
-    weights: dict[str, Array] = {}
-    for name, shape in graph.parameters.items():
-        if name.endswith(("moving_variance", "gamma", "fc2.bias")):
-            value = rng.uniform(0.5, 1.5, shape)
-        elif name.endswith("threshold"):
-            value = np.array(0.0)
-        elif len(shape) > 1:
-            value = rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[1:]))
-            value *= 0.3 if ".fc" in name else 1.0
-        else:
-            value = rng.normal(size=shape) * 0.2
-        weights[name] = np.asarray(value, dtype=np.float32)
-    return weights
-
-
-def with_thresholds(
-    graph: Graph, weights: Mapping[str, Array], images: Array, keep: Mapping[str, float]
-) -> dict[str, Array]:
-    """Thresholds at which each gate keeps about the given share of the channels of these images.
-
-    Each lies in a wide gap between two saliencies, so that rounding cannot carry one across. 0 closes all channels,
-    1 leaves those with a saliency open.
-    """
-    weights = dict(weights)
-    for gate in graph.gates:
-        weights[f"{gate.name}.threshold"] = np.array(-1, dtype=np.float32)
-        saliencies = np.unique(node_values(graph, weights, images)[gate.name])
-        share = keep[gate.name]
-        if share >= 1:
-            threshold = -1.0
-        elif share <= 0:
-            threshold = float(saliencies[-1]) * 2 + 1
-        else:
-            last = len(saliencies) - 1
-            wanted = int(np.clip((1 - share) * last, 0, last - 1)) if last else 0
-            near = range(max(0, wanted - 4), min(last, wanted + 5))
-            best = max(near, key=lambda i: saliencies[i + 1] - saliencies[i], default=0)
-            threshold = float(saliencies[best : best + 2].mean())
-        weights[f"{gate.name}.threshold"] = np.array(threshold, dtype=np.float32)
-    return weights
-
-
-def checkpoint_of(graph: Graph, weights: Mapping[str, Array]) -> Checkpoint:
-    preprocessing = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), graph.input.dims[1:])
-    own = {name: np.asarray(weights[name], dtype=np.float32) for name in graph.parameters}
-    return Checkpoint(graph, own, preprocessing, tuple(str(i) for i in range(graph.num_classes)))
 
 
 def plan_of(graph: Graph, weights: Mapping[str, Array], isa: str, *, reuse: bool = True) -> Plan:

@@ -15,10 +15,11 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine_cases import Array, call_program, plan_of, random_weights, with_thresholds
+from engine_cases import Array, call_program, plan_of
 from manidp.engine.engine import Program
 from manidp.engine.target import ISAS
 from manidp.graph import Graph
+from networks import random_weights, with_thresholds
 from test_engine_random import networks
 
 _LIBC = ctypes.CDLL(None, use_errno=True)

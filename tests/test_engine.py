@@ -15,17 +15,7 @@ import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from engine_cases import (
-    Array,
-    assert_close,
-    assert_same_result,
-    check,
-    checkpoint_of,
-    plan_of,
-    random_weights,
-    run_program,
-    with_thresholds,
-)
+from engine_cases import Array, assert_close, assert_same_result, check, plan_of, run_program
 from manidp.engine.engine import Engine, Program
 from manidp.engine.ir import FLOAT, HALF
 from manidp.engine.kernels.convolution import Convolve, Kernel
@@ -55,6 +45,7 @@ from manidp.graph import (
 from manidp.graph.macs import macs_per_image
 from manidp.models import resnet
 from manidp.reference import run
+from networks import checkpoint_of, random_weights, with_thresholds
 from test_reference import GOLDEN, read_ckpt
 
 ISA = available_isas()

@@ -25,13 +25,14 @@ import pytest
 from PIL import Image
 
 import manidp
-from engine_cases import Array, checkpoint_of, random_weights
+from engine_cases import Array
 from manidp.data.images import load_picture
 from manidp.engine import engine as engine_module
 from manidp.engine.engine import Engine
 from manidp.errors import ImageError, ManiDPError, UnsupportedError
 from manidp.gating.manidp import head
 from manidp.graph import Conv, GlobalPool, Graph, Input, Linear, Multiply
+from networks import checkpoint_of, random_weights
 
 NODES = (
     Input(name="image", dims=(3, 8, 6)),
@@ -222,7 +223,7 @@ def test_what_runs_while_the_engine_is_closed_ends_as_ever(wanted: Array) -> Non
 
 GROWTH = """
 import _thread, resource, time
-from engine_cases import checkpoint_of, random_weights
+from networks import checkpoint_of, random_weights
 from manidp.graph import GlobalPool, Graph, Input, Linear
 from manidp.engine.engine import Engine
 import numpy as np

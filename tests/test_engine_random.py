@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine_cases import check, random_weights, with_thresholds
+from engine_cases import check
 from manidp.engine.target import available_isas, emulating_isas
 from manidp.gating.place import with_gates
 from manidp.graph import (
@@ -30,6 +30,7 @@ from manidp.graph import (
     Pool,
     Scatter,
 )
+from networks import random_weights, with_thresholds
 
 CHANNELS = (1, 2, 3, 7, 15, 16, 17, 33)
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 28, 32, 40)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import manidp
-from engine_cases import assert_same_result, checkpoint_of, close_calls, random_weights, some_images
+from engine_cases import assert_same_result, close_calls, some_images
 from manidp import reference
 from manidp.data.images import load_sample
 from manidp.engine.engine import Engine
@@ -20,6 +20,7 @@ from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.errors import ManiDPError, UnsupportedError
 from manidp.formats.checkpoint import checkpoint_path, load_checkpoint
 from manidp.models import resnet
+from networks import checkpoint_of, random_weights
 from test_overflow import OVERFLOWS
 
 ISA = available_isas("float16") + emulating_isas("float16")

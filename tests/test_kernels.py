@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from engine_cases import Array, plan_of, random_weights, run_program
+from engine_cases import Array, plan_of, run_program
 from manidp.engine import planner
 from manidp.engine.engine import Program
 from manidp.engine.kernels import linear, pointwise, pool, select
@@ -15,6 +15,7 @@ from manidp.engine.kernels.winograd import Winograd
 from manidp.engine.target import ISAS, available_isas
 from manidp.graph import Conv, Flatten, GlobalPool, Graph, Input, Linear, Node, Pool, Select
 from manidp.reference import node_values
+from networks import random_weights
 
 ISA = available_isas()
 

@@ -19,13 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checked import Checked, run_checked
-from engine_cases import Array, assert_same_result, plan_of, random_weights, with_thresholds
+from engine_cases import Array, assert_same_result, plan_of
 from manidp.engine.ir import FLOAT, Function, Index, Pointer
 from manidp.engine.steps import Channels, Plan, VectorKey
 from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.gating.manidp import head
 from manidp.graph import Concat, Conv, GlobalPool, Graph, Input, Linear, Multiply
 from manidp.reference import run
+from networks import random_weights, with_thresholds
 from test_engine_random import networks
 
 ISA = (*available_isas(), *available_isas("float16"), *emulating_isas("float16"))

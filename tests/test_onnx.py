@@ -7,42 +7,13 @@ import pytest
 from numpy.typing import NDArray
 
 from manidp import reference
-from manidp.data.images import Preprocessing
 from manidp.formats.checkpoint import Checkpoint
-from manidp.gating.manidp import head
 from manidp.gating.place import with_gates
-from manidp.graph import (
-    Activation,
-    ActivationKind,
-    Add,
-    BatchNorm,
-    Concat,
-    Conv,
-    Flatten,
-    GlobalPool,
-    Graph,
-    Input,
-    Linear,
-    Multiply,
-    Pool,
-)
 from manidp.models import resnet
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install 'manidp[onnx]'")
 from manidp.onnx import write_onnx  # noqa: E402
-
-
-def checkpoint_of(graph: Graph, threshold: float = 0.4) -> Checkpoint:
-    generator = np.random.default_rng(0)
-    weights = {}
-    for name, shape in graph.parameters.items():
-        value = generator.normal(size=shape) / np.sqrt(np.prod(shape[1:], initial=1.0))
-        if name.endswith(("moving_variance", "gamma", "fc2.bias")):
-            value = 0.5 + generator.random(shape)
-        weights[name] = np.asarray(threshold if name.endswith("threshold") else value, np.float32)
-    size = (graph.input.dims[1], graph.input.dims[2])
-    classes = tuple(f"class {i}" for i in range(graph.num_classes))
-    return Checkpoint(graph, weights, Preprocessing((0.5, 0.5, 0.5), (0.2, 0.2, 0.2), size), classes)
+from networks import checkpoint_of, images_for, random_weights, some_open  # noqa: E402
 
 
 def logits_of(path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -51,51 +22,17 @@ def logits_of(path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(logits)
 
 
-def assert_same_logits(checkpoint: Checkpoint, path: Path) -> None:
-    write_onnx(checkpoint, path)
-    images = np.random.default_rng(1).normal(size=(5, *checkpoint.graph.input.dims)).astype(np.float32)
-    expected = reference.run(checkpoint.graph, checkpoint.weights, images)
-    shares = [kept.mean() for kept in expected.kept.values()]
-    assert not shares or 0 < np.mean(shares) < 1, "gates that close nothing or all would not be tested"
-    assert np.abs(logits_of(path, images) - expected.logits).max() <= 1e-4 * np.abs(expected.logits).max()
-
-
-@pytest.mark.parametrize("gates", [False, True])
-def test_resnets(gates: bool, tmp_path: Path) -> None:
-    graph = resnet(8, width=4)
-    assert_same_logits(checkpoint_of(with_gates(graph) if gates else graph), tmp_path / "x.onnx")
-
-
-@pytest.mark.parametrize("kind", ["relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid"])
-def test_every_node_type(kind: ActivationKind, tmp_path: Path) -> None:
-    graph = Graph(
-        (
-            Input(name="image", dims=(3, 9, 7)),
-            Conv(name="a", inputs=("image",), channels=6, kernel=5, stride=2, padding=2, groups=3, bias=True),
-            BatchNorm(name="b", inputs=("a",), eps=1e-3),
-            Activation(name="c", inputs=("b",), kind=kind),
-            Pool(name="d", inputs=("c",), kind="max", kernel=3, stride=1, padding=1),
-            Pool(name="d2", inputs=("c",), kind="average", kernel=3, stride=1, padding=1),
-            Concat(name="e", inputs=("d2", "d")),
-            *head("gate", "e", 12, 5),
-            Multiply(name="scaled", inputs=("e", "gate")),
-            GlobalPool(name="f", inputs=("e",), kind="max"),
-            Linear(name="g", inputs=("f",), features=12, bias=False),
-            Multiply(name="h", inputs=("scaled", "g")),
-            Multiply(name="square", inputs=("h", "e")),
-            Add(name="i", inputs=("square", "e", "h")),
-            Flatten(name="j", inputs=("i",)),
-            GlobalPool(name="k", inputs=("i",)),
-            Concat(name="l", inputs=("j", "k")),
-            Linear(name="out", inputs=("l",), features=3),
-        ),
-        "out",
-    )
-    assert_same_logits(checkpoint_of(graph), tmp_path / "x.onnx")
+def test_a_file_gives_the_references_logits(tmp_path: Path) -> None:
+    graph = with_gates(resnet(8, width=4))
+    weights, images = some_open(graph), images_for(graph)
+    write_onnx(checkpoint_of(graph, weights), tmp_path / "x.onnx")
+    expected = reference.run(graph, weights, images).logits
+    assert np.abs(logits_of(tmp_path / "x.onnx", images) - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 def test_a_saliency_on_the_threshold_is_closed(tmp_path: Path) -> None:
-    checkpoint = checkpoint_of(with_gates(resnet(8, width=4)))
+    graph = with_gates(resnet(8, width=4))
+    checkpoint = checkpoint_of(graph, random_weights(graph))
     weights = {
         name: np.zeros_like(value) if name.endswith("fc2.weight") else np.ones_like(value)
         if name.endswith("fc2.bias") else value for name, value in checkpoint.weights.items()

@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine_cases import checkpoint_of, random_weights, with_thresholds
 from manidp.engine.engine import Engine
 from manidp.errors import CheckpointError
 from manidp.formats.checkpoint import Checkpoint, OperatingPoint
 from manidp.gating.place import with_gates
 from manidp.models import resnet
+from networks import checkpoint_of, random_weights, with_thresholds
 
 IMAGES = np.random.default_rng(1).normal(size=(8, 3, 8, 8)).astype(np.float32)
 

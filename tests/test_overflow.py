@@ -8,13 +8,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine_cases import Array, assert_close, checkpoint_of, random_weights
+from engine_cases import Array, assert_close
 from manidp import reference
 from manidp.engine.engine import Engine
 from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.errors import ManiDPError, UnsupportedError
 from manidp.gating.manidp import head
 from manidp.graph import Activation, BatchNorm, Conv, GlobalPool, Graph, Input, Linear, Multiply, Node, Pool
+from networks import checkpoint_of, random_weights
 
 PRECISIONS = [
     *(("float32", isa, 3e38) for isa in available_isas()),

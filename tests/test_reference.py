@@ -30,16 +30,9 @@ from manidp.graph import (
 from manidp.graph.macs import dense_macs
 from manidp.models import resnet
 from manidp.reference import node_values, run
+from networks import random_weights
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "mindspore"
-
-
-def random_weights(graph: Graph, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {
-        name: rng.uniform(0.5, 1.5, shape) if name.endswith("moving_variance") else rng.normal(size=shape)
-        for name, shape in graph.parameters.items()
-    }
 
 
 def value_of(node: Node, *inputs: np.ndarray, **parameters: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import manidp
-from engine_cases import assert_close, check, random_weights
+from engine_cases import assert_close, check
 from manidp.data.images import load_sample
 from manidp.engine.engine import Engine
 from manidp.engine.target import available_isas
@@ -20,6 +20,7 @@ from manidp.gating.static import constant_masks, freeze, static_macs, without_ga
 from manidp.graph import Graph
 from manidp.graph.macs import dense_macs, gate_macs
 from manidp.reference import run
+from networks import random_weights
 from test_engine_random import networks
 
 Array = NDArray[Any]

@@ -12,7 +12,7 @@ whatever the nodes are called.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,6 @@ from manidp.graph import (
     Conv,
     Flatten,
     GlobalPool,
-    Graph,
     Input,
     Linear,
     Multiply,
@@ -43,6 +42,7 @@ from manidp.graph import (
     pair,
     sides,
 )
+from manidp.graph.handlers import Handlers
 
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
@@ -70,13 +70,15 @@ def onnx_model(checkpoint: Checkpoint) -> ModelProto:
     graph = checkpoint.graph
     if sum(value.nbytes for value in checkpoint.weights.values()) > MAX_BYTES:
         raise CheckpointError(f"an ONNX file holds weights of at most {MAX_BYTES:,} bytes; these have more")
-    constants: dict[str, TensorProto] = {}
-    nodes = [made for node in graph.nodes for made in _nodes(node, graph, checkpoint, constants)]
+    nodes: list[NodeProto] = []
+    tensors: list[TensorProto] = []
+    for node in graph.nodes:
+        handles[node](_Writer(checkpoint, node, nodes, tensors), node)
     nodes.append(helper.make_node("Identity", [_value(graph.output)], ["logits"]))
     float32 = helper.np_dtype_to_tensor_dtype(np.dtype(np.float32))
     given = helper.make_tensor_value_info("image", float32, ["batch", *graph.input.dims])
     made = helper.make_tensor_value_info("logits", float32, ["batch", graph.num_classes])
-    body = helper.make_graph(nodes, "manidp", [given], [made], list(constants.values()))
+    body = helper.make_graph(nodes, "manidp", [given], [made], tensors)
     model = helper.make_model(
         body, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="manidp", ir_version=9
     )
@@ -87,104 +89,157 @@ def onnx_model(checkpoint: Checkpoint) -> ModelProto:
     return model
 
 
-def _nodes(node: Node, graph: Graph, checkpoint: Checkpoint, constants: dict[str, TensorProto]) -> Iterator[NodeProto]:
-    """The ONNX nodes of one node; the last of them makes what the node is for."""
-    inputs = [_value(source) for source in node.inputs]
+class _Writer:
+    """What handlers write a node with; ``inputs`` are the names of the values that it reads."""
 
-    def parameter(local: str) -> str:
-        name = f"{node.name}.{local}"
-        constants[name] = numpy_helper.from_array(checkpoint.weights[name], name)
+    def __init__(self, checkpoint: Checkpoint, node: Node, nodes: list[NodeProto], tensors: list[TensorProto]) -> None:
+        self._weights, self._node, self._nodes, self._tensors = checkpoint.weights, node, nodes, tensors
+        self.inputs = [_value(source) for source in node.inputs]
+        self.shapes = checkpoint.graph.input_shapes(node)
+
+    def parameter(self, local: str) -> str:
+        """The name of a parameter, which becomes part of the file."""
+        name = f"{self._node.name}.{local}"
+        self._tensors.append(numpy_helper.from_array(self._weights[name], name))
         return name
 
-    def constant(what: str, value: Any) -> str:
-        name = made(what)
-        constants[name] = numpy_helper.from_array(np.asarray(value), name)
+    def constant(self, what: str, value: Any) -> str:
+        """The name of an array of our own."""
+        name = _value(self._node.name, what)
+        self._tensors.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
-    def made(what: str) -> str:
-        return _value(node.name, what)
+    def op(self, kind: str, sources: Sequence[str], what: str = "out", **attributes: Any) -> str:
+        """One ONNX node, and the name of what it makes; ``out`` is what the node is for, and comes last."""
+        made = _value(self._node.name, what)
+        self._nodes.append(helper.make_node(kind, sources, [made], **attributes))
+        return made
 
-    def op(kind: str, sources: list[str], what: str = "out", **attributes: Any) -> NodeProto:
-        return helper.make_node(kind, sources, [made(what)], **attributes)
 
-    match node:
-        case Input():
-            yield op("Identity", ["image"])
-        case Conv():
-            bias = [parameter("bias")] if node.bias else []
-            yield op("Conv", [*inputs, parameter("weight"), *bias], group=node.groups, **_window(node))
-        case BatchNorm():
-            parameters = [parameter(local) for local in ("gamma", "beta", "moving_mean", "moving_variance")]
-            yield op("BatchNormalization", [*inputs, *parameters], epsilon=node.eps)
-        case Activation(kind="relu6"):
-            yield op("Clip", [*inputs, constant("low", np.float32(0)), constant("high", np.float32(6))])
-        case Activation(kind="silu"):
-            yield op("Sigmoid", inputs, "sigmoid")
-            yield op("Mul", [*inputs, made("sigmoid")])
-        case Activation(kind="hardsigmoid"):
-            yield op("HardSigmoid", inputs, alpha=1 / 6, beta=0.5)
-        case Activation():
-            yield op({"relu": "Relu", "sigmoid": "Sigmoid", "hardswish": "HardSwish"}[node.kind], inputs)
-        case Clip():
-            yield op("Clip", [*inputs, constant("low", np.float32(node.low)), constant("high", np.float32(node.high))])
-        case Select():
-            zero = constant("zero", np.float32(0))
-            score = inputs[0] if node.gain == "score" else constant("one", np.float32(1))
-            kept = "exceeds"
-            yield op("Greater", [*inputs, parameter("threshold") if node.rule == "threshold" else zero], kept)
-            if node.rule == "constant":
-                yield op("Greater", [parameter("mask"), zero], "open")
-                if node.gain == "one":  # whatever the score
-                    yield op("Not", [made(kept)], "not")
-                    yield op("Or", [made(kept), made("not")], "any")
-                    kept = "any"
-                yield op("And", [made(kept), made("open")], "both")
-                kept = "both"
-            yield op("Where", [made(kept), score, zero])
-        case Add():
-            yield op("Sum", inputs)
-        case Multiply():
-            value, factor = graph.input_shapes(node)
-            if len(factor) < len(value):
-                shape = constant("shape", np.array([-1, *factor, 1, 1], np.int64))
-                yield op("Reshape", [inputs[1], shape], "factor")
-                inputs[1] = made("factor")
-            yield op("Mul", inputs)
-        case Concat():
-            yield op("Concat", inputs, axis=1)
-        case Slice():
-            bounds = [constant(what, np.array([at], np.int64)) for what, at in
-                      (("start", node.start), ("stop", node.stop), ("axis", 1))]  # fmt: skip
-            yield op("Slice", [*inputs, *bounds])
-        case Shuffle():
-            (x,) = graph.input_shapes(node)
-            parts = constant("parts", np.array([0, node.groups, x[0] // node.groups, *x[1:]], np.int64))
-            yield op("Reshape", [*inputs, parts], "apart")
-            yield op("Transpose", [made("apart")], "dealt", perm=[0, 2, 1, *range(3, len(x) + 2)])
-            yield op("Reshape", [made("dealt"), constant("whole", np.array([0, *x], np.int64))])
-        case Scatter():
-            (x,) = graph.input_shapes(node)
-            source = np.full(node.channels, x[0])  # where there is no channel, the zero put behind them
-            source[list(node.at)] = range(x[0])
-            pads = np.zeros((2, len(x) + 1), np.int64)
-            pads[1, 1] = 1
-            yield op("Pad", [*inputs, constant("pads", pads.ravel())], "padded")
-            yield op("Gather", [made("padded"), constant("source", source.astype(np.int64))], axis=1)
-        case Pool(kind="max"):
-            yield op("MaxPool", inputs, **_window(node))
-        case Pool():
-            yield op("AveragePool", inputs, count_include_pad=1, **_window(node))
-        case GlobalPool():
-            kind = "GlobalMaxPool" if node.kind == "max" else "GlobalAveragePool"
-            yield op(kind, inputs, "pooled")
-            yield op("Flatten", [made("pooled")])
-        case Flatten():
-            yield op("Flatten", inputs)
-        case Linear():
-            bias = [parameter("bias")] if node.bias else []
-            yield op("Gemm", [*inputs, parameter("weight"), *bias], transB=1)
-        case _:
-            raise NotImplementedError(type(node).__name__)
+handles: Handlers[Callable[..., object]] = Handlers("ONNX")
+"""Handlers take a writer and the node, and write the ONNX nodes that make its value."""
+
+
+@handles(Input)
+def _input(to: _Writer, node: Input) -> None:
+    to.op("Identity", ["image"])
+
+
+@handles(Conv)
+def _conv(to: _Writer, node: Conv) -> None:
+    bias = [to.parameter("bias")] if node.bias else []
+    to.op("Conv", [*to.inputs, to.parameter("weight"), *bias], group=node.groups, **_window(node))
+
+
+@handles(BatchNorm)
+def _batch_norm(to: _Writer, node: BatchNorm) -> None:
+    parameters = [to.parameter(local) for local in ("gamma", "beta", "moving_mean", "moving_variance")]
+    to.op("BatchNormalization", [*to.inputs, *parameters], epsilon=node.eps)
+
+
+ACTIVATIONS: dict[str, Callable[[_Writer], object]] = {
+    "relu": lambda to: to.op("Relu", to.inputs),
+    "relu6": lambda to: _clipped(to, 0, 6),
+    "hardswish": lambda to: to.op("HardSwish", to.inputs),
+    "silu": lambda to: to.op("Mul", [*to.inputs, to.op("Sigmoid", to.inputs, "sigmoid")]),
+    "sigmoid": lambda to: to.op("Sigmoid", to.inputs),
+    "hardsigmoid": lambda to: to.op("HardSigmoid", to.inputs, alpha=1 / 6, beta=0.5),
+}
+
+
+@handles(Activation)
+def _activation(to: _Writer, node: Activation) -> None:
+    handles.variant(node, ACTIVATIONS, node.kind)(to)
+
+
+@handles(Clip)
+def _clip(to: _Writer, node: Clip) -> None:
+    _clipped(to, node.low, node.high)
+
+
+def _clipped(to: _Writer, low: float, high: float) -> None:
+    to.op("Clip", [*to.inputs, to.constant("low", np.float32(low)), to.constant("high", np.float32(high))])
+
+
+@handles(Select)
+def _select(to: _Writer, node: Select) -> None:
+    zero = to.constant("zero", np.float32(0))
+    score = to.inputs[0] if node.gain == "score" else to.constant("one", np.float32(1))
+    kept = to.op("Greater", [*to.inputs, to.parameter("threshold") if node.rule == "threshold" else zero], "exceeds")
+    if node.rule == "constant":
+        if node.gain == "one":  # whatever the score
+            kept = to.op("Or", [kept, to.op("Not", [kept], "not")], "any")
+        kept = to.op("And", [kept, to.op("Greater", [to.parameter("mask"), zero], "open")], "both")
+    to.op("Where", [kept, score, zero])
+
+
+@handles(Add)
+def _add(to: _Writer, node: Add) -> None:
+    to.op("Sum", to.inputs)
+
+
+@handles(Multiply)
+def _multiply(to: _Writer, node: Multiply) -> None:
+    (x, factor), (value, shape) = to.inputs, to.shapes
+    if len(shape) < len(value):
+        factor = to.op("Reshape", [factor, to.constant("shape", np.array([-1, *shape, 1, 1], np.int64))], "factor")
+    to.op("Mul", [x, factor])
+
+
+@handles(Concat)
+def _concat(to: _Writer, node: Concat) -> None:
+    to.op("Concat", to.inputs, axis=1)
+
+
+@handles(Slice)
+def _slice(to: _Writer, node: Slice) -> None:
+    bounds = {"start": node.start, "stop": node.stop, "axis": 1}
+    to.op("Slice", [*to.inputs, *(to.constant(what, np.array([at], np.int64)) for what, at in bounds.items())])
+
+
+@handles(Shuffle)
+def _shuffle(to: _Writer, node: Shuffle) -> None:
+    (x,) = to.shapes
+    parts = to.constant("parts", np.array([0, node.groups, x[0] // node.groups, *x[1:]], np.int64))
+    apart = to.op("Reshape", [*to.inputs, parts], "apart")
+    dealt = to.op("Transpose", [apart], "dealt", perm=[0, 2, 1, *range(3, len(x) + 2)])
+    to.op("Reshape", [dealt, to.constant("whole", np.array([0, *x], np.int64))])
+
+
+@handles(Scatter)
+def _scatter(to: _Writer, node: Scatter) -> None:
+    (x,) = to.shapes
+    source = np.full(node.channels, x[0])  # where there is no channel, the zero put behind them
+    source[list(node.at)] = range(x[0])
+    pads = np.zeros((2, len(x) + 1), np.int64)
+    pads[1, 1] = 1
+    padded = to.op("Pad", [*to.inputs, to.constant("pads", pads.ravel())], "padded")
+    to.op("Gather", [padded, to.constant("source", source.astype(np.int64))], axis=1)
+
+
+@handles(Pool)
+def _pool(to: _Writer, node: Pool) -> None:
+    if node.kind == "max":
+        to.op("MaxPool", to.inputs, **_window(node))
+    else:
+        to.op("AveragePool", to.inputs, count_include_pad=1, **_window(node))
+
+
+@handles(GlobalPool)
+def _global_pool(to: _Writer, node: GlobalPool) -> None:
+    kind = "GlobalMaxPool" if node.kind == "max" else "GlobalAveragePool"
+    to.op("Flatten", [to.op(kind, to.inputs, "pooled")])
+
+
+@handles(Flatten)
+def _flatten(to: _Writer, node: Flatten) -> None:
+    to.op("Flatten", to.inputs)
+
+
+@handles(Linear)
+def _linear(to: _Writer, node: Linear) -> None:
+    bias = [to.parameter("bias")] if node.bias else []
+    to.op("Gemm", [*to.inputs, to.parameter("weight"), *bias], transB=1)
 
 
 def _value(node: str, what: str = "out") -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -31,7 +30,12 @@ from manidp.graph import (
     pair,
     sides,
 )
+from manidp.graph.handlers import Handlers
 from manidp.result import Array, Result
+
+P = Mapping[str, Array]  # parameters of a node, by their local names
+handles: Handlers[Callable[..., Array]] = Handlers("the NumPy reference")
+"""Handlers take the node, its parameters and the values that it reads, and return its value."""
 
 
 def run(graph: Graph, weights: Mapping[str, Array], images: Array, dtype: type = np.float64) -> Result:
@@ -55,62 +59,118 @@ def node_values(
             for name in node.parameters(*graph.input_shapes(node))
         }
         inputs = [values[source] for source in node.inputs] or [np.asarray(images, dtype=dtype)]
-        values[node.name] = _value(node, parameters, *inputs)
+        values[node.name] = value_of(node, parameters, *inputs)
     return values
 
 
-def _value(node: Node, p: dict[str, Array], x: Array, *others: Array) -> Any:
-    match node:
-        case Input():
-            return x
-        case Conv():
-            return _conv(node, x, p["weight"]) + (p["bias"][:, None, None] if node.bias else 0)
-        case BatchNorm():
-            scale = p["gamma"] / np.sqrt(p["moving_variance"] + x.dtype.type(node.eps))
-            shift = p["beta"] - p["moving_mean"] * scale
-            return x * scale[:, None, None] + shift[:, None, None]
-        case Activation():
-            return _activation(node.kind, x)
-        case Clip():
-            return np.clip(x, x.dtype.type(node.low), x.dtype.type(node.high))
-        case Select():
-            kept = x > (p["threshold"] if node.rule == "threshold" else 0)
-            if node.rule == "constant":
-                kept = (p["mask"] > 0) & (kept | (node.gain == "one"))
-            return np.where(kept, x if node.gain == "score" else x.dtype.type(1), x.dtype.type(0))
-        case Add():
-            return sum(others, start=x)
-        case Multiply():
-            (factor,) = others
-            return x * factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
-        case Concat():
-            return np.concatenate((x, *others), axis=1)
-        case Slice():
-            return x[:, node.start : node.stop]
-        case Shuffle():
-            return x.reshape(len(x), node.groups, -1, *x.shape[2:]).swapaxes(1, 2).reshape(x.shape)
-        case Scatter():
-            whole = np.zeros((len(x), node.channels, *x.shape[2:]), dtype=x.dtype)
-            whole[:, node.at] = x
-            return whole
-        case Pool(kind="max"):
-            return _windows(node, x, -np.inf).max(axis=(4, 5))
-        case Pool():
-            return _windows(node, x).mean(axis=(4, 5))
-        case GlobalPool():
-            return x.mean(axis=(2, 3)) if node.kind == "average" else x.max(axis=(2, 3))
-        case Flatten():
-            return x.reshape(len(x), -1)
-        case Linear():
-            return x @ p["weight"].T + (p["bias"] if node.bias else 0)
-    raise NotImplementedError(type(node).__name__)
+def value_of(node: Node, parameters: Mapping[str, Array], *inputs: Array) -> Array:
+    """Value of one node, batch axis first, given its parameters under their local names and the values it reads."""
+    return handles[node](node, parameters, *inputs)
 
 
-def _conv(node: Conv, x: Array, weight: Array) -> Array:
+@handles(Input)
+def _input(node: Input, p: P, x: Array) -> Array:
+    return x
+
+
+@handles(Conv)
+def _conv(node: Conv, p: P, x: Array) -> Array:
     windows = _windows(node, x)
-    grouped = zip(np.split(windows, node.groups, axis=1), np.split(weight, node.groups), strict=True)
+    grouped = zip(np.split(windows, node.groups, axis=1), np.split(p["weight"], node.groups), strict=True)
     made = [np.tensordot(part, w, axes=((1, 4, 5), (1, 2, 3))) for part, w in grouped]
-    return np.concatenate(made, axis=3).transpose(0, 3, 1, 2)
+    value: Array = np.concatenate(made, axis=3).transpose(0, 3, 1, 2)
+    return value + p["bias"][:, None, None] if node.bias else value
+
+
+@handles(BatchNorm)
+def _batch_norm(node: BatchNorm, p: P, x: Array) -> Array:
+    scale = p["gamma"] / np.sqrt(p["moving_variance"] + x.dtype.type(node.eps))
+    shift = p["beta"] - p["moving_mean"] * scale
+    return x * scale[:, None, None] + shift[:, None, None]
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": lambda x: np.maximum(x, 0),
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "hardsigmoid": lambda x: np.clip(x + 3, 0, 6) / 6,
+    "hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "sigmoid": lambda x: (1 + np.tanh(x / 2)) / 2,
+    "silu": lambda x: x * (1 + np.tanh(x / 2)) / 2,
+}
+
+
+@handles(Activation)
+def _activation(node: Activation, p: P, x: Array) -> Array:
+    return handles.variant(node, ACTIVATIONS, node.kind)(x)
+
+
+@handles(Clip)
+def _clip(node: Clip, p: P, x: Array) -> Array:
+    return np.clip(x, x.dtype.type(node.low), x.dtype.type(node.high))
+
+
+@handles(Select)
+def _select(node: Select, p: P, x: Array) -> Array:
+    kept = x > (p["threshold"] if node.rule == "threshold" else 0)
+    if node.rule == "constant":
+        kept = (p["mask"] > 0) & (kept | (node.gain == "one"))
+    return np.where(kept, x if node.gain == "score" else x.dtype.type(1), x.dtype.type(0))
+
+
+@handles(Add)
+def _add(node: Add, p: P, x: Array, *others: Array) -> Array:
+    return sum(others, start=x)
+
+
+@handles(Multiply)
+def _multiply(node: Multiply, p: P, x: Array, factor: Array) -> Array:
+    value: Array = x * factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
+    return value
+
+
+@handles(Concat)
+def _concat(node: Concat, p: P, *inputs: Array) -> Array:
+    return np.concatenate(inputs, axis=1)
+
+
+@handles(Slice)
+def _slice(node: Slice, p: P, x: Array) -> Array:
+    return x[:, node.start : node.stop]
+
+
+@handles(Shuffle)
+def _shuffle(node: Shuffle, p: P, x: Array) -> Array:
+    return x.reshape(len(x), node.groups, -1, *x.shape[2:]).swapaxes(1, 2).reshape(x.shape)
+
+
+@handles(Scatter)
+def _scatter(node: Scatter, p: P, x: Array) -> Array:
+    whole = np.zeros((len(x), node.channels, *x.shape[2:]), dtype=x.dtype)
+    whole[:, node.at] = x
+    return whole
+
+
+@handles(Pool)
+def _pool(node: Pool, p: P, x: Array) -> Array:
+    if node.kind == "max":
+        return np.asarray(_windows(node, x, -np.inf).max(axis=(4, 5)))
+    return np.asarray(_windows(node, x).mean(axis=(4, 5)))
+
+
+@handles(GlobalPool)
+def _global_pool(node: GlobalPool, p: P, x: Array) -> Array:
+    return np.asarray(x.mean(axis=(2, 3)) if node.kind == "average" else x.max(axis=(2, 3)))
+
+
+@handles(Flatten)
+def _flatten(node: Flatten, p: P, x: Array) -> Array:
+    return x.reshape(len(x), -1)
+
+
+@handles(Linear)
+def _linear(node: Linear, p: P, x: Array) -> Array:
+    value: Array = x @ p["weight"].T
+    return value + p["bias"] if node.bias else value
 
 
 def _windows(node: Conv | Pool, x: Array, outside: float = 0.0) -> Array:
@@ -120,20 +180,3 @@ def _windows(node: Conv | Pool, x: Array, outside: float = 0.0) -> Array:
     x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=outside)
     reach = (rows * (high - 1) + 1, columns * (wide - 1) + 1)
     return sliding_window_view(x, reach, axis=(2, 3))[:, :, ::down, ::across, ::rows, ::columns]
-
-
-def _activation(kind: str, x: Array) -> Any:
-    match kind:
-        case "relu":
-            return np.maximum(x, 0)
-        case "relu6":
-            return np.clip(x, 0, 6)
-        case "hardsigmoid":
-            return np.clip(x + 3, 0, 6) / 6
-        case "hardswish":
-            return x * np.clip(x + 3, 0, 6) / 6
-        case "sigmoid":
-            return (1 + np.tanh(x / 2)) / 2
-        case "silu":
-            return x * (1 + np.tanh(x / 2)) / 2
-    raise NotImplementedError(kind)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engine_cases import assert_close, assert_same_result, checkpoint_of, random_weights
+from engine_cases import assert_close, assert_same_result
 from hostile.names import like_ours
 from manidp.engine.engine import Engine
 from manidp.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -18,6 +18,7 @@ from manidp.formats.conversion import from_ckpt, to_ckpt
 from manidp.graph import Graph
 from manidp.reference import run
 from manidp.result import Result
+from networks import checkpoint_of, random_weights
 
 
 @pytest.fixture(params=like_ours(), ids=lambda graph: ascii(graph.nodes[1].name))

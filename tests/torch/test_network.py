@@ -1,7 +1,6 @@
 """The torch network walks the graph: equal to the reference, identity gates, exact names."""
 
 import gc
-import math
 
 import numpy as np
 import pytest
@@ -13,92 +12,35 @@ from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.manidp import head
 from manidp.gating.place import with_gates
 from manidp.graph import (
-    Activation,
-    Add,
-    BatchNorm,
-    Concat,
     Conv,
-    Flatten,
     GlobalPool,
     Graph,
     Input,
     Linear,
     Multiply,
     Node,
-    Pool,
     with_classes,
 )
 from manidp.models import resnet
 from manidp.reference import run
 from manidp.torch.convert import network_from, network_inheriting
 from manidp.torch.network import Network
+from networks import images_for, random_weights, some_open
 
 
-def random_weights(graph: Graph, seed: int) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
-    generator = np.random.default_rng(seed)
-    weights = {}
-    for name, shape in graph.parameters.items():
-        value = generator.normal(size=shape) / math.sqrt(math.prod(shape[1:]))
-        if name.endswith(("moving_variance", "gamma")):
-            value = 0.5 + generator.random(shape)
-        if name.endswith("fc2.bias"):
-            value = generator.random(shape)
-        if name.endswith("threshold"):
-            value = np.array(0.4)
-        weights[name] = np.asarray(value, np.float32)
-    return weights
-
-
-def assert_network_equals_reference(graph: Graph, seed: int) -> None:
-    weights = random_weights(graph, seed)
-    images = np.random.default_rng(seed).normal(size=(4, *graph.input.dims)).astype(np.float32)
-    network = Network(graph)
+def test_records_are_what_the_reference_has() -> None:
+    graph = with_gates(resnet(8))
+    weights, images = some_open(graph), images_for(graph)
+    network = Network(graph).eval()
     network.load(weights)
-    network.eval()
     with torch.no_grad():
         output = network(torch.from_numpy(images))
     result = run(graph, weights, images)
-    scale = np.abs(result.logits).max()
-    assert np.abs(output.logits.numpy() - result.logits).max() <= 1e-5 * scale
     assert output.records.keys() == result.gates.keys()
     for name, record in output.records.items():
         assert ((record.gate > 0).numpy() == result.kept[name]).all(), name
         assert record.gate.numpy() == pytest.approx(result.gates[name], rel=1e-4)
-
-
-@pytest.mark.parametrize("depth", [8, 20])
-def test_gated_resnets_equal_the_reference(depth: int) -> None:
-    assert_network_equals_reference(with_gates(resnet(depth)), depth)
-
-
-@pytest.mark.parametrize("kind", ["relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid"])
-def test_every_node_type_equals_the_reference(kind: str) -> None:
-    graph = Graph(
-        (
-            Input(name="image", dims=(3, 9, 7)),
-            Conv(name="a", inputs=("image",), channels=6, kernel=5, stride=2, padding=2, groups=3, bias=True),
-            BatchNorm(name="b", inputs=("a",), eps=1e-3),
-            Activation(name="c", inputs=("b",), kind=kind),  # type: ignore[arg-type]
-            Pool(name="d", inputs=("c",), kind="max", kernel=3, stride=1, padding=1),
-            Pool(name="d2", inputs=("c",), kind="average", kernel=3, stride=1, padding=1),
-            Concat(name="e", inputs=("d2", "d")),
-            Conv(name="depthwise", inputs=("e",), channels=12, groups=12, padding=1),
-            *head("gate", "e", 12, 5),
-            Multiply(name="scaled", inputs=("depthwise", "gate")),
-            GlobalPool(name="f", inputs=("e",), kind="max"),
-            Linear(name="g", inputs=("f",), features=12, bias=False),
-            Activation(name="squeeze", inputs=("g",), kind="sigmoid"),
-            Multiply(name="h", inputs=("scaled", "squeeze")),
-            Multiply(name="square", inputs=("h", "e")),
-            Add(name="i", inputs=("square", "e", "h")),
-            Flatten(name="j", inputs=("i",)),
-            GlobalPool(name="k", inputs=("i",)),
-            Concat(name="l", inputs=("j", "k")),
-            Linear(name="out", inputs=("l",), features=3),
-        ),
-        "out",
-    )
-    assert_network_equals_reference(graph, 3)
+        assert (np.where(record.gate > 0, record.saliency, 0) == record.gate.numpy()).all()
 
 
 def test_a_gate_may_scale_a_vector_and_what_another_scaled() -> None:

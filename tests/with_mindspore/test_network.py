@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import get_args
 
 import mindspore
 import numpy as np
@@ -17,20 +16,11 @@ from manidp.formats.conversion import from_ckpt, to_ckpt
 from manidp.gating.manidp import head
 from manidp.gating.place import with_gates
 from manidp.graph import (
-    Activation,
-    ActivationKind,
-    Add,
-    BatchNorm,
-    Concat,
-    Conv,
-    Flatten,
     GlobalPool,
     Graph,
     Input,
     Linear,
     Multiply,
-    Node,
-    Pool,
 )
 from manidp.hub.bundle import description
 from manidp.mindspore.convert import from_checkpoint, weights
@@ -141,44 +131,6 @@ def test_a_saliency_on_the_threshold_is_closed() -> None:
     _, ((saliency, factor, _),) = network.records(mindspore.ops.ones((1, 3, 4, 4)))
     np.testing.assert_array_equal(saliency.asnumpy(), [[limit, bias[1], 2]])
     np.testing.assert_array_equal(factor.asnumpy(), [[0, bias[1], 2]])
-
-
-def everything() -> Graph:
-    """One of every kind of node, and of every variant that a backend may treat apart."""
-    nodes: list[Node] = [Input(name="image", dims=(3, 13, 10))]
-
-    def then(node: Node) -> str:
-        nodes.append(node)
-        return node.name
-
-    x = then(Conv(name="stem", inputs=("image",), channels=8, kernel=5, stride=2, padding=2, bias=True))
-    x = then(BatchNorm(name="stem.bn", inputs=(x,), eps=1e-3))
-    kinds: tuple[ActivationKind, ...] = get_args(ActivationKind)
-    wide = then(Concat(name="kinds", inputs=tuple(then(Activation(name=k, inputs=(x,), kind=k)) for k in kinds)))
-    grouped = then(Conv(name="grouped", inputs=(wide,), channels=12, groups=4))
-    depthwise = then(Conv(name="depthwise", inputs=(grouped,), channels=12, kernel=7, padding=3, groups=12))
-    pools = [
-        then(Pool(name="max", inputs=(depthwise,), kind="max", kernel=3, stride=2, padding=1)),
-        then(Pool(name="average", inputs=(depthwise,), kind="average", kernel=3, stride=2, padding=1)),
-        then(Conv(name="even", inputs=(depthwise,), channels=12, kernel=2, stride=2, padding=1)),
-    ]
-    x = then(Add(name="sum", inputs=tuple(pools)))
-    squeezed = then(Activation(name="squeezed", inputs=(then(GlobalPool(name="mean", inputs=(x,))),), kind="sigmoid"))
-    x = then(Multiply(name="excited", inputs=(x, squeezed)))
-    x = then(Multiply(name="square", inputs=(x, x)))
-    top = then(GlobalPool(name="top", inputs=(x,), kind="max"))
-    flat = then(Flatten(name="flat", inputs=(x,)))
-    both = then(Concat(name="both", inputs=(top, flat)))
-    hidden = then(Linear(name="hidden", inputs=(both,), features=9))
-    then(Linear(name="plain", inputs=(hidden,), features=4, bias=False))
-    return Graph(tuple(nodes), "plain")
-
-
-def test_every_kind_of_node_is_the_reference(mode: str) -> None:
-    checkpoint = checkpoint_of(everything())
-    images = images_for(checkpoint.graph)
-    expected = run(checkpoint.graph, checkpoint.weights, images).logits
-    assert_close(from_checkpoint(checkpoint)(mindspore.Tensor(images)).asnumpy(), expected)
 
 
 def test_thresholds_must_be_those_of_the_gates() -> None:

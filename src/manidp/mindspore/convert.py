@@ -6,6 +6,7 @@ import numpy as np
 from mindspore import Tensor
 from numpy.typing import NDArray
 
+from manidp.errors import UnsupportedError
 from manidp.formats.checkpoint import Checkpoint
 from manidp.formats.conversion import to_ckpt
 from manidp.hub.bundle import description
@@ -13,9 +14,15 @@ from manidp.mindspore.network import Network
 
 
 def from_checkpoint(checkpoint: Checkpoint) -> Network:
-    """The checkpoint's network with its weights and thresholds, in evaluation mode."""
+    """The checkpoint's network with its weights and thresholds, in evaluation mode.
+
+    Raises UnsupportedError for an op that MindSpore's table lacks.
+    """
     values, thresholds = to_ckpt(checkpoint)
-    network = Network(description(checkpoint.graph), thresholds)
+    try:
+        network = Network(description(checkpoint.graph), thresholds)
+    except NotImplementedError as error:  # the file of the network stands alone, without our errors
+        raise UnsupportedError(str(error)) from error
     for parameter in network.get_parameters():
         parameter.set_data(Tensor(values[parameter.name]))
     return network

@@ -25,6 +25,7 @@ class Network(nn.Cell):
     description: see above. thresholds: one number for every gate, in the order of the nodes; fixed, and no parameters,
     so a .ckpt does not hold them. Fresh weights: convolutions N(0, sqrt(2 / (kernel^2 * out))), gates the identity.
     Runs in PYNATIVE and in GRAPH mode; ``set_train(False)`` (as it is when made) for inference.
+    Raises NotImplementedError for an op that this file does not know.
     """
 
     def __init__(self, description: Mapping[str, Any], thresholds: Sequence[float] | np.ndarray[Any, Any]) -> None:
@@ -39,12 +40,13 @@ class Network(nn.Cell):
         recorded = {name for node in selects for name in (node["name"], node["inputs"][0], node["scales"])}
         chains = _chains(nodes, recorded | {description["output"]})
         index = {chain[-1]["name"]: position for position, chain in enumerate(chains)}
-        fresh = _scorers(nodes)
+        scorers = _scorers(nodes)
         steps = []
         for chain in chains[1:]:
             cells = []
             for node in chain:
-                cell = _cell(node, threshold_of.get(node["name"]), "scores" if node["name"] in fresh else "features")
+                name = node["name"]
+                cell = _cell({**node, "threshold": threshold_of.get(name), "scores": name in scorers})
                 for name, parameter in cell.parameters_and_names():  # update_parameters_name wants letters
                     parameter.name = f"{node['name']}.{name}"
                 cells.append(cell)
@@ -52,6 +54,7 @@ class Network(nn.Cell):
         self.num_classes = next(node["shape"][0] for node in nodes if node["name"] == description["output"])
         self.gate_names = tuple(node["name"] for node in selects)
         self.thresholds, self.deciding = thresholds, tuple(gates)
+        self.names = tuple(tuple(node["name"] for node in chain) for chain in chains)
         self.steps = nn.CellList(steps, auto_prefix=False)
         self.sources = tuple(tuple(index[name] for name in chain[0]["inputs"]) for chain in chains[1:])
         self.output = index[description["output"]]
@@ -192,6 +195,18 @@ class _Shuffle(nn.Cell):
         return ops.gather(x, self.source, 1)
 
 
+class _Padded(nn.Cell):
+    """Numbers around a map, then a cell."""
+
+    def __init__(self, padding: tuple[int, int, int, int], value: float, then: nn.Cell) -> None:
+        super().__init__()
+        top, bottom, left, right = padding
+        self.pad, self.then = nn.ConstantPad2d((left, right, top, bottom), value), then
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.then(self.pad(x))
+
+
 class _Function(nn.Cell):
     """A step without parameters."""
 
@@ -227,15 +242,6 @@ def _global_max(x: Tensor) -> Tensor:
     return x.amax((2, 3))
 
 
-_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "Add": _add, "Multiply": _multiply, "Concat": _concat, "average": _global_average, "max": _global_max,
-}  # fmt: skip
-_ACTIVATIONS: dict[str, Callable[[], nn.Cell]] = {
-    "relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.HSwish, "silu": nn.SiLU, "sigmoid": nn.Sigmoid,
-    "hardsigmoid": nn.HSigmoid,
-}  # fmt: skip
-
-
 def _scorers(nodes: Sequence[Mapping[str, Any]]) -> set[str]:
     """The last linear node before each Select."""
     by_name = {node["name"]: node for node in nodes}
@@ -260,45 +266,70 @@ def _pair(value: Any) -> Any:
     return value if isinstance(value, int) else tuple(value)
 
 
-def _cell(node: Mapping[str, Any], threshold: float | None, makes: str) -> nn.Cell:
-    shapes = node["parameters"]
-    match node["op"]:
-        case "Conv":
-            out, grouped, *kernel = shapes["weight"]
-            return nn.Conv2d(
-                grouped * node["groups"], out, tuple(kernel), _pair(node["stride"]), "pad", _sides(node["padding"]),
-                _pair(node["dilation"]), node["groups"], has_bias=node["bias"],
-                weight_init=HeNormal(mode="fan_out"), bias_init="zeros",
-            )  # fmt: skip
-        case "BatchNorm":
-            return nn.BatchNorm2d(shapes["gamma"][0], node["eps"])
-        case "Activation":
-            return _ACTIVATIONS[node["kind"]]()
-        case "Clip":
-            return _Clip(node["low"], node["high"])
-        case "Select" if node["rule"] == "constant":
-            return _Mask(node["shape"][0], node["gain"])
-        case "Select":
-            assert threshold is not None
-            return _Select(threshold, node["gain"])
-        case "Slice":
-            return _Slice(node["start"], node["stop"])
-        case "Shuffle":
-            return _Shuffle(node["shape"][0], node["groups"])
-        case "Scatter":
-            return _Scatter(len(node["at"]), node["channels"], node["at"])
-        case "Pool":
-            pool = nn.MaxPool2d if node["kind"] == "max" else nn.AvgPool2d
-            return pool(node["kernel"], node["stride"], "pad", node["padding"])
-        case "GlobalPool":
-            return _Function(_FUNCTIONS[node["kind"]])
-        case "Flatten":
-            return nn.Flatten()
-        case "Linear":
-            features, inputs = shapes["weight"]
-            if makes == "scores":  # the identity: every score is 1
-                return nn.Dense(inputs, features, weight_init="zeros", bias_init="ones", has_bias=node["bias"])
-            return nn.Dense(inputs, features, bias_init="zeros", has_bias=node["bias"])
-        case "Add" | "Multiply" | "Concat":
-            return _Function(_FUNCTIONS[node["op"]])
-    raise NotImplementedError(f"node '{node['name']}': this file does not know the op {node['op']!r}")
+_Node = Mapping[str, Any]  # as in the description; with ``threshold``, and ``scores``: whether it makes a gate's scores
+_ACTIVATIONS: dict[str, Callable[[], nn.Cell]] = {
+    "relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.HSwish, "silu": nn.SiLU, "sigmoid": nn.Sigmoid,
+    "hardsigmoid": nn.HSigmoid,
+}  # fmt: skip
+
+
+def _cell(node: _Node) -> nn.Cell:
+    """The cell of a node. Raises NotImplementedError for what this file does not know."""
+    make = _CELLS.get(node["op"])
+    if make is None or (node["op"] == "Activation" and node["kind"] not in _ACTIVATIONS):
+        what = " ".join([node["op"], *(node[key] for key in ("kind",) if key in node)])
+        raise NotImplementedError(f"node '{node['name']}' ({what}): MindSpore's network does not run this op")
+    return make(node)
+
+
+def _conv(node: _Node) -> nn.Cell:
+    out, grouped, *kernel = node["parameters"]["weight"]
+    return nn.Conv2d(
+        grouped * node["groups"], out, tuple(kernel), _pair(node["stride"]), "pad", _sides(node["padding"]),
+        _pair(node["dilation"]), node["groups"], has_bias=node["bias"],
+        weight_init=HeNormal(mode="fan_out"), bias_init="zeros",
+    )  # fmt: skip
+
+
+def _batch_norm(node: _Node) -> nn.Cell:
+    return nn.BatchNorm2d(node["parameters"]["gamma"][0], node["eps"])
+
+
+def _select(node: _Node) -> nn.Cell:
+    if node["rule"] == "constant":
+        return _Mask(node["shape"][0], node["gain"])
+    return _Select(node["threshold"], node["gain"])
+
+
+def _pool(node: _Node) -> nn.Cell:
+    pool, outside = (nn.MaxPool2d, float("-inf")) if node["kind"] == "max" else (nn.AvgPool2d, 0.0)
+    kernel, stride = _pair(node["kernel"]), _pair(node["stride"])
+    if isinstance(node["padding"], int):
+        return pool(kernel, stride, "pad", node["padding"])
+    return _Padded(_sides(node["padding"]), outside, pool(kernel, stride))
+
+
+def _linear(node: _Node) -> nn.Cell:
+    features, inputs = node["parameters"]["weight"]
+    if node["scores"]:  # the identity: every score is 1
+        return nn.Dense(inputs, features, weight_init="zeros", bias_init="ones", has_bias=node["bias"])
+    return nn.Dense(inputs, features, bias_init="zeros", has_bias=node["bias"])
+
+
+_CELLS: dict[str, Callable[[_Node], nn.Cell]] = {
+    "Conv": _conv,
+    "BatchNorm": _batch_norm,
+    "Activation": lambda node: _ACTIVATIONS[node["kind"]](),
+    "Clip": lambda node: _Clip(node["low"], node["high"]),
+    "Select": _select,
+    "Add": lambda node: _Function(_add),
+    "Multiply": lambda node: _Function(_multiply),
+    "Concat": lambda node: _Function(_concat),
+    "Slice": lambda node: _Slice(node["start"], node["stop"]),
+    "Shuffle": lambda node: _Shuffle(node["shape"][0], node["groups"]),
+    "Scatter": lambda node: _Scatter(len(node["at"]), node["channels"], node["at"]),
+    "Pool": _pool,
+    "GlobalPool": lambda node: _Function(_global_average if node["kind"] == "average" else _global_max),
+    "Flatten": lambda node: nn.Flatten(),
+    "Linear": _linear,
+}

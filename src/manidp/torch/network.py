@@ -36,17 +36,11 @@ from manidp.graph import (
     pair,
     sides,
 )
+from manidp.graph.handlers import Handlers
 
 BUFFERS = ("moving_mean", "moving_variance", "threshold", "mask")  # parameters that no gradient moves
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "hardswish": F.hardswish,
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "hardsigmoid": F.hardsigmoid,
-}
+P = Mapping[str, Tensor]  # parameters of a node, by their local names
 
 
 @dataclass(frozen=True)
@@ -77,6 +71,8 @@ class Network(nn.Module):
     threshold = 0), so that a net and its gated copy give the same logits to the last bit.
     Departs: the reference starts gates at random, which makes the activations of a fresh net explode.
 
+    Raises UnsupportedError for an op that torch's table lacks.
+
     The parameters are all the module's own, under their whole names. Each such name has a dot, as no attribute of a
     module has: whatever a file calls its nodes, they meet neither one another nor what torch or we keep in a module.
     """
@@ -88,9 +84,13 @@ class Network(nn.Module):
         # as plain data, which torch.compile follows: what is computed in float32, and what each gate scales
         self._deciding = graph.heads | {gate.name for gate in graph.gates}
         self._gate_of = {node.name: gate for node in graph.nodes if (gate := graph.select_of(node)) is not None}
+        self._handlers = {node.name: handles[node] for node in graph.nodes if not isinstance(node, Input)}
+        self._local: dict[str, tuple[str, ...]] = {}  # node -> its parameters' names without its own
         generator = torch.Generator().manual_seed(seed)
         for node in graph.nodes:
-            for name, shape in node.parameters(*graph.input_shapes(node)).items():
+            shapes = node.parameters(*graph.input_shapes(node))
+            self._local[node.name] = tuple(shapes)
+            for name, shape in shapes.items():
                 value = _fresh(graph, node, name, shape, generator)
                 if name in BUFFERS:
                     self._buffers[f"{node.name}.{name}"] = value
@@ -119,29 +119,41 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         """Run a batch (B, C, H, W) of normalised images."""
+        values, records = self._run(images)
+        return Output(values[self.graph.output], records)
+
+    def node_values(self, images: Tensor) -> dict[str, Tensor]:
+        """Value of every node by name, batch axis first, for normalised images (B, C, H, W)."""
+        return self._run(images)[0]
+
+    def _run(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, GateRecord]]:
         own = self._collect()
-        values: dict[str, Tensor] = {}
+        values = {self.graph.input.name: images}
         pooled: dict[str, Tensor] = {}  # mean over H and W in float32, for gates and the similarity loss
         records: dict[str, GateRecord] = {}
-        graph = self.graph
-        for node in graph.nodes:
+        for node in self.graph.nodes:
             if isinstance(node, Input):
-                values[node.name] = images
-            elif isinstance(node, GlobalPool) and node.kind == "average":
+                continue
+            if isinstance(node, GlobalPool) and node.kind == "average":  # the mean may be known already
                 values[node.name] = self._mean_of(node.inputs[0], values, pooled)
-            else:
-                inputs = [values[source] for source in node.inputs]
-                if node.name in self._deciding:
-                    with torch.autocast(images.device.type, enabled=False):
-                        values[node.name] = self._step(node, own, inputs)
-                else:
+                continue
+            inputs = [values[source] for source in node.inputs]
+            if node.name in self._deciding:
+                with torch.autocast(images.device.type, enabled=False):
                     values[node.name] = self._step(node, own, inputs)
-                gate = self._gate_of.get(node.name)
-                if gate is not None:
-                    score = values[graph.by_name[gate].inputs[0]]
-                    feature = self._mean_of(node.inputs[0], values, pooled)
-                    records[gate] = GateRecord(score, values[gate], feature)
-        return Output(values[graph.output], records)
+            else:
+                values[node.name] = self._step(node, own, inputs)
+            gate = self._gate_of.get(node.name)
+            if gate is not None:
+                score = values[self.graph.by_name[gate].inputs[0]]
+                feature = self._mean_of(node.inputs[0], values, pooled)
+                records[gate] = GateRecord(score, values[gate], feature)
+        return values, records
+
+    def _step(self, node: Node, own: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
+        return self._handlers[node.name](
+            self, node, {p: own[f"{node.name}.{p}"] for p in self._local[node.name]}, *inputs
+        )
 
     def _mean_of(self, name: str, values: Mapping[str, Tensor], pooled: dict[str, Tensor]) -> Tensor:
         """Mean over H and W of a value, from ``pooled`` if it is there.
@@ -161,60 +173,107 @@ class Network(nn.Module):
             name = node.name
         return pooled[name]
 
-    def _step(self, node: Node, own: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
-        x = inputs[0]
-        match node:
-            case Conv():
-                weight, bias = own[f"{node.name}.weight"], own.get(f"{node.name}.bias")
-                (down, across), plain = pair(node.stride), pair(node.kernel) == (1, 1) and not any(sides(node.padding))
-                if plain and down * across > 1 and x.shape[1] % 8:
-                    # The same pixels, chosen here: with AVX2, oneDNN 3's gradient of such a convolution of float32 maps
-                    # writes beyond its memory unless channels come in eights.
-                    x, down, across = x[:, :, ::down, ::across], 1, 1
-                x, padding = _padded(x, node, 0.0)
-                return F.conv2d(x, weight, bias, (down, across), padding, node.spread, node.groups)
-            case BatchNorm():
-                mean, variance, gamma, beta = (
-                    own[f"{node.name}.{name}"] for name in ("moving_mean", "moving_variance", "gamma", "beta")
-                )
-                return F.batch_norm(x, mean, variance, gamma, beta, self.training, self.momentum, node.eps)
-            case Activation():
-                return ACTIVATIONS[node.kind](x)
-            case Add():
-                return sum(inputs[1:], x)
-            case Multiply():
-                factor = inputs[1].to(x.dtype)
-                return x * (factor if factor.dim() == x.dim() else factor[:, :, None, None])
-            case Concat():
-                return torch.cat(inputs, 1)
-            case Slice():
-                return x[:, node.start : node.stop]
-            case Shuffle():
-                return x.reshape(len(x), node.groups, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
-            case Pool(kind="max"):
-                x, padding = _padded(x, node, -math.inf)
-                return F.max_pool2d(x, pair(node.kernel), pair(node.stride), padding)
-            case Pool():
-                x, padding = _padded(x, node, 0.0)
-                return F.avg_pool2d(x, pair(node.kernel), pair(node.stride), padding)
-            case GlobalPool():
-                return x.amax((2, 3))
-            case Clip():
-                return x.clamp(node.low, node.high)
-            case Select():
-                kept = x > (own[f"{node.name}.threshold"] if node.rule == "threshold" else 0)
-                if node.rule == "constant":
-                    kept = (own[f"{node.name}.mask"] > 0) & (kept | (node.gain == "one"))
-                return torch.where(kept, x if node.gain == "score" else torch.ones_like(x), torch.zeros_like(x))
-            case Scatter():
-                return x.new_zeros(len(x), node.channels, *x.shape[2:]).index_copy(
-                    1, torch.tensor(node.at, device=x.device), x
-                )
-            case Flatten():
-                return x.flatten(1)
-            case Linear():
-                return F.linear(x, own[f"{node.name}.weight"], own.get(f"{node.name}.bias"))
-        raise NotImplementedError(type(node).__name__)
+
+handles: Handlers[Callable[..., Tensor]] = Handlers("torch")
+"""Handlers take the network, the node, its parameters and the values that it reads, and return its value."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+}
+
+
+@handles(Conv)
+def _conv(net: Network, node: Conv, p: P, x: Tensor) -> Tensor:
+    (down, across), plain = pair(node.stride), pair(node.kernel) == (1, 1) and not any(sides(node.padding))
+    if plain and down * across > 1 and x.shape[1] % 8:
+        # The same pixels, chosen here: with AVX2, oneDNN 3's gradient of such a convolution of float32 maps
+        # writes beyond its memory unless channels come in eights.
+        x, down, across = x[:, :, ::down, ::across], 1, 1
+    x, padding = _padded(x, node, 0.0)
+    return F.conv2d(x, p["weight"], p.get("bias"), (down, across), padding, node.spread, node.groups)
+
+
+@handles(BatchNorm)
+def _batch_norm(net: Network, node: BatchNorm, p: P, x: Tensor) -> Tensor:
+    mean, variance = p["moving_mean"], p["moving_variance"]
+    return F.batch_norm(x, mean, variance, p["gamma"], p["beta"], net.training, net.momentum, node.eps)
+
+
+@handles(Activation)
+def _activation(net: Network, node: Activation, p: P, x: Tensor) -> Tensor:
+    return handles.variant(node, ACTIVATIONS, node.kind)(x)
+
+
+@handles(Clip)
+def _clip(net: Network, node: Clip, p: P, x: Tensor) -> Tensor:
+    return x.clamp(node.low, node.high)
+
+
+@handles(Select)
+def _select(net: Network, node: Select, p: P, x: Tensor) -> Tensor:
+    kept = x > (p["threshold"] if node.rule == "threshold" else 0)
+    if node.rule == "constant":
+        kept = (p["mask"] > 0) & (kept | (node.gain == "one"))
+    return torch.where(kept, x if node.gain == "score" else torch.ones_like(x), torch.zeros_like(x))
+
+
+@handles(Add)
+def _add(net: Network, node: Add, p: P, x: Tensor, *others: Tensor) -> Tensor:
+    return sum(others, x)
+
+
+@handles(Multiply)
+def _multiply(net: Network, node: Multiply, p: P, x: Tensor, factor: Tensor) -> Tensor:
+    factor = factor.to(x.dtype)
+    return x * (factor if factor.dim() == x.dim() else factor[:, :, None, None])
+
+
+@handles(Concat)
+def _concat(net: Network, node: Concat, p: P, *inputs: Tensor) -> Tensor:
+    return torch.cat(inputs, 1)
+
+
+@handles(Slice)
+def _slice(net: Network, node: Slice, p: P, x: Tensor) -> Tensor:
+    return x[:, node.start : node.stop]
+
+
+@handles(Shuffle)
+def _shuffle(net: Network, node: Shuffle, p: P, x: Tensor) -> Tensor:
+    return x.reshape(len(x), node.groups, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+
+
+@handles(Scatter)
+def _scatter(net: Network, node: Scatter, p: P, x: Tensor) -> Tensor:
+    zeros = x.new_zeros(len(x), node.channels, *x.shape[2:])
+    return zeros.index_copy(1, torch.tensor(node.at, device=x.device), x)
+
+
+@handles(Pool)
+def _pool(net: Network, node: Pool, p: P, x: Tensor) -> Tensor:
+    pool, outside = (F.max_pool2d, -math.inf) if node.kind == "max" else (F.avg_pool2d, 0.0)
+    x, padding = _padded(x, node, outside)
+    return pool(x, pair(node.kernel), pair(node.stride), padding)
+
+
+@handles(GlobalPool)
+def _global_pool(net: Network, node: GlobalPool, p: P, x: Tensor) -> Tensor:
+    return _mean(x) if node.kind == "average" else x.amax((2, 3))
+
+
+@handles(Flatten)
+def _flatten(net: Network, node: Flatten, p: P, x: Tensor) -> Tensor:
+    return x.flatten(1)
+
+
+@handles(Linear)
+def _linear(net: Network, node: Linear, p: P, x: Tensor) -> Tensor:
+    return F.linear(x, p["weight"], p.get("bias"))
 
 
 def _padded(x: Tensor, node: Conv | Pool, value: float) -> tuple[Tensor, tuple[int, int]]:
@@ -226,7 +285,7 @@ def _padded(x: Tensor, node: Conv | Pool, value: float) -> tuple[Tensor, tuple[i
 
 
 class _SpatialMean(torch.autograd.Function):
-    """Mean over H and W in float32 whose gradient keeps the map's memory layout.
+    """Mean over H and W, in float32 at least, whose gradient keeps the map's memory layout.
 
     The gradient of ``x.mean`` is laid out plainly; one such gradient turns all of the backward pass of a
     channels-last network into the slow layout (four times the time of a step on a CPU).
@@ -238,7 +297,7 @@ class _SpatialMean(torch.autograd.Function):
         ctx.format = (
             torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         )
-        return x.mean((2, 3), dtype=torch.float32)
+        return x.mean((2, 3), dtype=_wide(x))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -247,10 +306,15 @@ class _SpatialMean(torch.autograd.Function):
         return spread
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """The type to sum in: float32 for it and what is narrower."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _mean(x: Tensor) -> Tensor:
-    """Mean over H and W, in float32: (B, C, H, W) -> (B, C); a vector (B, C) is its own."""
+    """Mean over H and W, in float32 or float64: (B, C, H, W) -> (B, C); a vector (B, C) is its own."""
     if x.dim() == 2:
-        return x.float()
+        return x.to(_wide(x))
     mean: Tensor = _SpatialMean.apply(x)  # type: ignore[no-untyped-call]
     return mean
 
