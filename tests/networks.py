@@ -198,6 +198,7 @@ ZOO: dict[str, Graph] = {
     "Conv, with bias": on_map(Conv(name="x", channels=10, bias=True)),
     "BatchNorm, after a Conv": on_map(BatchNorm(name="x")),
     "BatchNorm, after another op": on_map(Activation(name="relu"), BatchNorm(name="x", eps=1e-3)),
+    "BatchNorm, of a vector": on_vector(BatchNorm(name="x")),
     **{f"Activation, {kind}": on_map_and_vector(Activation(name="x", kind=kind)) for kind in _KINDS},
     "Clip, of a map": on_map(Clip(name="x", low=-0.5, high=0.75)),
     "Clip, of a vector": on_vector(Clip(name="x", low=-0.5, high=0.75)),
@@ -293,7 +294,7 @@ def with_thresholds(
         if gate.rule == "constant":
             continue
         weights[f"{gate.name}.threshold"] = np.array(-1, dtype=np.float32)
-        saliencies = np.unique(np.maximum(node_values(graph, weights, images)[gate.name], 0))
+        saliencies = np.unique(np.maximum(node_values(graph, weights, images)[gate.inputs[0]], 0))
         share = keep[gate.name]
         if share >= 1:
             threshold = -1.0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from manidp.gating.static import constant_masks, freeze, static_macs, without_ga
 from manidp.graph import Graph
 from manidp.graph.macs import dense_macs, gate_macs
 from manidp.reference import run
-from networks import random_weights
+from networks import ZOO, images_for, random_weights, some_open
 from test_engine_random import networks
 
 Array = NDArray[Any]
@@ -81,3 +82,17 @@ def test_the_frozen_model_is_an_ordinary_dense_one_and_smaller(tmp_path: Path) -
     result = Engine(back).run(images)
     assert result.macs.tolist() == [dense_macs(back.graph)] * len(images)
     assert not result.gates
+
+
+@pytest.mark.parametrize("name", [name for name, graph in ZOO.items() if graph.gates])
+def test_frozen_to_the_gates_of_an_image_the_twin_gives_its_logits(name: str) -> None:
+    graph = ZOO[name]
+    weights, image = some_open(graph), images_for(graph)[:1]
+    wanted = run(graph, weights, image)
+    masks = {gate: value[0] > 0 for gate, value in wanted.gates.items()}
+    for mask in masks.values():
+        mask[0] |= not mask.any()
+    twin, own = without_gates(graph, weights, masks, {gate: value[0] for gate, value in wanted.gates.items()})
+    assert not twin.gates
+    assert own.keys() == twin.parameters.keys()
+    np.testing.assert_allclose(run(twin, own, image).logits, wanted.logits, rtol=1e-4, atol=1e-5)

@@ -86,7 +86,8 @@ def _conv(node: Conv, p: P, x: Array) -> Array:
 def _batch_norm(node: BatchNorm, p: P, x: Array) -> Array:
     scale = p["gamma"] / np.sqrt(p["moving_variance"] + x.dtype.type(node.eps))
     shift = p["beta"] - p["moving_mean"] * scale
-    return x * scale[:, None, None] + shift[:, None, None]
+    shape = (-1,) + (1,) * (x.ndim - 2)
+    return x * scale.reshape(shape) + shift.reshape(shape)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

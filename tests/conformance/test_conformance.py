@@ -9,7 +9,8 @@ import pytest
 from conformance.backends import COMPARE, HERE, runs
 from conformance.support import PATH, here, page, written
 from manidp.graph import OPS, ActivationKind
-from networks import ZOO
+from manidp.reference import run
+from networks import ZOO, images_for, some_open
 
 
 @pytest.mark.parametrize("backend", HERE)
@@ -20,6 +21,14 @@ def test_every_layer_is_the_reference_or_is_refused_as_the_page_says(name: str, 
 
 def test_the_page_is_made_of_what_the_backends_do() -> None:
     assert PATH.read_text(encoding="utf-8") == page(written() | here()), "run: make support"
+
+
+@pytest.mark.parametrize("name", [name for name, graph in ZOO.items() if graph.gates])
+def test_every_gate_of_the_zoo_keeps_some_channels_and_closes_others(name: str) -> None:
+    kept = run(ZOO[name], some_open(ZOO[name]), images_for(ZOO[name])).kept
+    for gate in ZOO[name].gates:
+        assert kept[gate.name].any()
+        assert gate.rule == "constant" or not kept[gate.name].all()
 
 
 def test_the_zoo_has_every_op_and_every_kind_of_activation() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from manidp import reference
+from manidp.errors import GraphError
 from manidp.graph import Node, graph_from_json
 from manidp.graph.ops import Shape
 from networks import ZOO, Array
@@ -56,6 +57,7 @@ def test_shape_and_flow_of_channels_are_as_stated(case: Case) -> None:
         (x,) = inputs
         read, made = np.arange(0, x.shape[1], 2), np.arange(1, len(channels), 2)
         x[:, 1::2] = 0
+        assert node.narrowed(len(made)).shape((len(read), *x.shape[2:])) == (len(made), *value.shape[2:])
         part = {name: p[made][:, read] if name == "weight" else p[made] for name, p in parameters.items()}
         whole = reference.value_of(node, parameters, x)
         np.testing.assert_allclose(reference.value_of(node, part, x[:, read]), whole[:, made], atol=1e-12)
@@ -71,6 +73,17 @@ def test_what_keeps_zero_makes_channels_of_zeros_of_channels_of_zeros(name: str)
             x[:, ::2] = 0
         value = reference.value_of(node, parameters_of(node, shapes, rng), *inputs)
         np.testing.assert_array_equal(value[:, ::2], 0)
+
+
+@pytest.mark.parametrize("name", [name for name, (node, _) in CASES.items() if node.keeps_gain])
+def test_what_keeps_gains_scales_with_its_input(name: str) -> None:
+    node, (shape,) = CASES[name]
+    rng = np.random.default_rng(0)
+    parameters, x = parameters_of(node, (shape,), rng), rng.normal(size=(2, *shape))
+    gain = rng.uniform(0, 2, (shape[0], *[1] * (len(shape) - 1)))
+    gain[1] = 0
+    scaled = reference.value_of(node, parameters, gain * x)
+    np.testing.assert_allclose(scaled, gain * reference.value_of(node, parameters, x), atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -92,5 +105,5 @@ def test_the_laws_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
         graph = ZOO[name]
         node = graph.by_name["x"]
         monkeypatch.setattr(type(node), "channel_flow", lambda self, *inputs, flow=flow: flow)
-        with pytest.raises((AssertionError, NotImplementedError, IndexError)):
+        with pytest.raises((AssertionError, NotImplementedError, GraphError)):
             test_shape_and_flow_of_channels_are_as_stated((node, graph.input_shapes(node)))

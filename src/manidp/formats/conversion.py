@@ -23,7 +23,7 @@ from manidp.formats.checkpoint import Checkpoint, Found
 from manidp.formats.ckpt import BFLOAT16, bfloat16_to_float32, read_ckpt
 from manidp.formats.signatures import HEAD, is_ckpt
 from manidp.gating.place import with_gates
-from manidp.graph import Graph, Select
+from manidp.graph import Graph
 from manidp.models import resnet
 
 STEM = "conv_1_3x3.weight"
@@ -146,7 +146,7 @@ def to_ckpt(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[np.float32]], NDA
         prefixes = itertools.accumulate(node.name.split(".")[:-1], "{}.{}".format)
         block = next((prefix for prefix in prefixes if prefix in blocks), None)
         key = (node.name, False) if block is None else (block, True)
-        order.append((first.setdefault(key, index), isinstance(node, Select) or node.name in graph.heads, index))
+        order.append((first.setdefault(key, index), node.name in graph.deciding, index))
     names = [
         f"{graph.nodes[index].name}.{name}"
         for _, _, index in sorted(order)

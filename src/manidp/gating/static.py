@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from manidp.errors import GraphError
 from manidp.formats.checkpoint import Checkpoint
-from manidp.graph import Activation, BatchNorm, Conv, Graph, Node, Scatter, Select
+from manidp.graph import BatchNorm, Graph, Node, Scatter
 from manidp.graph.macs import gate_macs, macs_per_image
 
 Indices = NDArray[np.intp]
@@ -117,7 +117,7 @@ class _Rewrite:
 
     def run(self) -> tuple[Graph, dict[str, NDArray[np.float32]]]:
         for node in self.graph.nodes:
-            if isinstance(node, Select) or node.name in self.graph.heads:
+            if node.name in self.graph.deciding:
                 continue
             gate = self.graph.select_of(node)
             if gate is None:
@@ -133,19 +133,17 @@ class _Rewrite:
         left = self.left.get(node.inputs[0]) if len(node.inputs) == 1 else None
         if left is not None and flow == "own" and (node.keeps_zero or not left.zero):
             own = {name: value[left.channels] for name, value in own.items()}
-            if isinstance(node, Conv):
-                node = replace(node, channels=len(left.channels), groups=len(left.channels))
-            self._emit(node, own, left)
+            self._emit(node.narrowed(len(left.channels)), own, left)
             return
         if left is not None and flow == "summed":  # what it reads of the dropped channels is zero
             own["weight"] = own["weight"][:, left.channels]
         whole = () if left is not None and flow == "summed" else node.inputs
         node = replace(node, inputs=tuple(self._whole(s) if s in whole else self._made(s) for s in node.inputs))
         wanted = self.graph.wanted_by.get(node.name)
-        if wanted is not None and flow == "summed" and isinstance(node, Conv):
+        if wanted is not None and flow == "summed":
             left = _Left(np.flatnonzero(self.masks[wanted]), zero=False)
             own = {name: value[left.channels] for name, value in own.items()}
-            self._emit(replace(node, channels=len(left.channels)), own, left)
+            self._emit(node.narrowed(len(left.channels)), own, left)
         else:
             self._emit(node, own, None)
 
@@ -173,7 +171,7 @@ class _Rewrite:
     def _norm_before(self, source: str) -> str | None:
         """The batch norm whose scaling by a gain >= 0 is a scaling of ``source``."""
         node = self.graph.by_name[source]
-        if isinstance(node, Activation) and node.kind == "relu" and len(self.graph.readers[source]) == 1:
+        if node.keeps_gain and len(self.graph.readers[source]) == 1:
             node = self.graph.by_name[node.inputs[0]]
         return node.name if isinstance(node, BatchNorm) and len(self.graph.readers[node.name]) == 1 else None
 

@@ -143,6 +143,11 @@ class Graph:
         return channels.heads(self)
 
     @cached_property
+    def deciding(self) -> frozenset[str]:
+        """The gates, and the nodes that serve them alone."""
+        return self.heads | self._gate_names
+
+    @cached_property
     def scorers(self) -> frozenset[str]:
         """The last Linear node before each Select: what it adds and weighs becomes the gates' scores."""
         return channels.scorers(self)

@@ -8,7 +8,7 @@ maps, ``(C,)`` for vectors. A backend is a table from these classes to handlers;
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -81,6 +81,15 @@ class Node:
     def keeps_zero(self) -> bool:
         """Whether a channel of zeros in every input becomes one of zeros; asked where channels stay their own."""
         return False
+
+    @property
+    def keeps_gain(self) -> bool:
+        """Whether a factor >= 0 on each channel of its one input is one on its value; asked where channels stay own."""
+        return False
+
+    def narrowed(self, channels: int) -> Node:
+        """The same with so many channels in its value; where channels stay their own, in its input, too."""
+        return self
 
     @property
     def reach(self) -> int:
@@ -205,6 +214,9 @@ class Conv(_Window):
     def keeps_zero(self) -> bool:
         return not self.bias
 
+    def narrowed(self, channels: int) -> Conv:
+        return replace(self, channels=channels, groups=1 if self.groups == 1 else channels)
+
     def macs(self, *inputs: Shape) -> int:
         return math.prod(self.shape(*inputs)) * inputs[0][0] // self.groups * math.prod(pair(self.kernel))
 
@@ -219,13 +231,12 @@ class Conv(_Window):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNorm(Node):
-    """gamma * (x - moving_mean) / sqrt(moving_variance + eps) + beta, per channel."""
+    """gamma * (x - moving_mean) / sqrt(moving_variance + eps) + beta, per channel of a map or a vector."""
 
     flow: ClassVar[ChannelFlow] = "own"
     eps: float = 1e-5
 
     def shape(self, *inputs: Shape) -> Shape:
-        self._expect(len(inputs[0]) == 3, "a feature map (C, H, W)", *inputs)
         self._expect(FLOAT32_TINY <= self.eps <= FLOAT32_MAX, "an eps that is a positive float32", *inputs)
         return inputs[0]
 
@@ -246,6 +257,10 @@ class Activation(Node):
     @property
     def keeps_zero(self) -> bool:
         return self.kind not in ("sigmoid", "hardsigmoid")
+
+    @property
+    def keeps_gain(self) -> bool:
+        return self.kind == "relu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -458,6 +473,9 @@ class Linear(Node):
     def parameters(self, *inputs: Shape) -> dict[str, Shape]:
         weight = {"weight": (self.features, inputs[0][0])}
         return weight | ({"bias": (self.features,)} if self.bias else {})
+
+    def narrowed(self, channels: int) -> Linear:
+        return replace(self, features=channels)
 
     def macs(self, *inputs: Shape) -> int:
         return inputs[0][0] * self.features

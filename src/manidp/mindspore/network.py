@@ -292,7 +292,8 @@ def _conv(node: _Node) -> nn.Cell:
 
 
 def _batch_norm(node: _Node) -> nn.Cell:
-    return nn.BatchNorm2d(node["parameters"]["gamma"][0], node["eps"])
+    norm = nn.BatchNorm2d if len(node["shape"]) == 3 else nn.BatchNorm1d
+    return norm(node["parameters"]["gamma"][0], node["eps"])
 
 
 def _select(node: _Node) -> nn.Cell:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from manidp.errors import CheckpointError
 from manidp.formats.checkpoint import Checkpoint
-from manidp.graph import Graph, Linear, Select
+from manidp.graph import Graph, Linear
 from manidp.torch.network import Network
 
 
@@ -34,7 +34,7 @@ def network_inheriting(
     fresh = {
         f"{node.name}.{name}"
         for node in graph.nodes
-        if ((isinstance(node, Select) or node.name in graph.heads) and node.name not in checkpoint.graph.by_name)
+        if (node.name in graph.deciding and node.name not in checkpoint.graph.by_name)
         or (isinstance(node, Linear) and node.name == graph.output and not same)
         for name in node.parameters(*graph.input_shapes(node))
     }

@@ -82,7 +82,7 @@ class Network(nn.Module):
         self.graph = graph
         self.momentum = 0.1  # weight of a new batch in the moving statistics
         # as plain data, which torch.compile follows: what is computed in float32, and what each gate scales
-        self._deciding = graph.heads | {gate.name for gate in graph.gates}
+        self._deciding = graph.deciding
         self._gate_of = {node.name: gate for node in graph.nodes if (gate := graph.select_of(node)) is not None}
         self._handlers = {node.name: handles[node] for node in graph.nodes if not isinstance(node, Input)}
         self._local: dict[str, tuple[str, ...]] = {}  # node -> its parameters' names without its own
