@@ -279,7 +279,7 @@ def without_residual(plan: Plan) -> Plan:
 def with_a_weight_changed(plan: Plan) -> Plan:
     constants = plan.constants.copy()
     used = next(step for step in plan.steps if isinstance(step, Convolve) and step.outputs.gate is None)
-    constants[used.weights + 1] += 0.1
+    constants[used.packed.weights + 1] += 0.1
     return replace(plan, constants=constants)
 
 
@@ -397,11 +397,11 @@ def test_other_arrays_are_refused(given: Array, message: str, engine: Engine) ->
 def test_what_cannot_be_run_is_named(weights: dict[str, Array]) -> None:
     nodes = (
         Input(name="image", dims=(1, 20, 20)),
-        Conv(name="too_large", inputs=("image",), channels=2, kernel=9, padding=4),
+        Conv(name="too_large", inputs=("image",), channels=2, kernel=17, padding=8),
         GlobalPool(name="pool", inputs=("too_large",)),
     )
     graph = Graph(nodes, "pool")
-    with pytest.raises(UnsupportedError, match=r"'too_large'.*kernel 9"):
+    with pytest.raises(UnsupportedError, match=r"'too_large'.*kernel 17x17"):
         plan_of(graph, random_weights(graph), ISA[0])
     with pytest.raises(UnsupportedError, match="'mmx'"):
         Engine(checkpoint_of(GRAPH, weights), isa="mmx")

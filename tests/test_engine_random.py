@@ -29,6 +29,8 @@ from manidp.graph import (
     Node,
     Pool,
     Scatter,
+    Shuffle,
+    Slice,
 )
 from networks import random_weights, with_thresholds
 
@@ -63,7 +65,7 @@ def networks(draw: st.DrawFn) -> Graph:
     for _ in range(draw(st.integers(1, 6))):
         channels, height, width = b.shapes[b.last]
         kinds = ["conv", "conv", "winograd", "batch norm", "activation", "pool", "add", "concat", "multiply", "excite",
-                 "clip", "scatter"]  # fmt: skip
+                 "clip", "scatter", "slice", "shuffle", "oblong", "depthwise"]  # fmt: skip
         kind = draw(st.sampled_from(kinds))
         others = [n for n, s in b.shapes.items() if len(s) == 3 and n != b.last]
         same = [n for n in others if b.shapes[n] == b.shapes[b.last]]
@@ -76,6 +78,25 @@ def networks(draw: st.DrawFn) -> Graph:
             groups = draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0]))
             b.add(Conv, channels=groups * -(-out // groups), kernel=kernel, stride=draw(st.integers(1, 3)),
                   padding=padding, groups=groups, bias=draw(st.booleans()))  # fmt: skip
+        elif kind == "oblong":
+            sides = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+            dilation = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+            margin = st.integers(0, 4)
+            margins = draw(margin), draw(margin), draw(margin), draw(margin)
+            node = Conv(name="probe", inputs=("x",), channels=draw(st.sampled_from(CHANNELS)), kernel=sides,
+                        stride=draw(st.integers(1, 2)), padding=margins, dilation=dilation)  # fmt: skip
+            if min(node.positions(height, width)) > 0:
+                b.add(Conv, channels=node.channels, kernel=sides, stride=node.stride, padding=margins,
+                      dilation=dilation)  # fmt: skip
+        elif kind == "depthwise":
+            kernel = draw(st.sampled_from((3, 5)))
+            b.add(Conv, channels=channels, groups=channels, kernel=kernel, padding=kernel // 2,
+                  stride=draw(st.integers(1, 2)), bias=draw(st.booleans()))  # fmt: skip
+        elif kind == "slice":
+            start = draw(st.integers(0, channels - 1))
+            b.add(Slice, start=start, stop=draw(st.integers(start + 1, channels)))
+        elif kind == "shuffle":
+            b.add(Shuffle, groups=draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0])))
         elif kind == "batch norm":
             b.add(BatchNorm, eps=1e-3)
         elif kind == "activation":
@@ -104,6 +125,8 @@ def networks(draw: st.DrawFn) -> Graph:
             if draw(st.booleans()):
                 b.add(Scatter, channels=channels + 2, at=(*range(1, channels), channels + 1))
                 b.add(Clip, low=-1.0, high=0.5)
+                b.add(Shuffle, groups=channels + 2)
+                b.add(Slice, start=1, stop=channels + 1)
             b.add(Linear, features=channels, bias=draw(st.booleans()))
             factor = b.add(Activation, kind="sigmoid")
             b.add(Multiply, value, factor)

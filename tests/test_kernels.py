@@ -1,6 +1,7 @@
 """Kernels against the NumPy model beside it, which rounds as the code does: to the bit where sums are fused."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from manidp.engine import planner
 from manidp.engine.engine import Program
 from manidp.engine.kernels import linear, pointwise, pool, select
 from manidp.engine.kernels.convolution import Kernel
+from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.kernels.winograd import Winograd
 from manidp.engine.target import ISAS, available_isas
@@ -31,11 +33,15 @@ def logits_of(nodes: Sequence[Node], isa: str, weights: dict[str, Array], images
     return run_program(Program(plan, ISAS[isa]), plan, images)[0].logits
 
 
-CONVOLUTIONS: list[tuple[Kernel, dict[str, int]]] = [
+CONVOLUTIONS: list[tuple[Kernel, dict[str, Any]]] = [
     (Direct(), {"kernel": 3}),
     (Direct(), {"kernel": 3, "stride": 2}),
     (Direct(), {"kernel": 1, "padding": 0}),
     (Direct(), {"kernel": 5, "padding": 2, "groups": 3}),
+    (Direct(), {"kernel": (1, 4), "padding": (0, 1, 2, 2), "dilation": (1, 2)}),
+    (Direct(), {"kernel": (4, 2), "padding": 1, "dilation": 2, "stride": 2}),
+    (Depthwise(), {"kernel": 3}),
+    (Depthwise(), {"kernel": 5, "padding": 2, "stride": 2}),
     (Winograd(2), {"kernel": 3}),
     (Winograd(4), {"kernel": 3}),
 ]
@@ -44,10 +50,11 @@ CONVOLUTIONS: list[tuple[Kernel, dict[str, int]]] = [
 @pytest.mark.parametrize("isa", ISA)
 @pytest.mark.parametrize(("kernel", "fields"), CONVOLUTIONS, ids=str)
 def test_a_convolution_is_what_its_model_says(
-    kernel: Kernel, fields: dict[str, int], isa: str, monkeypatch: pytest.MonkeyPatch
+    kernel: Kernel, fields: dict[str, Any], isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planner, "KERNELS", (kernel,))
-    conv = Conv(name="conv", inputs=("image",), channels=9, **fields)  # type: ignore[arg-type]
+    fields = {"channels": 6, "groups": 6} | fields if isinstance(kernel, Depthwise) else {"channels": 9} | fields
+    conv = Conv(name="conv", inputs=("image",), **fields)
     nodes = (Input(name="image", dims=(6, 9, 11)), conv)
     graph = Graph((*nodes, Flatten(name="flat", inputs=("conv",))), "flat")
     weights = random_weights(graph)
@@ -55,7 +62,7 @@ def test_a_convolution_is_what_its_model_says(
     made = logits_of(nodes, isa, weights, images)
     model = kernel.model(images, weights["conv.weight"].astype(np.float64), conv).reshape(2, -1)
     exact = node_values(graph, weights, images.astype(np.float64))["flat"]
-    if isinstance(kernel, Direct) and fused(isa):
+    if isinstance(kernel, (Direct, Depthwise)) and fused(isa):
         np.testing.assert_array_equal(made, model)
     size = np.abs(exact).max()
     transforms = isinstance(kernel, Winograd)  # their sums are made in another order

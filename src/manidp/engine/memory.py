@@ -122,10 +122,12 @@ def _layouts(graph: Graph, steps: Sequence[Step], lanes: int) -> dict[MapKey, La
     for source, frame, window in filter(None, (step.window() for step in steps)):
         step_pitch = pitch[find(source)]
         rows_in, rows_out = -(-size[source][0] // source.phases), -(-size[frame][0] // frame.phases)
-        last = (window.kernel + frame.phases - 2 - window.padding) // source.phases
-        before = -(-window.padding // source.phases)
+        (above, last), (left, right) = (
+            (taps[0] // source.phases, (taps[-1] + frame.phases - 1) // source.phases)
+            for taps in (window.lines, window.columns)
+        )
         below = max(0, rows_out - 1 + last - (rows_in - 1))
-        gap = max(before, below) * step_pitch + max(before, last, 0)
+        gap = max(-above, below) * step_pitch + max(-left, right, 0)
         gaps[kind(source)] = max(gaps.get(kind(source), 0), gap)
     return {
         key: Layout(

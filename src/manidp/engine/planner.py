@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from manidp.engine.fusion import Task, gate_to_skip, tasks_of
 from manidp.engine.ir import FLOAT, Element
 from manidp.engine.kernels import linear
-from manidp.engine.kernels.convolution import Convolve, Kernel, cheapest, check_convolution
-from manidp.engine.kernels.copies import FlattenMap, LoadImage, Relayout, ScatterMap
+from manidp.engine.kernels.convolution import Kernel, Packed, cheapest
+from manidp.engine.kernels.copies import FlattenMap, LoadImage, MoveChannels, Relayout
+from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.kernels.pointwise import Pointwise, Reduce, ResetPooled
-from manidp.engine.kernels.pool import check_window
 from manidp.engine.kernels.select import Decide
 from manidp.engine.kernels.vector import VectorOp
 from manidp.engine.kernels.winograd import Winograd
@@ -47,11 +47,13 @@ from manidp.graph import (
     PoolKind,
     Scatter,
     Select,
+    Shuffle,
+    Slice,
 )
 
 Array = NDArray[Any]
 
-KERNELS: tuple[Kernel, ...] = (Winograd(2), Winograd(4), Direct())
+KERNELS: tuple[Kernel, ...] = (Winograd(2), Winograd(4), Depthwise(), Direct())
 
 
 def make_plan(
@@ -120,15 +122,14 @@ class _Planner:
             case Conv():
                 self._convolve(index, task, node)
             case Pool():
-                check_window(node)
                 source = self._read(node.inputs[0], window_of(node).stride)
                 self._finish(index, task, 1, lambda channels, epilogue: Pointwise(source, node, channels, epilogue))
             case Concat() if len(shape) == 3:
                 self._concat(node)
             case Select():
                 self._select(node)
-            case Scatter() if len(shape) == 3:
-                self._scatter(node)
+            case Slice() | Shuffle() | Scatter() if len(shape) == 3:
+                self._move(node)
             case GlobalPool():
                 self._reduce(VectorKey(node.inputs[0], node.kind), VectorKey(node.name))
             case Linear():
@@ -150,15 +151,15 @@ class _Planner:
                 self._vector_op(node)
 
     def _convolve(self, index: int, task: Task, node: Conv) -> None:
-        check_convolution(node)
+        kernel, owner = self._kernel(node), f"node '{node.name}'"
         weight = self._weight(node, "weight").astype(np.float64)
         bias = self._weight(node, "bias").astype(np.float64) if node.bias else np.zeros(node.channels)
         if task.fused and isinstance(task.fused[0], BatchNorm):
             scale, shift = self._affine(task.fused[0])
             weight, bias = weight * scale[:, None, None, None], bias * scale + shift
-        kernel, owner = self._kernel(node), f"node '{node.name}'"
-        packed = kernel.pack(weight, self.element)
-        weights, bias_at = self.constants.add(packed, self.element, owner), self.constants.add(bias, owner=owner)
+        rows = kernel.pack(weight, self.element)
+        at = self.constants.add(rows, self.element, owner)
+        packed = Packed(at, rows.shape[1], self.constants.add(bias, owner=owner))
         inputs = Channels(self.graph.shapes[node.inputs[0]][0], self.graph.zeroed_by.get(node.inputs[0]))
         phases_in, phases_out = kernel.phases(node)
         source = self._read(node.inputs[0], phases_in)
@@ -166,13 +167,12 @@ class _Planner:
             index,
             task,
             phases_out,
-            lambda channels, epilogue: Convolve(
-                node, kernel, source, weights, packed.shape[1], bias_at, inputs, channels, epilogue
-            ),
+            lambda channels, epilogue: kernel.step(node, source, packed, inputs, channels, epilogue),
         )
 
     def _kernel(self, node: Conv) -> Kernel:
-        return cheapest(KERNELS, node, self.graph.shapes[node.name][1:], self.element, self.lanes)
+        inputs, *_ = self.graph.shapes[node.inputs[0]]
+        return cheapest(KERNELS, node, inputs, self.graph.shapes[node.name][1:], self.element, self.lanes)
 
     def _finish(self, index: int, task: Task, phases: int, step: Callable[[Channels, Epilogue], Step]) -> None:
         """Emit the step, and the one that does the rest for channels whose gate is closed."""
@@ -235,10 +235,12 @@ class _Planner:
 
     def _needs_zeros(self, name: str) -> bool:
         """Whether a reader of a gated map looks at closed channels, too."""
-        return any(
-            not isinstance(reader, Conv) and not (isinstance(reader, GlobalPool) and reader.kind == "average")
-            for reader in self.graph.readers[name]
-        )
+        return any(self._reads_closed(reader, name) for reader in self.graph.readers[name])
+
+    def _reads_closed(self, reader: Node, name: str) -> bool:
+        if isinstance(reader, Conv) and not self._kernel(reader).skips_inputs:
+            return self.graph.wanted_by.get(reader.name) != self.graph.zeroed_by.get(name)
+        return not isinstance(reader, Conv) and not (isinstance(reader, GlobalPool) and reader.kind == "average")
 
     def _overwritten(self, index: int, task: Task, ops: list[tuple[Node, Op]]) -> MapKey | None:
         """A map to add whose memory the result may take: nothing reads it later, and the step reads it only here."""
@@ -289,13 +291,13 @@ class _Planner:
             self.steps.append(Pointwise(self._read(source, phases), None, Channels(channels), epilogue))
             first += channels
 
-    def _scatter(self, node: Scatter) -> None:
+    def _move(self, node: Node) -> None:
         source = self._read(node.inputs[0], self.phases[node.inputs[0]])
         self.phases[node.name] = source.phases
-        places = np.full(node.channels, -1, dtype=np.int32)
-        places[list(node.at)] = range(len(node.at))
-        target = MapKey(node.name, source.phases)
-        self.steps.append(ScatterMap(source, target, node.channels, self.constants.add(places)))
+        places = node.origin(*self.graph.input_shapes(node)).astype(np.int32)
+        self.steps.append(
+            MoveChannels(source, MapKey(node.name, source.phases), len(places), self.constants.add(places))
+        )
         self._pool_stored(node.name)
 
     # Pooled sums, gates and vectors
@@ -353,10 +355,10 @@ class _Planner:
                 (part,) = self.graph.shapes[source.node]
                 self.steps.append(VectorOp("copy", source, target, part, offset=offset))
                 offset += part
-        elif isinstance(node, Scatter):  # as a product with a matrix of zeros and ones
-            chosen = np.zeros((size, len(node.at)))
-            chosen[node.at, range(len(node.at))] = 1
-            self._matvec(node, chosen, np.zeros(size))
+        elif isinstance(node, (Slice, Shuffle, Scatter)):  # as a product with a matrix of zeros and ones
+            origin = node.origin(*self.graph.input_shapes(node))
+            chosen = origin[:, None] == np.arange(self.graph.shapes[node.inputs[0]][0])
+            self._matvec(node, chosen.astype(np.float64), np.zeros(size))
         elif isinstance(node, (Add, Multiply)):
             for other in others:
                 self.steps.append(VectorOp("add" if isinstance(node, Add) else "multiply", first, target, size, other))

@@ -17,11 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.errors import UnsupportedError
-from manidp.graph import ActivationKind, Conv, Graph, Pool
+from manidp.graph import ActivationKind, Conv, Graph, Pool, pair, sides
 
 if TYPE_CHECKING:
     from manidp.engine.ir import Function
     from manidp.engine.module import Module
+
+
+KERNEL_LIMIT, STRIDE_LIMIT = 16, 8  # the code of a tile grows with the taps of a line
 
 
 @dataclass(frozen=True)
@@ -128,21 +131,31 @@ class Channels:
 
 @dataclass(frozen=True)
 class Window:
-    """What walks over a map: the kernel's side, the stride and the padding, the same in both directions."""
+    """What walks over a map: for each of its taps, how far down (lines) and to the right (columns) it lies.
 
-    kernel: int
+    ``stride`` is the same in both directions.
+    """
+
+    lines: tuple[int, ...]
+    columns: tuple[int, ...]
     stride: int
-    padding: int
+
+    @property
+    def taps(self) -> int:
+        return len(self.lines) * len(self.columns)
 
 
 def window_of(node: Conv | Pool) -> Window:
-    """Raises UnsupportedError for one that is not square."""
-    if node.square and isinstance(node.kernel, int) and isinstance(node.stride, int) and isinstance(node.padding, int):
-        return Window(node.kernel, node.stride, node.padding)
-    raise UnsupportedError(
-        f"node '{node.name}': the engine runs square kernels with one stride, one padding and no dilation; it has "
-        f"kernel {node.kernel}, stride {node.stride}, padding {node.padding}, dilation {node.spread}"
-    )
+    """Raises UnsupportedError for one that there is no code for."""
+    (high, wide), (down, across), (top, left, _, _) = pair(node.kernel), pair(node.stride), sides(node.padding)
+    if down != across or max(high, wide) > KERNEL_LIMIT or down > STRIDE_LIMIT:
+        raise UnsupportedError(
+            f"node '{node.name}': the engine runs kernels up to {KERNEL_LIMIT}x{KERNEL_LIMIT} with one stride, up to "
+            f"{STRIDE_LIMIT}; it has kernel {high}x{wide}, stride {down}x{across}"
+        )
+    rows, columns = node.spread
+    lines = tuple(u * rows - top for u in range(high))
+    return Window(lines, tuple(v * columns - left for v in range(wide)), down)
 
 
 class Step(ABC):

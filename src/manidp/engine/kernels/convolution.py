@@ -29,10 +29,7 @@ from manidp.engine.module import WORKSPACE, Module
 from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, Step, Window, window_of
 from manidp.engine.target import Isa
 from manidp.engine.walk import BLOCK, Mask, Tile, bits_of, single, vectors_of
-from manidp.errors import UnsupportedError
 from manidp.graph import Conv
-
-KERNEL_LIMIT, STRIDE_LIMIT = 7, 8
 
 _X, _WEIGHTS, _BIAS, _LI, _LO = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%li"), Pointer("%lo")
 _NI, _NO, _SCRATCH, _PRODUCTS = Index("%ni"), Index("%no"), Pointer("%scratch"), Pointer("%products")
@@ -43,20 +40,23 @@ _TILE = [
 ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Where the packed constants of a convolution lie: ``weights``, ``row`` elements an output, and ``bias``."""
+
+    weights: int
+    row: int
+    bias: int
+
+
 class Kernel(ABC):
     """A way to compute a convolution."""
 
-    most_outputs: int  # that a tile works on
-    packed = False  # whether tiles read inputs that ``transform`` has put one after the other
-
-    @property
-    def points(self) -> int:
-        """Products that tiles make of each output and position of the frame."""
-        return 1
+    skips_inputs = True  # whether it leaves out closed channels of its input, rather than read zeros there
 
     @abstractmethod
-    def supports(self, node: Conv, element: Element) -> bool:
-        """Whether it can compute this convolution on such elements."""
+    def supports(self, node: Conv, inputs: int, element: Element) -> bool:
+        """Whether it can compute this convolution of so many channels of such elements."""
 
     @abstractmethod
     def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
@@ -69,6 +69,33 @@ class Kernel(ABC):
     @abstractmethod
     def pack(self, weight: NDArray[np.float64], element: Element) -> NDArray[np.float64]:
         """weight (outputs, inputs, kernel, kernel) as tiles read it: (outputs, elements of a row)."""
+
+    @abstractmethod
+    def step(
+        self, node: Conv, source: MapKey, packed: Packed, inputs: Channels, outputs: Channels, epilogue: Epilogue
+    ) -> Step:
+        """The step that does it."""
+
+    @abstractmethod
+    def model(self, x: NDArray[np.float32], weight: NDArray[np.float64], node: Conv) -> NDArray[Any]:
+        """Its arithmetic in NumPy: x (B, inputs, H, W), weight (outputs, inputs / groups, kernel), no bias."""
+
+
+class TileKernel(Kernel):
+    """One that multiplies in tiles of outputs and positions."""
+
+    most_outputs: int  # that a tile works on
+    packed = False  # whether tiles read inputs that ``transform`` has put one after the other
+
+    @property
+    def points(self) -> int:
+        """Products that tiles make of each output and position of the frame."""
+        return 1
+
+    def step(
+        self, node: Conv, source: MapKey, packed: Packed, inputs: Channels, outputs: Channels, epilogue: Epilogue
+    ) -> Step:
+        return Convolve(node, self, source, packed, inputs, outputs, epilogue)
 
     @abstractmethod
     def taps(
@@ -84,16 +111,12 @@ class Kernel(ABC):
         """The function that prepares the kept inputs of a block, None if there is nothing to prepare."""
         return None
 
-    @abstractmethod
-    def model(self, x: NDArray[np.float32], weight: NDArray[np.float64], node: Conv) -> NDArray[Any]:
-        """Its arithmetic in NumPy: x (B, inputs, H, W), weight (outputs, inputs / groups, k, k), no bias."""
-
 
 @dataclass(frozen=True)
 class Group:
     """What the code for one group of a convolution depends on, layouts aside."""
 
-    kernel: Kernel
+    kernel: TileKernel
     inputs: int
     outputs: int
     row: int
@@ -125,21 +148,16 @@ class Group:
         return self.inputs * self.channel if self.kernel.packed else 0
 
 
-def check_convolution(node: Conv) -> Window:
-    """Its window. Raises UnsupportedError for a convolution that no kernel computes."""
-    window = window_of(node)
-    if window.kernel > KERNEL_LIMIT or window.stride > STRIDE_LIMIT:
-        raise UnsupportedError(
-            f"node '{node.name}': kernels up to {KERNEL_LIMIT}x{KERNEL_LIMIT} and strides up to {STRIDE_LIMIT} "
-            f"can be run; it has kernel {window.kernel}, stride {window.stride}"
-        )
-    return window
+def cheapest(
+    kernels: Sequence[Kernel], node: Conv, inputs: int, size: Sequence[int], element: Element, lanes: int
+) -> Kernel:
+    """The kernel of least cost that supports the convolution; the first one of several.
 
-
-def cheapest(kernels: Sequence[Kernel], node: Conv, size: Sequence[int], element: Element, lanes: int) -> Kernel:
-    """The kernel of least cost that supports the convolution; the first one of several. size: its output's."""
+    inputs: channels that it reads. size: of its output. Raises UnsupportedError if there is none.
+    """
+    window_of(node)
     height, width = size
-    fitting = [kernel for kernel in kernels if kernel.supports(node, element)]
+    fitting = [kernel for kernel in kernels if kernel.supports(node, inputs, element)]
     return min(fitting, key=lambda kernel: kernel.cost(node, height, width, lanes, element))
 
 
@@ -162,17 +180,12 @@ def tile_shape(positions: int, most_outputs: int, isa: Isa) -> Tile:
 
 @dataclass(frozen=True)
 class Convolve(Step):
-    """A convolution and what follows it; ``weights`` and ``bias`` are offsets among the constants.
-
-    The weights of one output are ``row`` elements behind those of the one before.
-    """
+    """A convolution in tiles, and what follows it."""
 
     node: Conv
-    kernel: Kernel
+    kernel: TileKernel
     source: MapKey
-    weights: int
-    row: int
-    bias: int
+    packed: Packed
     inputs: Channels
     outputs: Channels
     epilogue: Epilogue
@@ -195,7 +208,7 @@ class Convolve(Step):
             kernel=self.kernel,
             inputs=self.inputs.count // node.groups,
             outputs=outputs,
-            row=self.row,
+            row=self.packed.row,
             window=window_of(node),
             tile=tile_shape(frame.rows * frame.pitch, min(outputs, self.kernel.most_outputs), module.isa),
             lanes=module.lanes,
@@ -210,8 +223,8 @@ class Convolve(Step):
         name = module.function(key, arguments, blocks.write)
         li, below_in, ni = module.list(f, self.inputs)
         lo, below_out, no = module.list(f, self.outputs)
-        x, weights = module.map(f, self.source), module.constant(f, self.weights)
-        bias = module.constant(f, self.bias)
+        x, weights = module.map(f, self.source), module.constant(f, self.packed.weights)
+        bias = module.constant(f, self.packed.bias)
         rest = [f.at(WORKSPACE, module.plan.workspace), *operands]
 
         def one_group(index: Index) -> list[Index]:
@@ -287,7 +300,8 @@ class _Blocks:
         words = [mask.word for mask in masks if mask.lanes]
         table = module.table("i64", [*places, *words]) if any(places) or words else NULL
         unknown = tuple((mask.lanes and "in the table") or mask.table for mask in masks)
-        key = ("tile", packed, tile.outputs, tile.vectors, len(lines), any(places), unknown)
+        shape = len(lines), len(taps)
+        key = ("tile", packed, tile.outputs, tile.vectors, shape, any(places), unknown)
 
         def write(g: Function) -> None:
             arms = {n: g.new_label("tile") for n in range(tile.least, tile.outputs + 1)}
@@ -295,7 +309,7 @@ class _Blocks:
             g.do(f"switch i64 {_NO}, label %{arms[tile.least]} [{cases}]")
             for n, arm in arms.items():
                 g.begin(arm)
-                one = multiply_tile(tile, n, len(lines), masks, apart=any(places), packed=packed)
+                one = multiply_tile(tile, n, shape, masks, apart=any(places), packed=packed)
                 g.call(module.function((*key, n), _TILE, one), *_TILE)
                 g.go("after")
             g.begin("after")
@@ -332,15 +346,15 @@ class _Blocks:
 
 
 def multiply_tile(
-    tile: Tile, outputs: int, side: int, masks: list[Mask], *, apart: bool, packed: bool
+    tile: Tile, outputs: int, shape: tuple[int, int], masks: list[Mask], *, apart: bool, packed: bool
 ) -> Callable[[Function], None]:
     """Writes the function that multiplies and adds: ``outputs`` of a block, from all kept inputs, at each point.
 
-    ``side``: lines and taps a line. ``masks`` are those of the first tap's vectors, then of the second's, ...
+    ``shape``: lines, and taps of a line. ``masks`` are those of the first tap's vectors, then of the second's, ...
     ``apart``: taps lie at the places in %table, else all in one. ``packed``: kept inputs lie one after the other, as
     ``Kernel.transform`` leaves them, not where their numbers say.
     """
-    vectors = tile.vectors
+    vectors, (lines, taps) = tile.vectors, shape
 
     def write(g: Function) -> None:
         lanes = g.lanes
@@ -351,8 +365,8 @@ def multiply_tile(
 
         rows = _rows_of_weights(g, tile, outputs)
         start = g.at(_X, g.scaled(BLOCK, vectors * lanes))
-        offsets: list[Offset] = [number(side + t) if apart else 0 for t in range(side)]
-        words = iter(range(2 * side, 2 * side + len(masks)))
+        offsets: list[Offset] = [number(lines + t) if apart else 0 for t in range(taps)]
+        words = iter(range(lines + taps, lines + taps + len(masks)))
         shown = [bits_of(g, number(next(words)), "i64") if mask.lanes else mask.bits(g, BLOCK) for mask in masks]
 
         def one_point(point: Index) -> list[Index]:
@@ -364,7 +378,7 @@ def multiply_tile(
 
                 def one_line(u: Index, *sums: Vec) -> list[Vec]:
                     line = g.at(x, number(u)) if apart else x
-                    first = g.plus(g.scaled(i, side**2), g.scaled(u, side))
+                    first = g.plus(g.scaled(i, lines * taps), g.scaled(u, taps))
                     first = g.plus(at_point, first)
                     totals = list(sums)
                     for t, offset in enumerate(offsets):
@@ -379,7 +393,7 @@ def multiply_tile(
                                 totals[k * vectors + v] = g.fma(value, weight, totals[k * vectors + v])
                     return totals
 
-                return g.loop(side, one_line, *sums)
+                return g.loop(lines, one_line, *sums)
 
             zeros = [Vec("zeroinitializer")] * (outputs * vectors)
             for at, total in enumerate(g.loop(_NI, one_input, *zeros)):

@@ -61,8 +61,8 @@ class Relayout(Step):
 
 
 @dataclass(frozen=True)
-class ScatterMap(Step):
-    """Channels of a map put among zeros; ``places``: offset of int32s, the source of each channel, -1 for zeros."""
+class MoveChannels(Step):
+    """Channels of a map in another order, among zeros; ``places``: offset of int32s, where from, -1 for zeros."""
 
     source: MapKey
     target: MapKey
@@ -108,7 +108,7 @@ class ScatterMap(Step):
 
             g.loop(_N, one_channel)
 
-        name = module.function(("scatter", source, target), [_X, _INTO, places, _N], write)
+        name = module.function(("move", source, target), [_X, _INTO, places, _N], write)
         f.call(name, module.map(f, self.source), module.map(f, self.target), places_at, self.channels)
 
 

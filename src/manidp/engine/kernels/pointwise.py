@@ -72,7 +72,7 @@ class Pointwise(Step):
 
             g.loop(_N, one_channel)
 
-        window = pool and (pool.kind, pool.kernel, pool.stride, pool.padding)
+        window = pool and (pool.kind, window_of(pool))
         key = ("pointwise", source, window, frame, self.epilogue.signature)
         name = module.function(key, [_X, _LIST, _N, *parameters_of(operands)], write)
         list_, _, count = module.list(f, self.channels)

@@ -12,18 +12,7 @@ from manidp.engine.ir import Function, Index, Pointer, Vec
 from manidp.engine.module import Module
 from manidp.engine.steps import Layout, window_of
 from manidp.engine.walk import Lanes, Numbers, Tile, mask_of, tap, within
-from manidp.errors import UnsupportedError
-from manidp.graph import Pool
-
-_LIMIT = 8
-
-
-def check_window(node: Pool) -> None:
-    """Raises UnsupportedError for windows that there is no code for."""
-    window = window_of(node)
-    if max(window.kernel, window.stride) > _LIMIT:
-        limit = f"windows and strides up to {_LIMIT} can be pooled"
-        raise UnsupportedError(f"node '{node.name}': {limit}; it has {window.kernel} and {window.stride}")
+from manidp.graph import Pool, pair, sides
 
 
 def window_value(
@@ -35,9 +24,8 @@ def window_value(
     """
     total: Vec | None = None
     w = window_of(pool)
-    for u in range(w.kernel):
-        for v in range(w.kernel):
-            down, right = u - w.padding, v - w.padding
+    for down in w.lines:
+        for right in w.columns:
             offset, (mask,) = tap(module, source, frame, tile, down, right)
 
             def inside(row: Numbers, column: Numbers, down: int = down, right: int = right) -> Lanes:
@@ -55,19 +43,20 @@ def window_value(
             else:
                 total = g.maximum(total, value) if pool.kind == "max" else g.arithmetic("fadd", total, value)
     assert total is not None
-    return total if pool.kind == "max" else g.arithmetic("fmul", total, g.constant(1 / w.kernel**2))
+    return total if pool.kind == "max" else g.arithmetic("fmul", total, g.constant(1 / w.taps))
 
 
 def model(x: NDArray[np.float32], pool: Pool) -> NDArray[Any]:
     """The same of maps (B, C, H, W) in NumPy, element by element in the order of the code."""
-    w = window_of(pool)
+    top, left, bottom, right = sides(pool.padding)
     outside = -np.inf if pool.kind == "max" else 0
-    padded = np.pad(x, ((0, 0), (0, 0), *[(w.padding, w.padding)] * 2), constant_values=outside)
-    taps = sliding_window_view(padded, (w.kernel, w.kernel), axis=(2, 3))[:, :, :: w.stride, :: w.stride]
+    padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=outside)
+    down, across = pair(pool.stride)
+    taps = sliding_window_view(padded, pair(pool.kernel), axis=(2, 3))[:, :, ::down, ::across]
     taps = taps.reshape(*taps.shape[:4], -1)
     if pool.kind == "max":
         return np.asarray(taps.max(-1))
     total = taps[..., 0]
-    for n in range(1, w.kernel**2):
+    for n in range(1, taps.shape[-1]):
         total = total + taps[..., n]
-    return np.asarray(total * x.dtype.type(1 / w.kernel**2))
+    return np.asarray(total * x.dtype.type(1 / taps.shape[-1]))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.engine.ir import FLOAT, Element, Function, Index, Pointer, Vec
-from manidp.engine.kernels.convolution import Group, Kernel
+from manidp.engine.kernels.convolution import Group, TileKernel
 from manidp.engine.module import Module
 from manidp.engine.steps import Layout
 from manidp.engine.walk import BLOCK, Mask, neighbour, single, vectors_of
@@ -69,7 +69,7 @@ MATRICES = {
 
 
 @dataclass(frozen=True)
-class Winograd(Kernel):
+class Winograd(TileKernel):
     """``side``: of a tile's outputs, 2 or 4; source and output lie in as many phases."""
 
     side: int
@@ -90,9 +90,9 @@ class Winograd(Kernel):
     def points(self) -> int:
         return self.span**2
 
-    def supports(self, node: Conv, element: Element) -> bool:
+    def supports(self, node: Conv, inputs: int, element: Element) -> bool:
         # the larger the tile, the more it amplifies rounding: too much for float16
-        fits = (node.kernel, node.stride, node.padding, node.groups) == (3, 1, 1, 1)
+        fits = (node.kernel, node.stride, node.padding, node.dilation, node.groups) == (3, 1, 1, 1, 1)
         return fits and (self.side == 2 or element == FLOAT)
 
     def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
