@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from manidp.data.images import Preprocessing
     from manidp.engine.engine import Engine
     from manidp.formats.checkpoint import Checkpoint
 
@@ -35,3 +40,19 @@ def load_model(name: str | Path) -> Checkpoint:
     from manidp.hub.find import find_model
 
     return find_model(name).checkpoint
+
+
+def from_torch(
+    module: nn.Module,
+    example: Tensor,
+    *,
+    preprocessing: Preprocessing | None = None,
+    classes: Sequence[str] | None = None,
+) -> Checkpoint:
+    """A torch CNN as a checkpoint, compared with the module in float64 before it is returned.
+
+    See ``manidp.torch.frontend.from_torch``. Needs the extra "torch".
+    """
+    from manidp.torch.frontend import from_torch
+
+    return from_torch(module, example, preprocessing=preprocessing, classes=classes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def quoted(text: str, most: int = 200) -> str:
@@ -61,6 +61,17 @@ class ImageError(ManiDPError):
 
 class UnsupportedError(ManiDPError):
     """A backend met a node it cannot run; the message names the node."""
+
+
+class FrontendError(ManiDPError):
+    """A module of another library that cannot become a graph.
+
+    refused: where ops stand in the way, a line for each: module, source line, op, reason; the message holds them all.
+    """
+
+    def __init__(self, message: str, refused: Sequence[str] = ()) -> None:
+        super().__init__("; ".join((message, *refused)))
+        self.refused = tuple(refused)
 
 
 class TrainingError(ManiDPError):

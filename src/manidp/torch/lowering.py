@@ -1,0 +1,946 @@
+"""From torch's ATen ops to the ops of a graph, one handler each; what has none is listed, all of it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, fx
+
+from manidp.errors import FrontendError, GraphError
+from manidp.graph import (
+    Activation,
+    ActivationKind,
+    Add,
+    BatchNorm,
+    Clip,
+    Concat,
+    Conv,
+    Flatten,
+    GlobalPool,
+    Graph,
+    Input,
+    Linear,
+    Multiply,
+    Node,
+    Pool,
+    PoolKind,
+    Scatter,
+    Shape,
+    Shuffle,
+    Slice,
+    pair,
+)
+from manidp.limits import FLOAT32_MAX
+from manidp.torch.layout import BATCH, CHANNELS, HEIGHT, WIDTH, Factor, Value
+
+ATEN = torch.ops.aten
+TORCH = str(Path(torch.__file__).parent)  # code below is torch's, not a network's author's
+BATCH_SIZE = 2  # images that the module is exported with; no axis of a graph's value is this one's
+_KINDS: tuple[str, ...] = get_args(ActivationKind)
+
+
+class _RefusedError(Exception):
+    """An op that no op of a graph can stand for, and why."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that depends on no image; ``name`` is its name in the module's state_dict, if it is as it is there."""
+
+    tensor: Tensor
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph, its parameters in float64, and which of them are which of the module's (same numbers, same order)."""
+
+    graph: Graph
+    weights: Mapping[str, Tensor]
+    names: Mapping[str, str]
+
+
+def lower(exported: torch.export.ExportedProgram, state: Mapping[str, Tensor], image: Shape) -> Lowered:
+    """The graph of a functional exported module, with the parameters and buffers in ``state``.
+
+    Raises FrontendError listing every op that cannot be lowered, with its module's path and its source line.
+    """
+    return _Lowering(exported, state, image).run()
+
+
+@dataclass
+class _Lowering:
+    exported: torch.export.ExportedProgram
+    state: Mapping[str, Tensor]
+    image: Shape
+    nodes: dict[str, Node] = field(default_factory=dict)
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    weights: dict[str, Constant] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    env: dict[fx.Node, Any] = field(default_factory=dict)
+    at: fx.Node = field(init=False)
+    derived: dict[str, str] = field(default_factory=dict)  # a node made again for another use -> its name
+
+    # ---- the walk
+
+    def run(self) -> Lowered:
+        graph = self.exported.graph
+        output = next(node for node in graph.nodes if node.op == "output")
+        (result,) = output.args[0]  # one output, checked before
+        needed = self._needed(result)
+        for node in graph.nodes:
+            self.at = node
+            if node.op == "placeholder":
+                self.env[node] = self._placeholder(node)
+            elif node in needed:
+                self.env[node] = self._lowered(node)
+        self.at = result
+        logits = self._attempt(lambda: self.vector(self.env[result]))
+        if self.refused:
+            count = len(self.refused)
+            raise FrontendError(
+                f"{count} {'op' if count == 1 else 'ops'} of this network cannot be imported", self.refused
+            )
+        used = self._used(logits)
+        kept = tuple(node for name, node in self.nodes.items() if name in used)
+        whole = Graph(kept, logits)
+        weights = {name: self.weights[name] for name in whole.parameters}
+        return Lowered(
+            whole,
+            {name: weight.tensor.reshape(whole.parameters[name]) for name, weight in weights.items()},
+            {name: weight.name for name, weight in weights.items() if weight.name is not None},
+        )
+
+    def _needed(self, result: fx.Node) -> set[fx.Node]:
+        needed: set[fx.Node] = set()
+        waiting = [result]
+        while waiting:
+            node = waiting.pop()
+            if node not in needed:
+                needed.add(node)
+                found = _pattern(node)
+                waiting += [found[1]] if found else node.all_input_nodes
+        return needed
+
+    def _used(self, output: str) -> set[str]:
+        used: set[str] = set()
+        waiting = [output]
+        while waiting:
+            name = waiting.pop()
+            if name not in used:
+                used.add(name)
+                waiting += self.nodes[name].inputs
+        return used | {name for name, node in self.nodes.items() if isinstance(node, Input)}
+
+    def _placeholder(self, node: fx.Node) -> Any:
+        signature, name = self.exported.graph_signature, node.name
+        known = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        if name in known:
+            return Constant(_wide(self.state[known[name]]), known[name])
+        if name in signature.inputs_to_lifted_tensor_constants:
+            return Constant(_wide(self.exported.constants[signature.inputs_to_lifted_tensor_constants[name]]))
+        self.nodes["image"] = Input(name="image", dims=self.image)  # type: ignore[arg-type]
+        self.shapes["image"] = self.image
+        return Value.natural("image", self.image, BATCH_SIZE)
+
+    def _lowered(self, node: fx.Node) -> Any:
+        found = _pattern(node)
+        if found:
+            return self._attempt(lambda: self.activation(found[0], self.env[found[1]]))
+        args, kwargs = _mapped(
+            (node.args, node.kwargs), lambda part: self.env[part] if isinstance(part, fx.Node) else part
+        )
+        if node.target is operator.getitem:
+            return args[0][args[1]] if isinstance(args[0], (tuple, list)) else self._unknown()
+        parts: list[Any] = []
+        _mapped((args, kwargs), parts.append)
+        if not any(isinstance(part, (Value, _Unknown)) for part in parts):
+            return self._attempt(lambda: self._folded(node, args, kwargs))
+        handler = _HANDLERS.get(str(node.target).removeprefix("aten."))
+        if handler is None:
+            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            return self._refuse("random numbers" if random else "no op of a graph is like it")
+        if any(isinstance(part, _Unknown) for part in parts):
+            return self._unknown()
+        made = self._attempt(lambda: handler(self, *args, **kwargs))
+        meant = node.meta.get("val")
+        if isinstance(made, Value) and isinstance(meant, Tensor) and not made.expanded and not any(made.pad):
+            assert made.shape == tuple(meant.shape), f"{node.format_node()}: {made.shape} for {tuple(meant.shape)}"
+        return made
+
+    def _folded(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What depends on no image, computed now, in float64."""
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise _RefusedError("random numbers")
+        args_, kwargs_ = _mapped((args, kwargs), lambda part: part.tensor if isinstance(part, Constant) else part)
+        kwargs_ = {name: value for name, value in kwargs_.items() if name not in ("device", "pin_memory")}
+        if kwargs_.get("dtype") in (torch.float32, torch.float16, torch.bfloat16):
+            kwargs_["dtype"] = torch.float64
+        target: Any = node.target
+        same = target in (ATEN.clone.default, ATEN.detach.default, ATEN.alias.default)
+        name = args[0].name if same else None
+        return _mapped(
+            target(*args_, **kwargs_), lambda part: Constant(_wide(part), name) if isinstance(part, Tensor) else part
+        )
+
+    def _attempt(self, make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except _RefusedError as refusal:
+            return self._refuse(str(refusal))
+        except GraphError as error:
+            return self._refuse(str(error))
+
+    def _refuse(self, reason: str) -> Any:
+        place = _place(self.at)
+        line = f"{place}: {str(self.at.target).removeprefix('aten.')}: {reason}"
+        if line not in self.refused:
+            self.refused.append(line)
+        return self._unknown()
+
+    def _unknown(self) -> Any:
+        """Something to go on with, so that later ops are looked at too."""
+
+        def stand_in(meant: Any) -> Any:
+            if isinstance(meant, Tensor) and meant.dim() in (2, 4) and meant.shape[0] == BATCH_SIZE:
+                name = f"\0{len(self.shapes)}"  # no module is called so
+                self.shapes[name] = tuple(meant.shape[1:])
+                return Value.natural(name, self.shapes[name], BATCH_SIZE)
+            return _Unknown()
+
+        return _mapped(self.at.meta.get("val"), stand_in)
+
+    # ---- names and nodes
+
+    def emit(self, op: type[Node], inputs: Sequence[str], word: str, weight: Constant | None = None, /,
+             **fields: Any) -> str:  # fmt: skip
+        """A new node called after its parameter or its module; ``word`` tells it from others of the same module."""
+        if weight is not None and weight.name and "." in weight.name:
+            path = weight.name.rpartition(".")[0]
+        else:
+            path, leaf = _module(self.at)
+            path = path if leaf else f"{path}.{word}".removeprefix(".")
+        name, count = path, 1
+        while name in self.nodes:
+            count += 1
+            name = f"{path}_{count}"
+        node = op(name=name, inputs=tuple(inputs), **fields)
+        self.shapes[name] = node.shape(*(self.shapes[source] for source in inputs))
+        self.nodes[name] = node
+        return name
+
+    def give(self, node: str, **parameters: Constant | None) -> None:
+        self.weights |= {f"{node}.{name}": value for name, value in parameters.items() if value is not None}
+
+    def value(self, node: str) -> Value:
+        return Value.natural(node, self.shapes[node], BATCH_SIZE)
+
+    # ---- layouts
+
+    def plain(self, x: Any) -> Value:
+        """A value that is nothing but rearranged."""
+        if isinstance(x, Constant):
+            raise _RefusedError("a tensor that does not depend on the image takes the place of a feature map")
+        if not isinstance(x, Value):
+            raise _RefusedError("reads what cannot be imported")
+        if any(x.pad):
+            raise _RefusedError("zeros around a map are taken by a convolution or pooling that follows, nothing else")
+        if x.expanded:
+            raise _RefusedError("a vector repeated over a map; only a multiplication takes it")
+        return x
+
+    def map(self, x: Any) -> str:
+        """The node that makes this tensor (B, C, H, W) as a feature map."""
+        x = self.plain(x)
+        if x.is_feature_map():
+            return self._in_order(x, x.dims[1])
+        source = self.nodes.get(x.node)
+        if x.is_vector() and len(x.dims) == 4 and isinstance(source, GlobalPool):
+            size = self.shapes[source.inputs[0]][1:]
+            again = self._again(x.node, ".map", Pool, source.inputs, kind=source.kind, kernel=size, stride=1)
+            return self._in_order(replace(x, node=again), x.dims[1])
+        if x.is_vector() and len(x.dims) == 4 and not x.is_map:
+            raise _RefusedError("a vector that becomes a map of 1 x 1 again")
+        raise _RefusedError(f"reads a tensor {tuple(x.shape)} whose axes are not batch, channels, height, width")
+
+    def vector(self, x: Any) -> str:
+        """The node that makes this tensor (B, C), or (B, C, 1, 1), as a vector."""
+        x = self.plain(x)
+        if not x.is_map and x.is_vector():
+            return self._in_order(x, x.dims[1])
+        source = self.nodes.get(x.node)
+        if x.is_map and x.is_vector() and isinstance(source, Pool) and self._whole(source):
+            again = self._again(x.node, ".vector", GlobalPool, source.inputs, kind=source.kind)
+            return self._in_order(replace(x, node=again), x.dims[1])
+        natural = (*x.axis(CHANNELS), *x.axis(HEIGHT), *x.axis(WIDTH))
+        if x.is_map and len(x.dims) >= 2 and x.dims[:2] == (x.axis(BATCH), natural) and not any(x.dims[2:]):
+            return self._again(x.node, ".flat", Flatten, (x.node,))
+        raise _RefusedError(
+            f"reads a tensor {tuple(x.shape)} whose axes are not batch and features, channel by channel"
+        )
+
+    def _whole(self, pool: Pool) -> bool:
+        return pair(pool.kernel) == self.shapes[pool.inputs[0]][1:] and pool.padding == 0
+
+    def _again(self, node: str, word: str, op: type[Node], inputs: Sequence[str], /, **fields: Any) -> str:
+        """A node that makes the same as another, in another shape; made once."""
+        key = f"{node} {word}"
+        if key not in self.derived:
+            name = node + word
+            while name in self.nodes:
+                name += "_"
+            made = op(name=name, inputs=tuple(inputs), **fields)
+            self.shapes[name] = made.shape(*(self.shapes[source] for source in inputs))
+            self.nodes[name] = made
+            self.derived[key] = name
+        return self.derived[key]
+
+    def _in_order(self, x: Value, order: Sequence[Factor]) -> str:
+        groups = x.rotation(order)
+        if groups is None:
+            raise _RefusedError("channels in an order that no channel shuffle makes")
+        return x.node if groups == 1 else self._again(x.node, f".shuffle{groups}", Shuffle, (x.node,), groups=groups)
+
+    # ---- handlers: shapes
+
+    def same(self, x: Any, *_: Any, **__: Any) -> Any:
+        return x
+
+    def dropout(self, x: Any, share: float, train: bool) -> Any:
+        if train:
+            raise _RefusedError("dropout that is always on")
+        return x
+
+    def cast(self, x: Any, *args: Any, dtype: torch.dtype | None = None, **_: Any) -> Any:
+        types = [part for part in (dtype, *args) if isinstance(part, torch.dtype)]
+        if any(not kind.is_floating_point for kind in types):
+            raise _RefusedError(f"a feature map as {types[0]}")
+        return x
+
+    def view(self, x: Any, *_: Any, **__: Any) -> Any:
+        """Any op that only gives the same numbers, in the same order, another shape: that which torch found."""
+        x = self.plain(x)
+        sizes = tuple(self.at.meta["val"].shape)
+        made = x.reshape(sizes)
+        if made is None:
+            raise _RefusedError(f"a reshape from {x.shape} to {sizes} that goes across axes")
+        return made
+
+    def permute(self, x: Any, order: Sequence[int]) -> Any:
+        return self.plain(x).permute([place % len(order) for place in order])
+
+    def transpose(self, x: Any, first: int, second: int) -> Any:
+        x = self.plain(x)
+        order = list(range(len(x.dims)))
+        order[first], order[second] = order[second], order[first]
+        return x.permute(order)
+
+    def expand(self, x: Any, *_: Any, **__: Any) -> Any:
+        x = self.plain(x)
+        if x.shape == tuple(self.at.meta["val"].shape):
+            return x
+        if len(x.dims) != 4 or not x.is_vector():
+            raise _RefusedError("a tensor repeated along an axis")
+        return replace(x, expanded=True)
+
+    def split(self, x: Any, size: int | Sequence[int], dim: int = 0) -> tuple[Value, ...]:
+        x = self.plain(x)
+        total = x.shape[dim]
+        sizes = [min(size, total - at) for at in range(0, total, size)] if isinstance(size, int) else list(size)
+        ends = [sum(sizes[: count + 1]) for count in range(len(sizes))]
+        return tuple(self.slice(x, dim, end - part, end) for part, end in zip(sizes, ends, strict=True))
+
+    def unbind(self, x: Any, dim: int = 0) -> tuple[Value, ...]:
+        return tuple(self.select(x, dim, index) for index in range(self.plain(x).shape[dim]))
+
+    def select(self, x: Any, dim: int, index: int) -> Any:
+        x = self.plain(x)
+        index %= x.shape[dim]
+        cut = self.slice(x, dim, index, index + 1)
+        made = cut.reshape([size for place, size in enumerate(cut.shape) if place != dim % len(cut.dims)])
+        assert made is not None
+        return made
+
+    def slice(self, x: Any, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1) -> Any:
+        x = self.plain(x)
+        dim %= len(x.dims)
+        size = x.shape[dim]
+        start, stop, step = slice(start, stop, step).indices(size)
+        if (start, stop, step) == (0, size, 1):
+            return x
+        if x.is_feature_map() and dim >= 2 and start == 0 and len(range(start, stop, step)) == -(-size // step):
+            source, stride = self.map(x), (step, 1) if dim == 2 else (1, step)
+            node = self.nodes.get(source)
+            if isinstance(node, Pool) and node.kernel == 1 and node.padding == 0:  # both axes in one step
+                (down, across), source = pair(node.stride), node.inputs[0]
+                stride = (stride[0] * down, stride[1] * across)
+            return self.value(self.emit(Pool, (source,), "subsample", kind="max", kernel=1, stride=stride))
+        if step > 1 and size % step == 0 and start < step and stop > size - step + start:
+            shape = x.shape
+            halves = x.reshape((*shape[:dim], size // step, step, *shape[dim + 1 :]))
+            if halves is not None:
+                return self.select(halves, dim + 1, start)
+        if step > 1 or any(axis != CHANNELS for axis, _ in x.dims[dim]):
+            raise _RefusedError("a part of a tensor that is not a range of its channels")
+        return self._channels(x, dim, start, stop)
+
+    def _channels(self, x: Value, dim: int, start: int, stop: int) -> Value:
+        """A range of a dimension that is made of channels: these factors first, then the others, in one piece."""
+        own = x.dims[dim]
+        rest = tuple(factor for other in x.dims for factor in other if factor[0] == CHANNELS and factor not in own)
+        node = self._in_order(x, (*own, *rest))
+        block = math.prod(x.size(factor) for factor in rest)
+        made = self.emit(Slice, (node,), "slice", start=start * block, stop=stop * block)
+        # the channels of what was made: (range, the others in the order in which the dimensions have them)
+        sizes = ((stop - start,) if stop - start > 1 else ()) + tuple(x.size(factor) for factor in rest)
+        place = {factor: index + (stop - start > 1) for index, factor in enumerate(rest)}
+        axes = (x.axes[0], sizes, *x.axes[2:])
+        dims = tuple(
+            (((CHANNELS, 0),) if stop - start > 1 else ()) if index == dim else
+            tuple((CHANNELS, place[f]) if f in place else f for f in factors)
+            for index, factors in enumerate(x.dims)
+        )  # fmt: skip
+        return replace(x, node=made, axes=axes, dims=dims).merged()
+
+    def slice_scatter(self, x: Any, part: Any, dim: int = 0, start: int | None = None, stop: int | None = None,
+                      step: int = 1) -> Any:  # fmt: skip
+        """A write to a range of channels: what is before it, the new ones, what is behind."""
+        x = self.plain(x)
+        size = x.shape[dim]
+        start, stop, step = slice(start, stop, step).indices(size)
+        if (start, stop, step) == (0, size, 1):
+            return self.plain(part)
+        if dim != 1 or step != 1:
+            raise _RefusedError("a write to a part of a tensor that is not a range of its channels")
+        parts = [self.slice(x, 1, 0, start)] if start else []
+        parts += [part]
+        parts += [self.slice(x, 1, stop, size)] if stop < size else []
+        return self.concat(parts, 1)
+
+    def copy(self, x: Any, source: Any, *_: Any) -> Any:
+        meant = tuple(self.at.meta["val"].shape)
+        if isinstance(source, Value) and source.shape == meant:
+            return source
+        if isinstance(source, Constant):
+            return Constant(source.tensor.expand(meant))
+        raise _RefusedError("a write of a tensor of another shape")
+
+    def fill(self, x: Any, value: Any, *_: Any) -> Constant:
+        number = value.tensor if isinstance(value, Constant) else torch.tensor(value, dtype=torch.float64)
+        return Constant(number.expand(tuple(self.at.meta["val"].shape)))
+
+    def zeros_like(self, x: Any, *_: Any, **__: Any) -> Constant:
+        return Constant(torch.zeros(tuple(self.at.meta["val"].shape), dtype=torch.float64))
+
+    def pad(self, x: Any, sizes: Sequence[int], mode: Any = "constant", value: float | None = None) -> Any:
+        if mode != "constant":
+            raise _RefusedError(f"padding of mode '{mode}'")
+        return self.constant_pad(x, sizes, value or 0.0)
+
+    def constant_pad(self, x: Any, sizes: Sequence[int], value: float = 0.0) -> Any:
+        sizes = [*sizes, 0, 0, 0, 0, 0, 0][:6]
+        left, right, top, bottom, before, behind = sizes
+        if min(sizes) < 0 or value not in (0, -math.inf):
+            raise _RefusedError("padding that cuts off, or that is not of zeros")
+        if before or behind:
+            if value:
+                raise _RefusedError("channels of infinities")
+            node = self.map(x)
+            count = self.shapes[node][0]
+            at = tuple(range(before, before + count))
+            x = self.value(self.emit(Scatter, (node,), "pad", channels=before + count + behind, at=at))
+        if not (left or right or top or bottom):
+            return self.plain(x)
+        return replace(self.value(self.map(x)), pad=(top, left, bottom, right), pad_value=float(value))
+
+    def concat(self, parts: Sequence[Any], dim: int = 0) -> Value:
+        values = [part for part in parts if isinstance(part, Value)]
+        rank = len(values[0].dims)
+        if dim % rank != 1:
+            raise _RefusedError("parts put together along another axis than channels")
+        read = self.map if rank == 4 and any(not value.is_vector() or value.is_map for value in values) else self.vector
+        names: list[str] = []
+        at: list[int] = []
+        total = 0
+        for part in parts:
+            if isinstance(part, Constant):
+                if part.tensor.any():
+                    raise _RefusedError("constant channels that are not zeros")
+                total += part.tensor.shape[1]
+                continue
+            names.append(read(part))
+            count = self.shapes[names[-1]][0]
+            at += range(total, total + count)
+            total += count
+        most = Concat.arity[1]
+        while len(names) > 1:
+            names = [
+                self.emit(Concat, names[start : start + most], "cat") if len(names) - start > 1 else names[start]
+                for start in range(0, len(names), most)
+            ]
+        if len(at) < total:
+            names = [self.emit(Scatter, names, "cat", channels=total, at=tuple(at))]
+        made = self.value(names[0])
+        return made if rank == len(made.dims) else replace(made, dims=(*made.dims, (), ()))
+
+    # ---- handlers: layers
+
+    def conv(self, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+             groups: int = 1) -> Any:  # fmt: skip
+        self._constant(weight, bias)
+        if weight.tensor.dim() != 4:
+            raise _RefusedError("a convolution that is not two-dimensional")
+        if not isinstance(x, Value):
+            self.plain(x)
+        out, _, *kernel = weight.tensor.shape
+        stride, dilation = (_two(value) for value in (stride, dilation))
+        if padding == "same":
+            spans = [span * (size - 1) for span, size in zip(dilation, kernel, strict=True)]
+            top, left = (span // 2 for span in spans)
+            sides = (top, left, spans[0] - top, spans[1] - left)
+        else:
+            high, wide = (0, 0) if padding == "valid" else _two(padding)
+            sides = (high, wide, high, wide)
+        if any(x.pad):
+            if x.pad_value:
+                raise _RefusedError("a convolution of infinities")
+            sides = tuple(a + b for a, b in zip(sides, x.pad, strict=True))
+            x = replace(x, pad=(0, 0, 0, 0))
+        plain = kernel == [1, 1] and groups == 1 and not any(sides)
+        if plain and x.is_vector() and self._is_pooled(x):  # a 1x1 convolution of a pooled map
+            made = self.emit(Linear, (self.vector(x),), "conv", weight, features=out, bias=bias is not None)
+            self.give(made, weight=weight, bias=bias)
+            return replace(self.value(made), dims=(*self.value(made).dims, (), ()))
+        made = self.emit(
+            Conv, (self.map(x),), "conv", weight, channels=out, kernel=tuple(kernel), stride=stride, padding=sides,
+            dilation=dilation, groups=groups, bias=bias is not None,
+        )  # fmt: skip
+        self.give(made, weight=weight, bias=bias)
+        return self.value(made)
+
+    def convolution(self, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
+                    output_padding: Any, groups: int) -> Any:  # fmt: skip
+        if transposed:
+            raise _RefusedError(
+                "transposed convolution: channels are skipped where convolutions read, not where they spread"
+            )
+        return self.conv(x, weight, bias, stride, padding, dilation, groups)
+
+    def transposed(self, *_: Any, **__: Any) -> Value:
+        raise _RefusedError(
+            "transposed convolution: channels are skipped where convolutions read, not where they spread"
+        )
+
+    def _is_pooled(self, x: Value) -> bool:
+        node = self.nodes.get(x.node)
+        return not x.is_map or (isinstance(node, Pool) and self._whole(node))
+
+    def linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
+        self._constant(weight, bias)
+        x = self.plain(x)
+        out, into = weight.tensor.shape
+        if len(x.dims) == 2:
+            made = self.emit(Linear, (self.vector(x),), "linear", weight, features=out, bias=bias is not None)
+            self.give(made, weight=weight, bias=bias)
+            return self.value(made)
+        if not (x.is_map and x.dims[-1] == x.axis(CHANNELS) and self.shapes[x.node][0] == into):
+            raise _RefusedError("a linear layer along another axis than channels")
+        made = self.emit(Conv, (x.node,), "linear", weight, channels=out, kernel=1, padding=0, bias=bias is not None)
+        self.give(made, weight=weight, bias=bias)
+        new = self.value(made)  # channels last, as before
+        places = iter(new.axis(CHANNELS))
+        axes = (x.axes[0], new.axes[1], *x.axes[2:])
+        return replace(x, node=made, axes=axes, dims=(*x.dims[:-1], tuple(places)))
+
+    def product(self, x: Any, weight: Any) -> Any:
+        self._constant(weight)
+        return self.linear(x, Constant(weight.tensor.T))
+
+    def sum_and_product(self, bias: Any, x: Any, weight: Any) -> Any:
+        self._constant(weight)
+        return self.linear(x, Constant(weight.tensor.T), bias)
+
+    def batch_norm(self, x: Any, weight: Any, bias: Any, mean: Any, variance: Any, momentum: float, eps: float) -> Any:
+        self._constant(weight, bias, mean, variance)
+        x = self.plain(x)
+        source = self.vector(x) if not x.is_map or (x.is_vector() and self._is_pooled(x)) else self.map(x)
+        ones = torch.ones_like(mean.tensor)
+        made = self.emit(BatchNorm, (source,), "norm", mean, eps=eps)
+        self.give(
+            made, moving_mean=mean, moving_variance=variance, gamma=weight or Constant(ones),
+            beta=bias or Constant(torch.zeros_like(ones)),
+        )  # fmt: skip
+        new = self.value(made)
+        return (replace(new, dims=(*new.dims, *[()] * (len(x.dims) - len(new.dims)))),)
+
+    def own_statistics(self, *_: Any, **__: Any) -> Any:
+        raise _RefusedError("a normalisation by statistics of the image at hand")
+
+    # ---- handlers: pooling
+
+    def max_pool(self, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1,
+                 ceil_mode: bool = False) -> Any:  # fmt: skip
+        if _two(dilation) != (1, 1):
+            raise _RefusedError("pooling with dilation")
+        return self._pooled("max", x, _two(kernel), _two(stride or kernel), _two(padding), ceil_mode)
+
+    def max_pool_with_indices(self, *args: Any) -> tuple[Value, _Unknown]:
+        return self.max_pool(*args), _Unknown()
+
+    def average_pool(self, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
+                     count_include_pad: bool = True, divisor_override: int | None = None) -> Any:  # fmt: skip
+        kernel, padding = _two(kernel), _two(padding)
+        if divisor_override not in (None, math.prod(kernel)):
+            raise _RefusedError("an average with a divisor of its own")
+        if any(padding) and not count_include_pad:
+            raise _RefusedError("an average that leaves the padding out (count_include_pad=False)")
+        return self._pooled("average", x, kernel, _two(stride or kernel), padding, ceil_mode)
+
+    def _pooled(self, kind: PoolKind, x: Any, kernel: tuple[int, int], stride: tuple[int, int],
+                padding: tuple[int, int], ceil_mode: bool) -> Any:  # fmt: skip
+        if not isinstance(x, Value):
+            self.plain(x)
+        if kernel == stride == (1, 1) and padding == (0, 0):
+            return x
+        sides = [*padding, *padding]
+        if any(x.pad):
+            outside = -math.inf if kind == "max" else 0.0
+            if x.pad_value != outside and not (kind == "max" and self._never_negative(x.node)):
+                raise _RefusedError("a maximum over a padding of zeros, of a map that may be negative")
+            if kind == "average" and ceil_mode:
+                raise _RefusedError("an average over windows that are not whole (ceil_mode)")
+            sides = [a + b for a, b in zip(sides, x.pad, strict=True)]
+            x = replace(x, pad=(0, 0, 0, 0))
+        source = self.map(x)
+        made = self.at.meta["val"]
+        shape = (made[0] if isinstance(made, (tuple, list)) else made).shape[2:]
+        for axis in (0, 1):  # windows that ceil_mode adds, or pixels that no window reaches
+            size = self.shapes[source][1 + axis] + sides[axis] + sides[axis + 2]
+            more = (shape[axis] - 1) * stride[axis] + kernel[axis] - size
+            if more > 0:
+                if kind == "average":
+                    raise _RefusedError("an average over windows that are not whole (ceil_mode)")
+                sides[axis + 2] += more
+        return self.value(
+            self.emit(Pool, (source,), "pool", kind=kind, kernel=kernel, stride=stride, padding=tuple(sides))
+        )
+
+    def _never_negative(self, name: str) -> bool:
+        node = self.nodes.get(name)
+        while isinstance(node, Pool):
+            node = self.nodes.get(node.inputs[0])
+        return isinstance(node, Activation) and node.kind in ("relu", "relu6", "sigmoid", "hardsigmoid")
+
+    def adaptive_average(self, x: Any, size: Any) -> Any:
+        return self._adaptive("average", x, _two(size))
+
+    def adaptive_max(self, x: Any, size: Any) -> tuple[Value, _Unknown]:
+        return self._adaptive("max", x, _two(size)), _Unknown()
+
+    def _adaptive(self, kind: PoolKind, x: Any, size: tuple[int, int]) -> Any:
+        x = self.plain(x)
+        if size == (1, 1):
+            return self._reduced(kind, x, (2, 3), True)
+        high, wide = x.shape[2:]
+        if high % size[0] or wide % size[1]:
+            raise _RefusedError(f"a pool from {high}x{wide} to {size[0]}x{size[1]}, which no window divides evenly")
+        kernel = (high // size[0], wide // size[1])
+        return self._pooled(kind, x, kernel, kernel, (0, 0), False)
+
+    def mean(self, x: Any, dims: Any = None, keepdim: bool = False, **_: Any) -> Any:
+        return self._reduced("average", x, dims, keepdim)
+
+    def maximum_over(self, x: Any, dims: Any = None, keepdim: bool = False) -> Any:
+        return self._reduced("max", x, dims, keepdim)
+
+    def _reduced(self, kind: PoolKind, x: Any, dims: Any, keepdim: bool) -> Any:
+        """The mean or maximum over height, width or both."""
+        x = self.plain(x)
+        over = {dim % len(x.dims) for dim in ([dims] if isinstance(dims, int) else dims or range(len(x.dims)))}
+        gone = {factor for dim in over for factor in x.dims[dim]}
+        left = tuple(() if dim in over else factors for dim, factors in enumerate(x.dims) if keepdim or dim not in over)
+        rows, columns = (set(x.axis(axis)) for axis in (HEIGHT, WIDTH))
+        if not x.is_map and not gone:
+            return replace(x, dims=left)
+        if not x.is_map or not gone <= rows | columns or (gone & rows) not in (rows, set()) or (
+            (gone & columns) not in (columns, set())
+        ):  # fmt: skip
+            raise _RefusedError("a mean or maximum that is not over whole height, width or both")
+        if gone == rows | columns:
+            made = self.emit(GlobalPool, (x.node,), "pool", kind=kind)
+            return replace(x, node=made, axes=x.axes[:2], dims=left).merged()
+        kernel = tuple(self.shapes[x.node][axis - 1] if gone & set(x.axis(axis)) else 1 for axis in (HEIGHT, WIDTH))
+        made = self.emit(Pool, (x.node,), "pool", kind=kind, kernel=kernel, stride=1)
+        axes = tuple(() if gone & set(x.axis(axis)) else sizes for axis, sizes in enumerate(x.axes))
+        return replace(x, node=made, axes=axes, dims=left).merged()
+
+    # ---- handlers: elementwise
+
+    def activation(self, kind: str, x: Any) -> Any:
+        if kind not in _KINDS:
+            raise _RefusedError("an activation that is not known")
+        x = self.plain(x)
+        return replace(x, node=self.emit(Activation, (x.node,), kind, kind=kind))
+
+    def gelu(self, x: Any, approximate: str = "none") -> Any:
+        return self.activation("gelu" if approximate == "none" else f"gelu_{approximate}", x)
+
+    def clamp(self, x: Any, low: float | None = None, high: float | None = None) -> Any:
+        low = -FLOAT32_MAX if low is None else low
+        high = FLOAT32_MAX if high is None else high
+        if (low, high) in ((0, 6), (0, FLOAT32_MAX)):
+            return self.activation("relu6" if high == 6 else "relu", x)
+        if not (isinstance(low, (int, float)) and isinstance(high, (int, float)) and low < high):
+            raise _RefusedError("a clip whose bounds are no rising numbers")
+        x = self.plain(x)
+        return replace(x, node=self.emit(Clip, (x.node,), "clip", low=float(low), high=float(high)))
+
+    def hardtanh(self, x: Any, low: float = -1.0, high: float = 1.0) -> Any:
+        return self.clamp(x, low, high)
+
+    def add(self, x: Any, y: Any, alpha: float = 1) -> Any:
+        if alpha != 1:
+            y = self.multiply(y, alpha) if isinstance(y, Value) else _number(y, lambda t: t * alpha)
+        if isinstance(x, Value) and isinstance(y, Value):
+            return self._together(Add, x, y)
+        x, y = (x, y) if isinstance(x, Value) else (y, x)
+        return self._affine(x, None, y)
+
+    def subtract(self, x: Any, y: Any, alpha: float = 1) -> Any:
+        return self.add(x, y, -alpha)
+
+    def subtract_from(self, x: Any, y: Any, alpha: float = 1) -> Any:
+        return self.add(self.multiply(x, -alpha), y)
+
+    def negative(self, x: Any) -> Any:
+        return self.multiply(x, -1.0)
+
+    def multiply(self, x: Any, y: Any) -> Any:
+        if isinstance(x, Value) and isinstance(y, Value):
+            if y.is_map and not y.is_vector() and (not x.is_map or x.is_vector()):
+                x, y = y, x
+            if len(x.dims) == len(y.dims) == 4 and y.is_vector() and (self._is_pooled(y) or y.expanded) and x.is_map:
+                node, factor = self.map(x), self.vector(replace(y, expanded=False))
+                if self.shapes[node][0] != self.shapes[factor][0]:
+                    raise _RefusedError("a multiplication by a tensor of other channels")
+                return self.value(self.emit(Multiply, (node, factor), "mul"))
+            return self._together(Multiply, x, y)
+        x, y = (x, y) if isinstance(x, Value) else (y, x)
+        return self._affine(x, y, None)
+
+    def divide(self, x: Any, y: Any) -> Any:
+        if isinstance(y, Value):
+            raise _RefusedError("a division by what depends on the image")
+        return self._affine(x, _number(y, lambda t: 1 / t), None)
+
+    def power(self, x: Any, exponent: Any) -> Any:
+        if exponent != 2:
+            raise _RefusedError(f"a power of {exponent}")
+        return self._together(Multiply, self.plain(x), self.plain(x))
+
+    def _together(self, kind: type[Node], x: Any, y: Any) -> Any:
+        x, y = self.plain(x), self.plain(y)
+        if x.shape != y.shape:
+            raise _RefusedError(f"tensors of different shapes, {x.shape} and {y.shape}: one is repeated along an axis")
+        word = "add" if kind is Add else "mul"
+        if (x.axes, x.dims) == (y.axes, y.dims):
+            return replace(x, node=self.emit(kind, (x.node, y.node), word))
+        read = self.vector if x.is_vector() and y.is_vector() and not (x.is_map and y.is_map) else self.map
+        made = self.value(self.emit(kind, (read(x), read(y)), word))
+        return replace(made, dims=(*made.dims, *[()] * (len(x.dims) - len(made.dims))))
+
+    def _affine(self, x: Any, scale: Any, shift: Any) -> Any:
+        """x * scale + shift, numbers or constants of one number a channel: a convolution of each channel by itself."""
+        x = self.plain(x)
+        factor, term = (None if part is None else self._per_channel(x, part) for part in (scale, shift))
+        if factor is None:
+            factor = Constant(torch.ones(self.shapes[x.node][0], dtype=torch.float64))
+        before = self.nodes.get(x.node)
+        if not x.is_map:
+            if not isinstance(before, Linear):
+                raise _RefusedError("a vector times or plus a constant, not straight behind a linear layer")
+            old = {name: self.weights.get(f"{before.name}.{name}") for name in ("weight", "bias")}
+            weight, bias = old["weight"], old["bias"]
+            assert weight is not None
+            moved = bias.tensor * factor.tensor if bias is not None else torch.zeros_like(factor.tensor)
+            moved = moved + term.tensor if term is not None else moved
+            made = self.emit(Linear, before.inputs, "scaled", features=before.features, bias=True)
+            self.give(made, weight=Constant(weight.tensor.flatten(1) * factor.tensor[:, None]), bias=Constant(moved))
+            return replace(x, node=made)
+        count = self.shapes[x.node][0]
+        made = self.emit(Conv, (x.node,), "scaled", channels=count, groups=count, kernel=1, padding=0,
+                         bias=term is not None)  # fmt: skip
+        self.give(made, weight=factor, bias=term)
+        return replace(x, node=made)
+
+    def _per_channel(self, x: Value, part: Any) -> Constant:
+        """One number a channel of the value's node, from a number or a tensor that fits the tensor x."""
+        given = part.tensor if isinstance(part, Constant) else torch.tensor(float(part), dtype=torch.float64)
+        name = part.name if isinstance(part, Constant) else None
+        if given.dim() > len(x.dims):
+            raise _RefusedError("a constant with more axes than what it meets")
+        given = given.reshape((1,) * (len(x.dims) - given.dim()) + tuple(given.shape))
+        varies = [dim for dim, size in enumerate(given.shape) if size > 1]
+        if any(axis != CHANNELS for dim in varies for axis, _ in x.dims[dim]):
+            raise _RefusedError("a constant that is not one number, or one a channel")
+        inside = [[factor for factor in dim if factor[0] == CHANNELS] for dim in x.dims]
+        sizes = [math.prod(x.size(factor) for factor in dim) for dim in inside]
+        spread = given.expand(sizes).reshape([x.size(factor) for dim in inside for factor in dim])
+        order = [factor for dim in inside for factor in dim]
+        flat = spread.permute([order.index(factor) for factor in sorted(order)]).reshape(-1)
+        whole = given.numel() == flat.numel() and order == sorted(order)
+        return Constant(flat, name if whole else None)
+
+    def _constant(self, *parts: Any) -> None:
+        if any(part is not None and not isinstance(part, Constant) for part in parts):
+            raise _RefusedError("weights that depend on the image")
+
+
+@dataclass(frozen=True)
+class _Unknown:
+    """What nothing can be made of."""
+
+
+_Handler = Callable[..., Any]
+_L = _Lowering
+
+
+def _activation(kind: str) -> _Handler:
+    return lambda lowering, x: lowering.activation(kind, x)
+
+
+_HANDLERS: dict[str, _Handler] = {
+    **dict.fromkeys(("clone.default", "alias.default", "detach.default", "contiguous.default",
+                     "lift_fresh_copy.default"), _L.same), "dropout.default": _L.dropout,
+    **dict.fromkeys(("_to_copy.default", "to.dtype"), _L.cast),
+    **dict.fromkeys(("view.default", "_unsafe_view.default", "reshape.default", "flatten.using_ints",
+                     "unflatten.int", "squeeze.dim", "squeeze.dims", "squeeze.default", "unsqueeze.default",
+                     "view_copy.default"), _L.view),
+    "permute.default": _L.permute, "transpose.int": _L.transpose, "expand.default": _L.expand,
+    "split.Tensor": _L.split, "split_with_sizes.default": _L.split, "unbind.int": _L.unbind,
+    "select.int": _L.select, "slice.Tensor": _L.slice, "slice_scatter.default": _L.slice_scatter,
+    "copy.default": _L.copy, "fill.Scalar": _L.fill, "fill.Tensor": _L.fill, "zeros_like.default": _L.zeros_like,
+    "pad.default": _L.pad, "constant_pad_nd.default": _L.constant_pad, "cat.default": _L.concat,
+    "conv2d.default": _L.conv, "conv2d.padding": _L.conv, "convolution.default": _L.convolution,
+    "conv_transpose2d.input": _L.transposed, "linear.default": _L.linear,
+    "mm.default": _L.product, "addmm.default": _L.sum_and_product,
+    "_native_batch_norm_legit_no_training.default": _L.batch_norm,
+    **dict.fromkeys(("_native_batch_norm_legit.no_stats", "instance_norm.default", "group_norm.default",
+                     "layer_norm.default"), _L.own_statistics),
+    "max_pool2d.default": _L.max_pool, "max_pool2d_with_indices.default": _L.max_pool_with_indices,
+    "avg_pool2d.default": _L.average_pool, "adaptive_avg_pool2d.default": _L.adaptive_average,
+    "_adaptive_avg_pool2d.default": _L.adaptive_average, "adaptive_max_pool2d.default": _L.adaptive_max,
+    "mean.dim": _L.mean, "mean.default": _L.mean, "amax.default": _L.maximum_over,
+    **{f"{kind}.default": _activation(kind) for kind in
+       ("relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid", "tanh", "mish")},
+    "gelu.default": _L.gelu, "clamp.default": _L.clamp, "clamp_min.default": _L.clamp, "hardtanh.default": _L.hardtanh,
+    "clamp_max.default": lambda lowering, x, high: lowering.clamp(x, None, high),
+    **dict.fromkeys(("add.Tensor", "add.Scalar"), _L.add), **dict.fromkeys(("sub.Tensor", "sub.Scalar"), _L.subtract),
+    "rsub.Scalar": _L.subtract_from, "neg.default": _L.negative, "pow.Tensor_Scalar": _L.power,
+    **dict.fromkeys(("mul.Tensor", "mul.Scalar"), _L.multiply),
+    **dict.fromkeys(("div.Tensor", "div.Scalar"), _L.divide),
+}  # fmt: skip
+
+KEPT_WHOLE = tuple(
+    getattr(getattr(ATEN, name.partition(".")[0]), name.partition(".")[2]) for name in _HANDLERS
+)  # not to be taken apart: torch's decompositions of these are harder to recognise
+
+
+def _pattern(node: fx.Node) -> tuple[str, fx.Node] | None:
+    """An activation written out by hand, and what it is taken of: x * sigmoid(x), relu6(x + 3) / 6 and x times that."""
+    if _is(node, "mul.Tensor"):
+        first, second = node.args[:2]
+        for x, factor in ((first, second), (second, first)):
+            if isinstance(factor, fx.Node) and isinstance(x, fx.Node):
+                if _is(factor, "sigmoid.default") and factor.args[0] is x:
+                    return "silu", x
+                if (_is(factor, "hardsigmoid.default") and factor.args[0] is x) or _clipped(_sixth(factor)) is x:
+                    return "hardswish", x
+    product = _sixth(node)
+    if isinstance(product, fx.Node) and _is(product, "mul.Tensor"):
+        first, second = product.args[:2]
+        for x, factor in ((first, second), (second, first)):
+            if isinstance(x, fx.Node) and _clipped(factor) is x:
+                return "hardswish", x
+    x = _clipped(product)
+    return None if x is None else ("hardsigmoid", x)
+
+
+def _sixth(node: fx.Node) -> Any:
+    """y of y / 6."""
+    divided = _is(node, "div.Tensor") and node.args[1] == 6
+    scaled = _is(node, "mul.Tensor") and isinstance(node.args[1], float) and abs(6 * node.args[1] - 1) < 1e-9
+    return node.args[0] if divided or scaled else None
+
+
+def _clipped(node: Any) -> fx.Node | None:
+    """x of relu6(x + 3)."""
+    if not isinstance(node, fx.Node):
+        return None
+    clips = _is(node, "relu6.default") or (
+        (_is(node, "hardtanh.default") or _is(node, "clamp.default")) and tuple(node.args[1:]) == (0, 6)
+    )
+    shifted = node.args[0] if clips else None
+    if isinstance(shifted, fx.Node) and _is(shifted, "add.Tensor") and shifted.args[1] == 3 and not shifted.kwargs:
+        x = shifted.args[0]
+        return x if isinstance(x, fx.Node) else None
+    return None
+
+
+def _is(node: fx.Node, name: str) -> bool:
+    return node.op == "call_function" and str(node.target) == f"aten.{name}"
+
+
+def _module(node: fx.Node) -> tuple[str, bool]:
+    """Path of the module that an op belongs to, and whether that is one of torch's own layers."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return "", False
+    path, kind = stack[-1]
+    kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    return path, bool(path) and kind.startswith("torch.nn.modules.") and ".container." not in kind
+
+
+def _place(node: fx.Node) -> str:
+    """ "layer1.0.act (net.py:12)": the module, and the last line of its author's that led to the op."""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if 'File "' in line]
+    own = [line for line in frames if TORCH not in line] or frames
+    path = _module(node)[0] or "the network"
+    if not own:
+        return path
+    file, _, rest = own[-1].removeprefix('File "').partition('"')
+    number = "".join(ch for ch in rest.split(",")[1] if ch.isdigit()) if "," in rest else "?"
+    return f"{path} ({Path(file).name}:{number})"
+
+
+def _mapped(parts: Any, change: Callable[[Any], Any]) -> Any:
+    """Lists, tuples and dicts with everything in them changed."""
+    if isinstance(parts, (tuple, list)):
+        return type(parts)(_mapped(part, change) for part in parts) if type(parts) in (tuple, list) else [
+            _mapped(part, change) for part in parts]  # fmt: skip
+    if isinstance(parts, Mapping):
+        return {name: _mapped(part, change) for name, part in parts.items()}
+    return change(parts)
+
+
+def _two(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _number(part: Any, change: Callable[[Tensor], Tensor]) -> Constant:
+    return Constant(
+        change(part.tensor if isinstance(part, Constant) else torch.tensor(float(part), dtype=torch.float64))
+    )

@@ -1,0 +1,299 @@
+"""Any torch CNN enters: equal to the module in float64, or refused with every reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from torch import Tensor, nn
+
+import manidp
+from manidp import reference
+from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
+from manidp.engine.engine import Engine
+from manidp.errors import FrontendError, UnsupportedError
+from manidp.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from manidp.graph import Activation, BatchNorm, Conv, Linear, Pool, Shuffle
+from manidp.torch.convert import network_from
+from manidp.torch.frontend import from_torch, to_state_dict
+
+EXAMPLE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def imported(name: str) -> Checkpoint:
+    return from_torch(zoo.fresh(name), EXAMPLE)
+
+
+class Net(nn.Module):
+    """A convolution, what the test does with its map, and a linear layer on the pooled result."""
+
+    def __init__(self, middle: Callable[[Any, Tensor], Tensor], **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.c, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        self.middle = middle
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.middle(self, self.c(x)).mean((2, 3)))
+        return logits
+
+
+def small(middle: Callable[[Any, Tensor], Tensor], **parts: nn.Module | nn.Parameter) -> Checkpoint:
+    return from_torch(Net(middle, **parts), EXAMPLE[:, :, :12, :10])
+
+
+def kinds(checkpoint: Checkpoint) -> list[str]:
+    return [type(node).__name__ for node in checkpoint.graph.nodes]
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_the_zoo_enters_and_goes_back(name: str) -> None:
+    """``from_torch`` compares with the module itself, to 1e-10; here the float32 logits beside it."""
+    module, checkpoint = zoo.fresh(name).eval(), imported(name)
+    with torch.no_grad():
+        meant = module(EXAMPLE).numpy()
+    came = reference.run(checkpoint.graph, checkpoint.weights, EXAMPLE.numpy()).logits
+    assert np.abs(came - meant).max() <= 1e-5 * np.abs(meant).max()
+    other = zoo.fresh(name, seed=1)
+    other.load_state_dict(to_state_dict(checkpoint, other))
+    assert all(torch.equal(ours, theirs) for ours, theirs in
+               zip(other.state_dict().values(), module.state_dict().values(), strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_the_engine_runs_what_entered(name: str) -> None:
+    checkpoint = imported(name)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    try:
+        engine = Engine(checkpoint)
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    meant = reference.run(checkpoint.graph, checkpoint.weights, checkpoint.preprocessing.apply(images)).logits
+    assert np.abs(engine.run(images).logits - meant).max() <= 1e-4 * np.abs(meant).max()
+
+
+def test_what_is_returned_is_a_whole_checkpoint(tmp_path: Any) -> None:
+    module = zoo.fresh("resnet")
+    module.train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    checkpoint = manidp.from_torch(module, EXAMPLE, preprocessing=CIFAR10_PREPROCESSING, classes=CIFAR10_CLASSES)
+    assert all(part.training for part in module.modules())
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert checkpoint.classes == CIFAR10_CLASSES and checkpoint.preprocessing == CIFAR10_PREPROCESSING
+    save_checkpoint(checkpoint, tmp_path / "net.safetensors")
+    again = load_checkpoint(tmp_path / "net.safetensors")
+    assert again.graph == checkpoint.graph and again.provenance == checkpoint.provenance
+    with torch.no_grad():
+        assert torch.allclose(network_from(again)(EXAMPLE).logits, module.eval()(EXAMPLE), atol=1e-5)
+    names = checkpoint.provenance["imported"]["names"]
+    assert names["1.body.0.0.weight"] == "1.body.0.0.weight"
+    assert names["1.body.0.1.moving_mean"] == "1.body.0.1.running_mean"
+
+
+def test_defaults() -> None:
+    checkpoint = imported("lenet")
+    assert checkpoint.classes[9] == "class 9"
+    assert checkpoint.preprocessing.mean == (0, 0, 0) and checkpoint.preprocessing.size == (32, 32)
+
+
+def test_a_1x1_convolution_of_a_pooled_map_is_a_linear_layer() -> None:
+    made = kinds(imported("mobilenet-v3"))
+    assert made.count("Linear") == 2 * 2 + 2  # two in each squeeze, two in the head
+    assert made.count("GlobalPool") == 3 and "Pool" not in made
+
+
+def test_names_of_activations_written_by_hand() -> None:
+    made = small(lambda s, x: F.relu6(x + 3) / 6 + x * torch.sigmoid(x) + x * F.relu6(x + 3) * (1 / 6))
+    assert sorted(node.kind for node in made.graph.nodes if isinstance(node, Activation)) == [
+        "hardsigmoid", "hardswish", "silu",
+    ]  # fmt: skip
+    made = small(lambda s, x: x * (F.relu6(x + 3) / 6) + x * F.relu6(x + 3) / 6)
+    assert [node.kind for node in made.graph.nodes if isinstance(node, Activation)] == ["hardswish", "hardswish"]
+
+
+def test_windows_of_any_shape() -> None:
+    made = small(lambda s, x: s.d(F.pad(x, (0, 1, 2, 1))), d=nn.Conv2d(8, 8, (3, 2), (2, 1), (1, 0), (2, 1), groups=2))
+    (conv,) = (node for node in made.graph.nodes if isinstance(node, Conv) and node.name == "d")
+    assert conv.padding == (3, 0, 2, 1) and conv.dilation == (2, 1)
+    made = small(lambda s, x: F.max_pool2d(F.pad(F.relu(x), (1, 1, 0, 0)), 3, 2))
+    assert [node.padding for node in made.graph.nodes if isinstance(node, Pool)] == [(0, 1)]
+    made = small(lambda s, x: F.max_pool2d(x, 3, 2, ceil_mode=True))  # 12 x 10: a row and a column more
+    assert [node.padding for node in made.graph.nodes if isinstance(node, Pool)] == [(0, 0, 1, 1)]
+    small(lambda s, x: F.adaptive_max_pool2d(x, (4, 5)) + F.adaptive_avg_pool2d(x, (4, 5)))
+    small(lambda s, x: s.d(x), d=nn.Conv2d(8, 8, (4, 3), padding="same", dilation=2))
+
+
+def test_writes_in_place_are_seen() -> None:
+    def middle(s: Any, x: Tensor) -> Tensor:
+        y = x.clone()
+        y[:, 2:5] *= 2
+        y[:, :1] = y[:, 7:]
+        return y + x
+
+    assert kinds(small(middle)).count("Concat") == 3
+
+
+def test_channels_are_sliced_and_shuffled() -> None:
+    made = small(lambda s, x: torch.cat(torch.split(x, [3, 5], 1)[::-1], 1))
+    assert kinds(made).count("Slice") == 2
+    made = small(lambda s, x: torch.cat([x[:, ::2], x[:, 1::2]], 1))  # every second channel
+    assert [node.groups for node in made.graph.nodes if isinstance(node, Shuffle)] == [4]
+    made = small(lambda s, x: torch.cat([x.view(-1, 4, 2, 12, 10)[:, :, 1], x.view(-1, 2, 4, 12, 10)[:, 0]], 1))
+    assert kinds(made).count("Shuffle") == 1 and kinds(made).count("Slice") == 2
+
+
+def test_constants() -> None:
+    made = small(lambda s, x: s.g * (x - 0.5) / torch.arange(1.0, 9.0).view(8, 1, 1), g=nn.Parameter(torch.tensor(0.3)))
+    scaled = [node for node in made.graph.nodes if isinstance(node, Conv) and node.groups == 8]
+    assert len(scaled) == 3 and all(node.kernel == 1 for node in scaled)
+    assert {name.partition(".")[0] for name in made.provenance["imported"]["fixed"]} == {
+        "scaled",
+        "scaled_2",
+        "scaled_3",
+    }
+
+    class Logits(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 0.125 + 1
+
+    assert kinds(from_torch(Logits(lambda s, x: x), EXAMPLE))[-1] == "Linear"
+
+
+def test_normalised_weights_are_folded() -> None:
+    made = small(lambda s, x: s.d(x), d=nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)))
+    assert list(made.provenance["imported"]["fixed"]) == ["d.conv.weight"]
+
+
+def test_batch_norm_of_vectors() -> None:
+    graph = imported("vgg").graph
+    assert any(isinstance(node, BatchNorm) and len(graph.shapes[node.name]) == 1 for node in graph.nodes)
+
+
+def test_a_module_called_twice_is_two_copies_that_must_stay_equal() -> None:
+    module = Net(lambda s, x: s.d(s.d(x)), d=nn.Conv2d(8, 8, 3, padding=1))
+    checkpoint = from_torch(module, EXAMPLE)
+    names = checkpoint.provenance["imported"]["names"]
+    assert [ours for ours, theirs in names.items() if theirs == "d.weight"] == ["d.weight", "d_2.weight"]
+    to_state_dict(checkpoint, module)
+    checkpoint.weights["d_2.weight"][0] += 1
+    with pytest.raises(FrontendError, match=r"'d.weight' is used more than once"):
+        to_state_dict(checkpoint, module)
+
+
+def test_what_was_trained_and_has_no_name_does_not_go_back() -> None:
+    checkpoint = small(lambda s, x: x * 3)
+    module = Net(lambda s, x: x * 3)
+    to_state_dict(checkpoint, module)
+    checkpoint.weights["scaled.weight"][0] += 1
+    with pytest.raises(FrontendError, match=r"constants .* trained.*scaled\.weight"):
+        to_state_dict(checkpoint, module)
+    with pytest.raises(FrontendError, match="does not fit"):
+        to_state_dict(checkpoint, nn.Linear(2, 2))
+    with pytest.raises(FrontendError, match="not imported"):
+        to_state_dict(manidp.load_model("dense-res20"), module)
+
+
+def test_all_that_is_unsupported_is_listed() -> None:
+    with pytest.raises(FrontendError, match="4 ops of this network") as told:
+        small(lambda s, x: s.up(s.norm(x.abs())).softmax(1), up=nn.ConvTranspose2d(8, 8, 2), norm=nn.GroupNorm(2, 8))
+    assert len(told.value.refused) == 4 and "\n" not in str(told.value)
+    by_op = {line.split(": ")[1]: line for line in told.value.refused}
+    assert by_op.keys() == {"abs.default", "group_norm.default", "conv_transpose2d.input", "_softmax.default"}
+    assert by_op["group_norm.default"].startswith("norm (test_frontend.py:")
+    assert "transposed convolution" in by_op["conv_transpose2d.input"]
+
+
+@pytest.mark.parametrize(
+    ("middle", "reason"),
+    [
+        (lambda s, x: F.dropout(x), "random numbers"),
+        (lambda s, x: x + torch.rand(1), "random numbers"),
+        (lambda s, x: F.adaptive_avg_pool2d(x, 5), "from 12x10 to 5x5"),
+        (lambda s, x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), "leaves the padding out"),
+        (lambda s, x: F.avg_pool2d(x, 3, 2, ceil_mode=True), "windows that are not whole"),
+        (lambda s, x: F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3), "a map that may be negative"),
+        (lambda s, x: F.pad(x, (1, 1, 1, 1), mode="reflect"), "mode 'reflect'"),
+        (lambda s, x: F.batch_norm(x, None, None, training=True), "statistics of the image at hand"),
+        (lambda s, x: x * x.mean(1, keepdim=True), "not over whole height, width or both"),
+        (lambda s, x: x + x.mean((2, 3), keepdim=True), "repeated along an axis"),
+        (lambda s, x: torch.cat([x, x], 2), "another axis than channels"),
+        (lambda s, x: x.transpose(2, 3)[:, :, :, :10] + x[:, :, :10], "not a range of its channels"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_says_why(middle: Callable[[Any, Tensor], Tensor], reason: str) -> None:
+    with pytest.raises(FrontendError, match=reason):
+        small(middle)
+
+
+def test_decisions_on_data_are_one_line() -> None:
+    def middle(s: Any, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+    with pytest.raises(FrontendError, match=r"decides by what is in its data.*test_frontend\.py"):
+        small(middle)
+
+
+def test_outputs() -> None:
+    class Two(Net):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), x
+
+    class Mapped(Net):
+        def forward(self, x: Tensor) -> Any:
+            return {"logits": super().forward(x)}
+
+    with pytest.raises(FrontendError, match="2 outputs"):
+        from_torch(Two(lambda s, x: x), EXAMPLE)
+    assert from_torch(Mapped(lambda s, x: x), EXAMPLE).graph.num_classes == 4
+    with pytest.raises(FrontendError, match=r"\(B, classes\).*got \(2, 8, 30, 30\)"):
+        from_torch(nn.Conv2d(3, 8, 3), EXAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ("image", "float tensor"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "float tensor"),
+        (torch.zeros(3, 32, 32), r"\(B, 3, H, W\); got \(3, 32, 32\)"),
+        (torch.zeros(1, 1, 32, 32), "RGB"),
+        (torch.zeros(1, 3, 20, 20), "does not run on images"),
+    ],
+)
+def test_a_wrong_example_is_one_line(example: Any, message: str) -> None:
+    with pytest.raises(FrontendError, match=message):
+        from_torch(zoo.LeNet(), example)
+
+
+def test_a_module_that_depends_on_the_batch_is_found_out() -> None:
+    with pytest.raises(FrontendError, match="differs from the module"):
+        small(lambda s, x: x * len(x))
+    with pytest.raises(FrontendError, match=r"does not run on images \(1, 3, 12, 10\)"):
+        small(lambda s, x: x.view(2, 8, 12, 10))
+
+
+def test_an_import_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from manidp.torch import lowering
+
+    real = lowering._HANDLERS["relu.default"]
+    monkeypatch.setitem(lowering._HANDLERS, "relu.default", lambda low, x: x)
+    with pytest.raises(FrontendError, match="differs from the module"):
+        small(lambda s, x: F.relu(x))
+    monkeypatch.setitem(lowering._HANDLERS, "relu.default", real)
+    module = Net(lambda s, x: x + s.g * s.d(x), g=nn.Parameter(torch.zeros(1)), d=nn.Conv2d(8, 8, 3, padding=1))
+    monkeypatch.setitem(lowering._HANDLERS, "add.Tensor", lambda low, x, y: x)  # forgets a branch that is still zero
+    with pytest.raises(FrontendError, match="differs from the module"):
+        from_torch(module, EXAMPLE)
+
+
+def test_a_linear_layer_on_channels_last_is_a_convolution() -> None:
+    made = imported("convnext-like").graph
+    assert {node.name: node.kernel for node in made.nodes if isinstance(node, Conv)}["1.wide"] == 1
+    assert sum(isinstance(node, Linear) for node in made.nodes) == 1
