@@ -18,6 +18,7 @@ from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.manidp import head
 from manidp.gating.place import with_gates
 from manidp.graph import (
+    ELU,
     Activation,
     ActivationKind,
     Add,
@@ -29,10 +30,12 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LeakyReLU,
     Linear,
     Multiply,
     Node,
     Pool,
+    PReLU,
     Scatter,
     Select,
     Shuffle,
@@ -181,7 +184,7 @@ ZOO: dict[str, Graph] = {
     "Conv, 3x3": on_map(Conv(name="x", channels=10)),
     "Conv, 1x1": on_map(Conv(name="x", channels=10, kernel=1, padding=0)),
     "Conv, 5x5": on_map(Conv(name="x", channels=10, kernel=5, padding=2)),
-    "Conv, 8x8 and larger": on_map(Conv(name="x", channels=10, kernel=8, padding=4)),
+    "Conv, 8x8": on_map(Conv(name="x", channels=10, kernel=8, padding=4)),
     "Conv, kernel 3x5": on_map(Conv(name="x", channels=10, kernel=(3, 5))),
     "Conv, stride 2": on_map(Conv(name="x", channels=10, stride=2)),
     "Conv, stride 9 and more": on_map(Conv(name="x", channels=10, stride=9)),
@@ -200,6 +203,9 @@ ZOO: dict[str, Graph] = {
     "BatchNorm, after another op": on_map(Activation(name="relu"), BatchNorm(name="x", eps=1e-3)),
     "BatchNorm, of a vector": on_vector(BatchNorm(name="x")),
     **{f"Activation, {kind}": on_map_and_vector(Activation(name="x", kind=kind)) for kind in _KINDS},
+    "LeakyReLU, of a map and a vector": on_map_and_vector(LeakyReLU(name="x", slope=0.2)),
+    "PReLU, of a map and a vector": on_map_and_vector(PReLU(name="x")),
+    "ELU, of a map and a vector": on_map_and_vector(ELU(name="x", alpha=0.75)),
     "Clip, of a map": on_map(Clip(name="x", low=-0.5, high=0.75)),
     "Clip, of a vector": on_vector(Clip(name="x", low=-0.5, high=0.75)),
     **{
@@ -231,7 +237,7 @@ ZOO: dict[str, Graph] = {
     "Scatter, of a vector": on_vector(Scatter(name="x", channels=14, at=(*range(6), *range(8, 14)))),
     "Pool, max": on_map(Pool(name="x", kind="max", kernel=3, stride=2, padding=1)),
     "Pool, average": on_map(Pool(name="x", kind="average", kernel=3, stride=1, padding=1)),
-    "Pool, window 9x9 and larger": on_map(
+    "Pool, window 9x9": on_map(
         Conv(name="a", channels=4, padding=2), Pool(name="x", kind="max", kernel=9, stride=1)
     ),
     "Pool, window 2x3": on_map(Pool(name="x", kind="max", kernel=(2, 3), stride=2)),

@@ -11,6 +11,7 @@ from manidp.errors import ManiDPError
 from manidp.gating.manidp import head
 from manidp.gating.place import with_gates
 from manidp.graph import (
+    ELU,
     Activation,
     Add,
     BatchNorm,
@@ -20,10 +21,12 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LeakyReLU,
     Linear,
     Multiply,
     Node,
     Pool,
+    PReLU,
     Shuffle,
     Slice,
 )
@@ -119,6 +122,14 @@ def test_the_other_nodes_are_what_they_are_defined_as() -> None:
     np.testing.assert_array_equal(value_of(Concat(name="node", inputs=("in0", "in1")), x, y)[:, 4:], y)
     np.testing.assert_array_equal(value_of(Slice(name="node", inputs=("in0",), start=1, stop=3), x), x[:, 1:3])
     np.testing.assert_array_equal(value_of(Shuffle(name="node", inputs=("in0",), groups=2), x), x[:, [0, 2, 1, 3]])
+    np.testing.assert_allclose(
+        value_of(LeakyReLU(name="node", inputs=("in0",), slope=0.5), x), np.where(x < 0, x / 2, x)
+    )
+    slope = np.arange(4.0)
+    made = value_of(PReLU(name="node", inputs=("in0",)), x, slope=slope)
+    np.testing.assert_allclose(made[:, 3], np.where(x[:, 3] < 0, 3 * x[:, 3], x[:, 3]))
+    made = value_of(ELU(name="node", inputs=("in0",), alpha=2.0), x)
+    np.testing.assert_allclose(made, np.where(x < 0, 2 * (np.exp(x) - 1), x))
     flat = value_of(Flatten(name="node", inputs=("in0",)), x)
     assert flat[1, 2 * 15 + 1 * 5 + 4] == x[1, 2, 1, 4]
     gamma, beta, mean, variance = rng.normal(size=(4, 4))

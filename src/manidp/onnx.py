@@ -22,6 +22,7 @@ from manidp.errors import CheckpointError, MissingExtraError
 from manidp.files import replacing
 from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import (
+    ELU,
     Activation,
     Add,
     BatchNorm,
@@ -31,10 +32,12 @@ from manidp.graph import (
     Flatten,
     GlobalPool,
     Input,
+    LeakyReLU,
     Linear,
     Multiply,
     Node,
     Pool,
+    PReLU,
     Scatter,
     Select,
     Shuffle,
@@ -150,6 +153,23 @@ ACTIVATIONS: dict[str, Callable[[_Writer], object]] = {
 @handles(Activation)
 def _activation(to: _Writer, node: Activation) -> None:
     handles.variant(node, ACTIVATIONS, node.kind)(to)
+
+
+@handles(LeakyReLU)
+def _leaky_relu(to: _Writer, node: LeakyReLU) -> None:
+    to.op("LeakyRelu", to.inputs, alpha=node.slope)
+
+
+@handles(PReLU)
+def _prelu(to: _Writer, node: PReLU) -> None:
+    (x,) = to.shapes
+    shape = to.constant("shape", np.array([x[0], *[1] * (len(x) - 1)], np.int64))
+    to.op("PRelu", [*to.inputs, to.op("Reshape", [to.parameter("slope"), shape], "slopes")])
+
+
+@handles(ELU)
+def _elu(to: _Writer, node: ELU) -> None:
+    to.op("Elu", to.inputs, alpha=node.alpha)
 
 
 @handles(Clip)

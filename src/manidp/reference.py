@@ -9,6 +9,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from manidp.errors import ManiDPError
 from manidp.graph import (
+    ELU,
     Activation,
     Add,
     BatchNorm,
@@ -19,10 +20,12 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LeakyReLU,
     Linear,
     Multiply,
     Node,
     Pool,
+    PReLU,
     Scatter,
     Select,
     Shuffle,
@@ -103,6 +106,21 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 @handles(Activation)
 def _activation(node: Activation, p: P, x: Array) -> Array:
     return handles.variant(node, ACTIVATIONS, node.kind)(x)
+
+
+@handles(LeakyReLU)
+def _leaky_relu(node: LeakyReLU, p: P, x: Array) -> Array:
+    return np.where(x > 0, x, x.dtype.type(node.slope) * x)
+
+
+@handles(PReLU)
+def _prelu(node: PReLU, p: P, x: Array) -> Array:
+    return np.where(x > 0, x, p["slope"].reshape(-1, *[1] * (x.ndim - 2)) * x)
+
+
+@handles(ELU)
+def _elu(node: ELU, p: P, x: Array) -> Array:
+    return np.where(x > 0, x, x.dtype.type(node.alpha) * np.expm1(np.minimum(x, 0)))
 
 
 @handles(Clip)

@@ -9,7 +9,7 @@ from operator import and_, or_
 
 from manidp.errors import GraphError
 from manidp.gating.manidp import head, hidden_width
-from manidp.graph import Activation, Add, BatchNorm, Conv, Graph, Multiply, Node
+from manidp.graph import Add, BatchNorm, Conv, Elementwise, Graph, Multiply, Node
 
 
 def with_gates(graph: Graph, convs: Collection[str] | None = None) -> Graph:
@@ -48,7 +48,7 @@ def _end_of_chain(graph: Graph, conv: str) -> str:
     if not isinstance(graph.by_name.get(conv), Conv):
         raise GraphError(f"'{conv}' is not a convolution of this graph and cannot be gated")
     end = conv
-    for kind in (BatchNorm, Activation):
+    for kind in (BatchNorm, Elementwise):
         readers = graph.readers[end]
         if len(readers) == 1 and isinstance(readers[0], kind):
             end = readers[0].name

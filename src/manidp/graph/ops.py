@@ -245,14 +245,20 @@ class BatchNorm(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Activation(Node):
-    """An elementwise function."""
+class Elementwise(Node):
+    """What changes each number by itself: no op, but what the activations have in common."""
 
     flow: ClassVar[ChannelFlow] = "own"
-    kind: ActivationKind = "relu"
 
     def shape(self, *inputs: Shape) -> Shape:
         return inputs[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation(Elementwise):
+    """An elementwise function without settings."""
+
+    kind: ActivationKind = "relu"
 
     @property
     def keeps_zero(self) -> bool:
@@ -264,10 +270,51 @@ class Activation(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip(Node):
+class LeakyReLU(Elementwise):
+    """x where x > 0, else slope * x."""
+
+    slope: float = 0.01
+
+    @property
+    def keeps_zero(self) -> bool:
+        return True
+
+    @property
+    def keeps_gain(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PReLU(Elementwise):
+    """x where x > 0, else slope * x. Parameter: slope (C,), one for each channel. Source: He et al. 2015."""
+
+    def parameters(self, *inputs: Shape) -> dict[str, Shape]:
+        return {"slope": inputs[0][:1]}
+
+    @property
+    def keeps_zero(self) -> bool:
+        return True
+
+    @property
+    def keeps_gain(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ELU(Elementwise):
+    """x where x > 0, else alpha * (exp(x) - 1). Source: Clevert et al. 2016."""
+
+    alpha: float = 1.0
+
+    @property
+    def keeps_zero(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip(Elementwise):
     """min(max(x, low), high), elementwise."""
 
-    flow: ClassVar[ChannelFlow] = "own"
     low: float = 0.0
     high: float = 1000.0
 
@@ -484,7 +531,7 @@ class Linear(Node):
 OPS: dict[str, type[Node]] = {
     kind.__name__: kind
     for kind in (
-        Input, Conv, BatchNorm, Activation, Clip, Select, Add, Multiply, Concat, Slice, Shuffle, Scatter, Pool,
-        GlobalPool, Flatten, Linear,
+        Input, Conv, BatchNorm, Activation, LeakyReLU, PReLU, ELU, Clip, Select, Add, Multiply, Concat, Slice, Shuffle,
+        Scatter, Pool, GlobalPool, Flatten, Linear,
     )
 }  # fmt: skip

@@ -162,6 +162,27 @@ class _Clip(nn.Cell):
         return ops.clamp(x, self.low, self.high)
 
 
+class _PReLU(nn.Cell):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.slope = Parameter(Tensor(np.full(channels, 0.25, np.float32)), name="slope")
+
+    def construct(self, x: Tensor) -> Tensor:
+        slope = self.slope if x.ndim == 2 else self.slope.reshape((-1, 1, 1))
+        return ops.select(x > 0, x, slope * x)
+
+
+class _ELU(nn.Cell):
+    """MindSpore's own knows no alpha but 1."""
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def construct(self, x: Tensor) -> Tensor:
+        return ops.select(x > 0, x, self.alpha * (ops.exp(ops.clamp(x, max=0)) - 1))
+
+
 class _Scatter(nn.Cell):
     """Channels put at their places among more, zeros elsewhere: gathered from them and one channel of zeros."""
 
@@ -321,6 +342,9 @@ _CELLS: dict[str, Callable[[_Node], nn.Cell]] = {
     "Conv": _conv,
     "BatchNorm": _batch_norm,
     "Activation": lambda node: _ACTIVATIONS[node["kind"]](),
+    "LeakyReLU": lambda node: nn.LeakyReLU(node["slope"]),
+    "PReLU": lambda node: _PReLU(node["shape"][0]),
+    "ELU": lambda node: _ELU(node["alpha"]),
     "Clip": lambda node: _Clip(node["low"], node["high"]),
     "Select": _select,
     "Add": lambda node: _Function(_add),

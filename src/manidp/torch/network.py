@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from manidp.errors import CheckpointError, some
 from manidp.graph import (
+    ELU,
     Activation,
     Add,
     BatchNorm,
@@ -25,10 +26,12 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LeakyReLU,
     Linear,
     Multiply,
     Node,
     Pool,
+    PReLU,
     Scatter,
     Select,
     Shuffle,
@@ -209,6 +212,21 @@ def _activation(net: Network, node: Activation, p: P, x: Tensor) -> Tensor:
     return handles.variant(node, ACTIVATIONS, node.kind)(x)
 
 
+@handles(LeakyReLU)
+def _leaky_relu(net: Network, node: LeakyReLU, p: P, x: Tensor) -> Tensor:
+    return F.leaky_relu(x, node.slope)
+
+
+@handles(PReLU)
+def _prelu(net: Network, node: PReLU, p: P, x: Tensor) -> Tensor:
+    return F.prelu(x, p["slope"].to(x.dtype))
+
+
+@handles(ELU)
+def _elu(net: Network, node: ELU, p: P, x: Tensor) -> Tensor:
+    return F.elu(x, node.alpha)
+
+
 @handles(Clip)
 def _clip(net: Network, node: Clip, p: P, x: Tensor) -> Tensor:
     return x.clamp(node.low, node.high)
@@ -322,6 +340,8 @@ def _mean(x: Tensor) -> Tensor:
 def _fresh(graph: Graph, node: Node, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     if name in ("gamma", "moving_variance", "mask"):
         return torch.ones(shape)
+    if name == "slope":
+        return torch.full(shape, 0.25)
     if isinstance(node, Conv) and name == "weight":
         area = math.prod(pair(node.kernel))
         return torch.randn(shape, generator=generator) * math.sqrt(2 / (area * node.channels))
