@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -538,3 +541,25 @@ def test_hub_pack_writes_the_bundle(model: Path, tmp_path: Path, capsys: pytest.
     assert code == 0, err
     assert "source=" in out
     assert (tmp_path / "bundle" / "small" / "mindspore_hub_conf.py").exists()
+
+
+def all_commands(command: Any, *words: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield words, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from all_commands(inner, *words, name)
+
+
+COMMANDS = dict(all_commands(typer.main.get_command(cli.app)))
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_shows_every_text_as_it_is_written(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """To the last bracket: a reader of markup would take the extra in "pip install 'manidp[bench]'" for a style."""
+    code, out, _ = run(capsys, *words, "--help")
+    assert code == 0
+    shown = "".join(out.split())
+    texts = [COMMANDS[words].help, *(getattr(parameter, "help", None) for parameter in COMMANDS[words].params)]
+    for text in texts:
+        assert "".join((text or "").split()) in shown
+    extras = {"bench": ["bench"], "report": ["plots"], "train": ["torch"]}
+    assert re.findall(r"pip install 'manidp\[(\w+)\]'", " ".join(out.split())) == extras.get(" ".join(words), [])

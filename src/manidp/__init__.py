@@ -1,7 +1,7 @@
-"""Dynamic channel pruning: a CNN that decides, image by image, which of its channels to compute.
+"""Dynamic channel pruning: a CNN that decides for each image which of its channels to compute.
 
     engine = manidp.load("manidp-res20")
-    result = engine.run(images)  # uint8 (B, 32, 32, 3); logits, kept channels and multiply-adds of each image
+    result = engine.run(images)  # images: uint8 (B, 32, 32, 3); result: logits, kept, macs of each image
 
 Importing this package loads no framework; ``manidp.torch`` trains, ``manidp.mindspore`` serves MindSpore users.
 """
@@ -27,8 +27,8 @@ def load(name: str | Path, *, precision: str = "float32", threads: int = 1, isa:
     """A network ready to run; options are those of ``Engine``.
 
     ``name``: a bundled model ("manidp-res20"), a checkpoint file, a folder that holds model.safetensors, or the name
-    of a card on the hub ("noah-cvlab/gpu/1.1/manidp_v1.0_cifar10"), whose file is brought and verified. Raises
-    CheckpointError if there is no such model or its file is broken, HubError if the file of a card cannot be had.
+    of a card on the hub ("noah-cvlab/gpu/1.1/manidp_v1.0_cifar10"), whose file is downloaded and verified. Raises
+    CheckpointError if there is no such model or its file is broken, HubError if the file of a card is not available.
     """
     from manidp.engine.engine import Engine
 

@@ -15,7 +15,7 @@ from manidp.terminal import Complaints, complain, give_up_stdout, say
 
 # No markup: it would take "manidp[bench]" for a style.
 app = typer.Typer(
-    help="Dynamic channel pruning: a CNN that decides, image by image, which of its channels to compute.",
+    help="Dynamic channel pruning: a CNN that decides for each image which of its channels to compute.",
     invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -14,7 +14,7 @@ from manidp.errors import ManiDPError
 from manidp.terminal import complain, progress, say, say_json, show, show_markdown, steps
 
 app = typer.Typer(
-    help="Models by name: search the catalogue, bring, verify and publish files.",
+    help="Models by name: search the catalogue; download, verify and publish files.",
     callback=help_alone,
     invoke_without_command=True,
     rich_markup_mode=None,
@@ -25,11 +25,11 @@ MOST_LISTED, MOST_IN_A_CELL = 2000, 200  # cards and characters: laying out a ta
 
 @app.command("list")
 def hub_list(
-    words: Annotated[list[str] | None, typer.Argument(help="Only cards that hold all these words.")] = None,
+    words: Annotated[list[str] | None, typer.Argument(help="Only cards that contain all these words.")] = None,
     source: Sources = None,
     as_json: Json = False,
 ) -> None:
-    """The cards of the catalogue."""
+    """List the cards of the catalogue."""
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -53,11 +53,11 @@ def hub_list(
 
 @app.command("show")
 def hub_show(
-    uid: Annotated[str, typer.Argument(help="A card's name, e.g. noah-cvlab/gpu/1.1/manidp_v1.0_cifar10.")],
+    uid: Annotated[str, typer.Argument(help="Name of a card, such as noah-cvlab/gpu/1.1/manidp_v1.0_cifar10.")],
     source: Sources = None,
     as_json: Json = False,
 ) -> None:
-    """One card: its facts, its files, its text, and what is wrong with it."""
+    """Show a card: its fields, files and text, and what is wrong with it."""
     from manidp.hub.hub import open_hub, parse_uid
 
     listed = open_hub(source or ()).card(parse_uid(uid))
@@ -81,9 +81,9 @@ def hub_show(
 
 @app.command("pull")
 def hub_pull(
-    uid: Annotated[str, typer.Argument(help="A card's name.")], source: Sources = None, as_json: Json = False
+    uid: Annotated[str, typer.Argument(help="Name of a card.")], source: Sources = None, as_json: Json = False
 ) -> None:
-    """Bring a card's file into the cache, verified; quiet work if it is there."""
+    """Download the file of a card into the cache and verify it; if it is there, only verify it."""
     from manidp.hub.hub import open_hub
 
     hub = open_hub(source or ())
@@ -96,11 +96,11 @@ def hub_pull(
 
 @app.command("add")
 def hub_add(
-    file: Annotated[Path, typer.Argument(help="A file that some card of the catalogue names by its sha256.")],
+    file: Annotated[Path, typer.Argument(help="A file whose sha256 is on a card of the catalogue.")],
     source: Sources = None,
     as_json: Json = False,
 ) -> None:
-    """Bring in a file carried by hand."""
+    """Add a file that you copied by hand to the cache."""
     from manidp.hub.hub import open_hub
 
     added = open_hub(source or ()).add(file)
@@ -111,11 +111,11 @@ def hub_add(
 
 @app.command("verify")
 def hub_verify(
-    remove: Annotated[bool, typer.Option("--remove", help="Delete what is damaged.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Delete damaged files.")] = False,
     source: Sources = None,
     as_json: Json = False,
 ) -> None:
-    """Hash every file in the cache, and the bundled model, again; exit code 1 if one is damaged."""
+    """Check the digests of the bundled models and of all files in the cache; exit code 1 if one is damaged."""
     from manidp.hub.hub import open_hub
 
     found = list(open_hub(source or ()).verify(remove=remove))
@@ -136,17 +136,17 @@ def hub_verify(
 def hub_pack(
     model: Model = "manidp-res20",
     mindspore: Annotated[
-        Path | None, typer.Option(help="New folder for the bundle that MindSpore's own hub client loads.")
+        Path | None, typer.Option(help="New folder: a bundle that MindSpore's own hub client loads.")
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="New folder for model.safetensors and its card, to upload as it is.")
+        Path | None, typer.Option(help="New folder: model.safetensors and its card, ready to upload.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The model's name on its card; default: the file's.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model on its card. Default: that of the file.")] = None,
     home: Annotated[
-        str | None, typer.Option(help="With --mindspore: the page it will be published at, https://.../tree/REF.")
+        str | None, typer.Option(help="With --mindspore: the page where it will be published, https://.../tree/REF.")
     ] = None,
 ) -> None:
-    """Write what is needed to publish a model, for one kind of hub or the other."""
+    """Write the files to publish a model with: for MindSpore's hub, for other hubs, or for both."""
     from manidp.hub.bundle import HOME, pack
     from manidp.hub.find import find_model
     from manidp.hub.publish import write_folder

@@ -9,18 +9,18 @@ from typing import Annotated
 import typer
 
 from manidp.cli import show
-from manidp.cli.options import Json, check_outputs, labelled, suffix
+from manidp.cli.options import Data, Json, check_outputs, labelled, suffix
 from manidp.errors import ManiDPError
 from manidp.terminal import complain, say, say_json
 
 
 def info(
     checkpoint: Annotated[
-        str, typer.Argument(help="A bundled model's name, a checkpoint file or a card's name on the hub.")
+        str, typer.Argument(help="A bundled model, a checkpoint file, or the name of a card on the hub.")
     ],
     as_json: Json = False,
 ) -> None:
-    """Show what a checkpoint holds: graph, multiply-adds, provenance, digest; the whole file is checked."""
+    """Show a model: layers, multiply-adds, thresholds, operating points, provenance, digest; checks the whole file."""
     from manidp.formats.facts import facts
     from manidp.hub.find import find_model
 
@@ -32,14 +32,17 @@ def info(
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A .ckpt file, or any model that --model takes.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="What to write: x.safetensors, x.ckpt or x.onnx.")],
+    source: Annotated[str, typer.Argument(help="A .ckpt file, or a model as for --model of evaluate.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="File to write: .safetensors, .ckpt or .onnx."),
+    ],
     thresholds: Annotated[
-        Path | None, typer.Option(help="The gates' thresholds, a .npy file: read with a .ckpt, written beside one.")
+        Path | None, typer.Option(help="Thresholds of the gates, a .npy file: read with a .ckpt, or written with one.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """From any model, MindSpore's .ckpt included, to a checkpoint, .ckpt or ONNX; MindSpore is not needed."""
+    """Convert a model to a checkpoint, to MindSpore's .ckpt or to ONNX; MindSpore is not needed."""
     from manidp.formats.checkpoint import save_checkpoint
     from manidp.formats.ckpt import write_ckpt
     from manidp.formats.conversion import is_ckpt_file, load_ckpt, to_ckpt, write_thresholds
@@ -77,16 +80,16 @@ def convert(
 
 
 def freeze(
-    model: Annotated[str, typer.Argument(help="A gated model: a bundled name, a checkpoint file or a card's name.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint to write, x.safetensors.")],
-    data: Annotated[Path | None, typer.Option(help="As for evaluate; default: the bundled 200 images.")] = None,
+    model: Annotated[str, typer.Argument(help="A gated model; as for --model of evaluate.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint to write: a .safetensors file.")],
+    data: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Write the static twin of a gated model: every gate the one mask that images open most often.
+    """Write the static twin of a gated model: a dense network with the same channels for every image.
 
-    The twin takes no more multiply-adds than the model on average; closed channels are gone for good, so it is an
-    ordinary dense checkpoint. It is not trained again. Masks are those of the images it is measured on, but for
-    CIFAR-10's files: there, those of 10,000 training images.
+    Each gate keeps the channels that it opens most often, and the others are removed. The twin takes no more
+    multiply-adds than the model does on average. It is not trained further. The images of --data decide; with CIFAR-10,
+    10,000 training images decide, and the test images measure.
     """
     from manidp import load_model
     from manidp.data.images import holds_cifar10, load_cifar10

@@ -17,18 +17,25 @@ if TYPE_CHECKING:
     from manidp.formats.checkpoint import Checkpoint
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="A bundled model's name, a checkpoint file or a card's name on the hub.")
+    str, typer.Option("--model", "-m", help="A bundled model, a checkpoint file, or the name of a card on the hub.")
 ]
-Threads = Annotated[int, typer.Option(help="Threads; they work on different images.", min=1)]
-Precision = Annotated[str, typer.Option(help="float32, or float16 where the CPU computes in it.")]
+Threads = Annotated[int, typer.Option(help="Number of threads; they work on different images.", min=1)]
+Precision = Annotated[str, typer.Option(help="float32; or float16, where the CPU supports it.")]
 Budget = Annotated[
     str,
-    typer.Option(help="An operating point: its name, or a share of the dense multiply-adds, 45% or 0.45; see `info`."),
+    typer.Option(help="Operating point: a name that `info` lists, or a share of the dense multiply-adds: 45% or 0.45."),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="CIFAR-10's folder (its test set is used), or one with a subfolder of pictures for each class. Default: "
+        "the bundled 200 test images."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Sources = Annotated[
     list[str] | None,
-    typer.Option("--source", help="A folder, an archive or an https address of cards, before the bundled catalogue."),
+    typer.Option("--source", help="Folder, archive or https address of cards, searched before the bundled catalogue."),
 ]
 
 

@@ -11,13 +11,13 @@ from typing import Annotated
 import typer
 
 from manidp.cli import show
-from manidp.cli.options import Budget, Json, Model, Precision, Threads, check_outputs, labelled, point, suffix
+from manidp.cli.options import Budget, Data, Json, Model, Precision, Threads, check_outputs, labelled, point, suffix
 from manidp.terminal import complain, escaped, progress, say, say_json, steps
 
 
 def classify(
     paths: Annotated[
-        list[Path] | None, typer.Argument(help="Pictures or folders of pictures; none: bundled test images.")
+        list[Path] | None, typer.Argument(help="Pictures, or folders of them. Default: bundled test images.")
     ] = None,
     model: Model = "manidp-res20",
     sample: Annotated[int, typer.Option(help="Without PATHS: how many of the 200 bundled test images.", min=1)] = 20,
@@ -26,10 +26,10 @@ def classify(
     budget: Budget = "default",
     as_json: Json = False,
 ) -> None:
-    """Say what is on each picture, and what it cost: multiply-adds spent, share of channels kept in each stage.
+    """Classify pictures; show multiply-adds and the share of channels kept in each stage.
 
-    Pictures are JPEG, PNG, WebP, BMP, GIF (the first frame) and TIFF; other files in a folder are skipped. One
-    that cannot be read is reported and does not stop the others; the exit code is then 1.
+    Pictures are JPEG, PNG, WebP, BMP, GIF (the first frame) and TIFF; other files in a folder are skipped. A picture
+    that cannot be read is reported, the others are classified, and the exit code is 1.
     """
     from manidp import load_model
     from manidp.data.images import load_pictures, load_sample
@@ -66,18 +66,17 @@ def classify(
 
 
 def evaluate(
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of CIFAR-10's six files (its test set is used) or of one subfolder for each class."),
-    ] = None,
+    data: Data = None,
     model: Model = "manidp-res20",
-    beside: Annotated[str | None, typer.Option(help="A second model to show beside it, as it is by default.")] = None,
+    beside: Annotated[
+        str | None, typer.Option(help="A second model to compare with, at its default operating point.")
+    ] = None,
     threads: Threads = 1,
     precision: Precision = "float32",
     budget: Budget = "default",
     as_json: Json = False,
 ) -> None:
-    """Accuracy, mean multiply-adds and time per image over a labelled set; without --data, the bundled 200 images."""
+    """Measure accuracy, mean multiply-adds and latency on labelled images; without --data, on the bundled 200."""
     from manidp import load_model
     from manidp.engine.engine import Engine
     from manidp.machine import describe
@@ -96,13 +95,18 @@ def evaluate(
 
 
 def report(
-    out: Annotated[Path, typer.Argument(help="The HTML file to write; it opens without a network.")],
+    out: Annotated[Path, typer.Argument(help="The HTML file to write.")],
     model: Model = "manidp-res20",
     beside: Annotated[str, typer.Option(help="The dense network to compare with.")] = "dense-res20",
-    data: Annotated[Path | None, typer.Option(help="As for evaluate; default: the bundled 200 images.")] = None,
-    overview: Annotated[Path | None, typer.Option(help="Also write the overview figure (PNG or SVG) here.")] = None,
+    data: Data = None,
+    overview: Annotated[
+        Path | None, typer.Option(help="Also write the overview figure to this PNG or SVG file.")
+    ] = None,
 ) -> None:
-    """Draw what was pruned for whom: one self-contained HTML file. Needs the extra `plots`."""
+    """Write an HTML report: which channels were computed for which images.
+
+    One file, which loads nothing from elsewhere. Needs matplotlib: pip install 'manidp[plots]'.
+    """
     from manidp.engine.engine import Engine
     from manidp.hub.find import find_model
     from manidp.report.charts import draw_overview
@@ -126,22 +130,22 @@ def report(
 def bench(
     model: Model = "manidp-res20",
     dense: Annotated[str, typer.Option(help="The network without gates to compare with.")] = "dense-res20",
-    data: Annotated[Path | None, typer.Option(help="As for evaluate; default: the bundled 200 images.")] = None,
+    data: Data = None,
     threads: Annotated[
-        int | None, typer.Option(help="Threads of the last measurement; default: all cores.", min=1)
+        int | None, typer.Option(help="Threads in the last measurement. Default: all cores.", min=1)
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images in a batch, where not one at a time.", min=2)] = 100,
-    rounds: Annotated[int, typer.Option(help="How often every contender gets its turn.", min=3)] = 21,
+    batch: Annotated[int, typer.Option(help="Batch size, where images do not run one at a time.", min=2)] = 100,
+    rounds: Annotated[int, typer.Option(help="How many turns each runtime takes.", min=3)] = 21,
     growth: Annotated[
-        bool, typer.Option("--growth", help="Also deeper networks and ImageNet's, with random weights.")
+        bool, typer.Option("--growth", help="Also measure deeper networks and ImageNet networks, with random weights.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write everything that was measured to this JSON file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the figure: accuracy and multiply-adds against time.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write all measurements to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw accuracy and multiply-adds against time: PNG or SVG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time the engine beside other runtimes on the same models and images, in turns; accuracy stands beside time.
+    """Compare the speed and accuracy of the engine and other runtimes, on the same models and images.
 
-    Peers that are not installed are left out: pip install 'manidp[bench]'.
+    The runtimes take turns. Those that are not installed are left out: pip install 'manidp[bench]'.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads of one library must not disturb the next
     from manidp.bench.measure import bench as measured

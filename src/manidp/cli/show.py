@@ -36,7 +36,7 @@ def classified(rows: list[dict[str, Any]], dense: int) -> None:
     if not rows:
         return
     stages = list(rows[0]["kept"])
-    table = Table(box=SIMPLE, caption=f"M MACs: million multiply-adds spent; dense: {dense / 1e6:.1f} for every image",
+    table = Table(box=SIMPLE, caption=f"M MACs: million multiply-adds; without gates {dense / 1e6:.1f} for each image",
                   caption_justify="left")  # fmt: skip
     table.add_column("image", overflow="fold")
     table.add_column("class")
@@ -64,8 +64,8 @@ def evaluated(rows: Sequence[Evaluation], description: str) -> None:
     first = rows[0]
     table = Table(
         box=SIMPLE, title=description, title_justify="left", caption_justify="left",
-        caption=f"M MACs: million multiply-adds, of {first.dense_macs / 1e6:.2f} without gates; "
-        f"time: one at a time on {first.threads} thread, {first.precision}, median of {first.rounds} rounds",
+        caption=f"M MACs: million multiply-adds; without gates {first.dense_macs / 1e6:.2f}; "
+        f"latency: {first.threads} thread, {first.precision}, median of {first.rounds} rounds",
     )  # fmt: skip
     table.add_column("model")
     for heading in ("correct", "accuracy", "mean M MACs", "of dense", "ms an image"):

