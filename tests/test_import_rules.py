@@ -1,11 +1,15 @@
 """What may load what, measured in fresh processes; a probe is shown to be able to fail."""
 
+import importlib
 import json
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
+
+from manidp import moved
 
 HEAVY = ("torch", "mindspore", "matplotlib", "llvmlite", "onnxruntime", "openvino")
 
@@ -50,6 +54,13 @@ def slowness() -> float:
     return max(1.0, min(timed([sys.executable, "-c", "import json, http.client"]) for _ in range(5)) / 0.06)
 
 
-def test_what_has_moved_says_where_to() -> None:
-    with pytest.raises(ImportError, match=r"from manidp\.data\.images import load_sample"):
-        import manidp.images  # noqa: F401
+@pytest.mark.parametrize(("was", "now"), moved.MOVED.items())
+def test_what_has_moved_is_still_found_and_says_where_it_is(was: str, now: str) -> None:
+    sys.modules.pop(was, None)
+    parent, _, name = was.rpartition(".")
+    with pytest.warns(DeprecationWarning, match=f"{was} has moved: import {now}$"):
+        found = importlib.import_module(was)
+    assert found is importlib.import_module(now)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert getattr(importlib.import_module(parent), name) is found

@@ -11,6 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from manidp.moved import keep_old_paths
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from manidp.formats.checkpoint import Checkpoint
 
 __version__ = "0.1.0"
+
+keep_old_paths()
 
 
 def load(name: str | Path, *, precision: str = "float32", threads: int = 1, isa: str | None = None) -> Engine:

@@ -1,0 +1,57 @@
+"""Import paths of version 0.1: each leads to the module that is there now, with a warning that names it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "manidp.images": "manidp.data.images",
+    "manidp.cifar10": "manidp.data.cifar10",
+    "manidp.checkpoint": "manidp.formats.checkpoint",
+    "manidp.ckpt": "manidp.formats.ckpt",
+    "manidp.conversion": "manidp.formats.conversion",
+    "manidp.macs": "manidp.graph.macs",
+    "manidp.find": "manidp.hub.find",
+    "manidp.card": "manidp.hub.card",
+    "manidp.publish": "manidp.hub.publish",
+    "manidp.bundle": "manidp.hub.bundle",
+    "manidp.download": "manidp.fetch.download",
+    "manidp.archive": "manidp.fetch.archive",
+    "manidp.settings": "manidp.training.settings",
+    "manidp.torch.recipe": "manidp.training.recipe",
+    "manidp.torch.schedule": "manidp.training.schedule",
+    "manidp.runtime.engine": "manidp.engine.engine",
+    "manidp.runtime.reference": "manidp.reference",
+}
+_RUNTIME = "manidp.runtime"  # a package that is no more: two of its modules have moved
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Found last, so never in the way of a module that is there."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=name == _RUNTIME) if name in (*MOVED, _RUNTIME) else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__name__ == _RUNTIME:
+            return
+        now = MOVED[module.__name__]
+        warnings.warn(f"{module.__name__} has moved: import {now}", DeprecationWarning, stacklevel=2)
+        sys.modules[module.__name__] = importlib.import_module(now)
+
+
+def keep_old_paths() -> None:
+    """Make them importable; once is enough."""
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.append(_Moved())
