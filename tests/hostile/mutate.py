@@ -36,6 +36,8 @@ from manidp.graph import (
     Linear,
     Multiply,
     Pool,
+    Shuffle,
+    Slice,
     graph_from_json,
 )
 from manidp.models import resnet
@@ -102,7 +104,9 @@ def networks() -> tuple[Graph, ...]:
         Pool(name="p", inputs=("m",), kind="max", kernel=3, stride=2, padding=1),
         Conv(name="s", inputs=("m",), channels=8, stride=2),
         Add(name="t", inputs=("p", "s")),
-        Concat(name="u", inputs=("t", "p")),
+        Slice(name="q", inputs=("t",), start=2, stop=6),
+        Shuffle(name="d", inputs=("q",), groups=2),
+        Concat(name="u", inputs=("t", "d", "q")),
         GlobalPool(name="v", inputs=("u",)),
         Linear(name="w", inputs=("v",), features=16),
         Activation(name="x", inputs=("w",), kind="sigmoid"),
