@@ -14,6 +14,7 @@ from engine_cases import check
 from manidp.engine.target import available_isas, emulating_isas
 from manidp.gating.place import with_gates
 from manidp.graph import (
+    ELU,
     Activation,
     Add,
     BatchNorm,
@@ -24,10 +25,12 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LeakyReLU,
     Linear,
     Multiply,
     Node,
     Pool,
+    PReLU,
     Scatter,
     Shuffle,
     Slice,
@@ -56,6 +59,15 @@ class Builder:
         self.shapes[name] = node.shape(*(self.shapes[source] for source in node.inputs))
         self.nodes.append(node)
         return name
+
+
+def activation(draw: st.DrawFn, b: Builder) -> str:
+    kind = draw(st.sampled_from((*ACTIVATIONS, "leaky_relu", "prelu", "elu")))
+    if kind == "prelu":
+        return b.add(PReLU)
+    if kind == "leaky_relu":
+        return b.add(LeakyReLU, slope=0.25)
+    return b.add(ELU, alpha=0.5) if kind == "elu" else b.add(Activation, kind=kind)
 
 
 @st.composite
@@ -100,7 +112,7 @@ def networks(draw: st.DrawFn) -> Graph:
         elif kind == "batch norm":
             b.add(BatchNorm, eps=1e-3)
         elif kind == "activation":
-            b.add(Activation, kind=draw(st.sampled_from(ACTIVATIONS)))
+            activation(draw, b)
         elif kind == "clip":
             b.add(Clip, low=draw(st.sampled_from((-0.5, 0.0, 0.1))), high=0.75)
         elif kind == "scatter" and channels < 40:
@@ -126,6 +138,8 @@ def networks(draw: st.DrawFn) -> Graph:
                 b.add(Scatter, channels=channels + 2, at=(*range(1, channels), channels + 1))
                 b.add(Clip, low=-1.0, high=0.5)
                 b.add(Shuffle, groups=channels + 2)
+                b.add(BatchNorm)
+                activation(draw, b)
                 b.add(Slice, start=1, stop=channels + 1)
             b.add(Linear, features=channels, bias=draw(st.booleans()))
             factor = b.add(Activation, kind="sigmoid")

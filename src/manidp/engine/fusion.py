@@ -10,9 +10,9 @@ import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from manidp.graph import Activation, Add, BatchNorm, Clip, Conv, Graph, Multiply, Node, Pool
+from manidp.graph import Add, BatchNorm, Conv, Elementwise, Graph, Multiply, Node, Pool
 
-POINTWISE = (BatchNorm, Activation, Clip, Add, Multiply)
+POINTWISE = (BatchNorm, Elementwise, Add, Multiply)
 _LIMIT = 16  # nodes that one step may go on with: each makes the code of its inner loop longer
 
 

@@ -392,16 +392,25 @@ class Function:
                 made += [self.combine(row, terms) for row in rows]
         return made
 
-    def clip(self, y: Vec, low: float, high: float) -> Vec:
-        return self.minimum(self.maximum(y, self.constant(low)), self.constant(high))
+    def prelu(self, y: Vec, slope: Vec) -> Vec:
+        """y where it is above 0, else slope * y."""
+        return self.select(self.compare("ogt", y, self.constant(0)), y, self.arithmetic("fmul", y, slope))
 
-    def activate(self, kind: str, y: Vec) -> Vec:
+    def apply(self, kind: str, settings: Sequence[float], y: Vec) -> Vec:
+        """An elementwise function of a vector."""
+        if kind == "clip":
+            low, high = settings
+            return self.minimum(self.maximum(y, self.constant(low)), self.constant(high))
+        if kind == "leaky_relu":
+            return self.prelu(y, self.constant(*settings))
+        if kind == "elu":
+            return self.convert(self.floats._elu(self.widen(y), *settings), FLOAT, self.element, self.lanes)
         if kind == "relu":
             return self.maximum(self.constant(0), y)
         if kind == "relu6":
             return self.minimum(self.constant(6), self.maximum(self.constant(0), y))
         if kind in ("hardsigmoid", "hardswish"):
-            clipped = self.activate("relu6", self.arithmetic("fadd", y, self.constant(3)))
+            clipped = self.apply("relu6", (), self.arithmetic("fadd", y, self.constant(3)))
             sixth = self.arithmetic("fmul", clipped, self.constant(1 / 6))
             return sixth if kind == "hardsigmoid" else self.arithmetic("fmul", y, sixth)
         return self.convert(self.floats._sigmoid(kind, self.widen(y)), FLOAT, self.element, self.lanes)
@@ -412,6 +421,12 @@ class Function:
         exponential = self.fma(y, self.constant(0), exponential)  # NaN if y is: its bits are no exponent
         sum_ = self.arithmetic("fadd", exponential, self.constant(1))
         return self.arithmetic("fdiv", self.constant(1) if kind == "sigmoid" else y, sum_)
+
+    def _elu(self, y: Vec, alpha: float) -> Vec:
+        """y where it is above 0, else alpha * (e^y - 1)."""
+        exponential = self.fma(y, self.constant(0), self._exp(y))  # NaN if y is
+        below = self.arithmetic("fmul", self.constant(alpha), self.arithmetic("fsub", exponential, self.constant(1)))
+        return self.select(self.compare("ogt", y, self.constant(0)), y, below)
 
     def _exp(self, x: Vec) -> Vec:
         """e^x for |x| <= 87 and clipped beyond: 2^n e^r, n = round(x / ln 2), a polynomial for e^r."""

@@ -27,7 +27,7 @@ from manidp.engine.kernels.select import Decide
 from manidp.engine.kernels.vector import VectorOp
 from manidp.engine.kernels.winograd import Winograd
 from manidp.engine.memory import Constants, place
-from manidp.engine.steps import Channels, Epilogue, MapKey, Op, Plan, Step, VectorKey, window_of
+from manidp.engine.steps import Channels, Epilogue, MapKey, Op, Plan, Step, VectorKey, applied, window_of
 from manidp.errors import UnsupportedError
 from manidp.graph import (
     Activation,
@@ -45,6 +45,7 @@ from manidp.graph import (
     Node,
     Pool,
     PoolKind,
+    PReLU,
     Scatter,
     Select,
     Shuffle,
@@ -215,11 +216,11 @@ class _Planner:
             if isinstance(node, BatchNorm):
                 if not (folded and node is nodes[0]):
                     pairs = np.stack(self._affine(node), axis=1)
-                    ops.append((node, Op("affine", self.constants.add(pairs, owner=f"node '{node.name}'"))))
-            elif isinstance(node, Activation):
-                ops.append((node, Op("activate", node.kind)))
-            elif isinstance(node, Clip):
-                ops.append((node, Op("clip", (node.low, node.high))))
+                    ops.append((node, Op("affine", self._parameter(node, pairs))))
+            elif isinstance(node, PReLU):
+                ops.append((node, Op("prelu", self._parameter(node, self._weight(node, "slope")))))
+            elif (function := applied(node)) is not None:
+                ops.append((node, Op("apply", function)))
             elif isinstance(node, Multiply) and len(self.graph.shapes[others[0]]) == 1:
                 ops.append((node, Op("scale", VectorKey(others[0]))))
             elif isinstance(node, (Add, Multiply)):
@@ -259,7 +260,7 @@ class _Planner:
         if not tail or tail[0][1] != Op("add", residual) or residual.phases != self.phases[residual.node]:
             return False
         rest = [op for _, op in tail[1:]]
-        same = not rest or (rest == [Op("activate", "relu")] and residual.node in self.nonnegative)
+        same = not rest or (rest == [Op("apply", ("relu", ()))] and residual.node in self.nonnegative)
         return same and all(VectorKey(residual.node, kind) in self.pooled for kind in self._pooled_kinds(task.name))
 
     @cached_property
@@ -345,10 +346,15 @@ class _Planner:
     def _vector_op(self, node: Node) -> None:
         (size,) = self.graph.shapes[node.name]
         target, first, *others = self._vector(VectorKey(node.name), size), *map(VectorKey, node.inputs)
-        if isinstance(node, Activation):
-            self.steps.append(VectorOp(node.kind, first, target, size))
-        elif isinstance(node, Clip):
-            self.steps.append(VectorOp("clip", first, target, size, limits=(node.low, node.high)))
+        if (function := applied(node)) is not None:
+            self.steps.append(VectorOp("apply", first, target, size, function=function))
+        elif isinstance(node, PReLU):
+            slopes = self._row(node, self._weight(node, "slope"))
+            self.steps.append(VectorOp("prelu", first, target, size, slopes))
+        elif isinstance(node, BatchNorm):
+            scale, shift = (self._row(node, part) for part in self._affine(node))
+            self.steps.append(VectorOp("multiply", first, target, size, scale))
+            self.steps.append(VectorOp("add", target, target, size, shift))
         elif isinstance(node, Concat):
             offset = 0
             for source in (first, *others):
@@ -369,6 +375,14 @@ class _Planner:
     def _vector(self, key: VectorKey, size: int) -> VectorKey:
         self.vectors[key] = size
         return key
+
+    def _parameter(self, node: Node, array: Array) -> int:
+        """Offset of numbers of a node among the constants."""
+        return self.constants.add(array, owner=f"node '{node.name}'")
+
+    def _row(self, node: Node, array: Array) -> int:
+        """The same with whole vectors of them."""
+        return self._parameter(node, np.pad(array, (0, -len(array) % self.lanes)))
 
     def _weight(self, node: Node, name: str) -> Array:
         return np.asarray(self.weights[f"{node.name}.{name}"])

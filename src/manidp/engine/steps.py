@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.errors import UnsupportedError
-from manidp.graph import ActivationKind, Conv, Graph, Pool, pair, sides
+from manidp.graph import ELU, Activation, Clip, Conv, Graph, LeakyReLU, Node, Pool, pair, sides
 
 if TYPE_CHECKING:
     from manidp.engine.ir import Function
@@ -90,12 +90,29 @@ class Map:
     layout: Layout
 
 
+Applied = tuple[str, tuple[float, ...]]  # a function as ``ir.Function.apply`` knows it, and its settings
+
+
+def applied(node: Node) -> Applied | None:
+    """The function of an elementwise node, None if it takes parameters or is no such node."""
+    match node:
+        case Activation():
+            return node.kind, ()
+        case Clip():
+            return "clip", (node.low, node.high)
+        case LeakyReLU():
+            return "leaky_relu", (node.slope,)
+        case ELU():
+            return "elu", (node.alpha,)
+    return None
+
+
 @dataclass(frozen=True)
 class Op:
-    """One fused pointwise operation; ``operand``: an activation, limits, a vector, a constant's offset or a map."""
+    """One fused pointwise operation; ``operand``: a function, a vector, a constant's offset or a map."""
 
-    kind: Literal["activate", "clip", "scale", "affine", "add", "multiply"]  # affine: scale and shift
-    operand: ActivationKind | tuple[float, float] | VectorKey | int | MapKey
+    kind: Literal["apply", "scale", "affine", "prelu", "add", "multiply"]  # affine: scale and shift
+    operand: Applied | VectorKey | int | MapKey
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,7 @@ class Epilogue:
     @property
     def signature(self) -> object:
         """What its code depends on, names and places aside."""
-        ops = tuple((op.kind, op.operand if op.kind in ("activate", "clip") else None) for op in self.ops)
+        ops = tuple((op.kind, op.operand if op.kind == "apply" else None) for op in self.ops)
         return ops, self.stored, tuple(sums.part for sums in self.pooled)
 
 

@@ -52,7 +52,7 @@ class Element:
             place, factors = Pointer(), tuple[Vec, ...]()
             if op.kind in ("add", "multiply"):
                 place = g.at(next(pointers), in_map)
-            elif op.kind == "scale":
+            elif op.kind in ("scale", "prelu"):
                 factors = (g.splat_float(next(pointers), channel),)
             elif op.kind == "affine":
                 pair = g.floats.at(next(pointers), g.scaled(channel, 2))
@@ -67,10 +67,10 @@ class Element:
         """Do it for one vector of a phase."""
         g, offset = self.g, phase * self.frame.plane
         for op, place, factors in zip(self.epilogue.ops, self.maps, self.factors, strict=True):
-            if op.kind == "activate":
-                y = g.activate(str(op.operand), g.spoil(y))
-            elif isinstance(op.operand, tuple):
-                y = g.clip(g.spoil(y), *op.operand)
+            if isinstance(op.operand, tuple):
+                y = g.apply(*op.operand, g.spoil(y))
+            elif op.kind == "prelu":
+                y = g.prelu(y, factors[0])
             elif op.kind == "scale":
                 y = g.arithmetic("fmul", y, factors[0])
             elif op.kind == "affine":

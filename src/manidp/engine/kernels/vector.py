@@ -7,21 +7,23 @@ from typing import Literal
 
 from manidp.engine.ir import FLOAT, NULL, Function, Index, Pointer
 from manidp.engine.module import Module
-from manidp.engine.steps import Step, VectorKey
-from manidp.graph import ActivationKind
+from manidp.engine.steps import Applied, Step, VectorKey
 
 
 @dataclass(frozen=True)
 class VectorOp(Step):
-    """target = op(source, operand) on vectors; kind: an activation, 'clip', 'add', 'multiply', 'copy' at ``offset``."""
+    """target = op(source, operand) on vectors: 'apply' a ``function``, or 'copy' to ``offset``, or what kind says.
 
-    kind: ActivationKind | Literal["clip", "add", "multiply", "copy"]
+    operand: another vector, or the offset of one among the constants, with whole vectors of numbers.
+    """
+
+    kind: Literal["apply", "add", "multiply", "prelu", "copy"]
     source: VectorKey
     target: VectorKey
     size: int
-    operand: VectorKey | None = None
+    operand: VectorKey | int | None = None
     offset: int = 0
-    limits: tuple[float, float] = (0.0, 0.0)  # of 'clip'
+    function: Applied = ("", ())
 
     def emit(self, module: Module, f: Function) -> None:
         x, other, into, n = Pointer("%x"), Pointer("%other"), Pointer("%into"), Index("%n")
@@ -32,10 +34,10 @@ class VectorOp(Step):
                 y = g.load(x, here)
                 if self.kind in ("add", "multiply"):
                     y = g.arithmetic("fadd" if self.kind == "add" else "fmul", y, g.load(other, here))
-                elif self.kind == "clip":
-                    y = g.clip(g.spoil(y), *self.limits)
+                elif self.kind == "prelu":
+                    y = g.prelu(y, g.load(other, here))
                 else:
-                    y = g.activate(self.kind, g.spoil(y))
+                    y = g.apply(*self.function, g.spoil(y))
                 g.store(y, into, here)
                 return []
 
@@ -45,6 +47,12 @@ class VectorOp(Step):
         if self.kind == "copy":
             f.copy(source, f.at(target, self.offset), self.size)
             return
-        name = module.function(("vector", self.kind, self.limits), [x, other, into, n], write, FLOAT)
-        operand = module.vector(f, self.operand) if self.operand else NULL
+        name = module.function(("vector", self.kind, self.function), [x, other, into, n], write, FLOAT)
+        match self.operand:
+            case VectorKey() as key:
+                operand = module.vector(f, key)
+            case int(offset):
+                operand = module.constant(f, offset)
+            case None:
+                operand = NULL
         f.call(name, source, operand, target, -(-self.size // module.lanes))
