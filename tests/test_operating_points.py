@@ -12,22 +12,31 @@ from manidp.engine.engine import Engine
 from manidp.errors import CheckpointError
 from manidp.formats.checkpoint import Checkpoint, OperatingPoint
 from manidp.gating.place import with_gates
-from manidp.models import resnet
+from manidp.graph import Activation, BatchNorm, Conv, GlobalPool, Graph, Input, Linear
 from networks import checkpoint_of, random_weights, with_thresholds
 
 IMAGES = np.random.default_rng(1).normal(size=(8, 3, 8, 8)).astype(np.float32)
 
 
 def pointed() -> Checkpoint:
-    """Points of 16 keep rates; every second one has batch statistics of its own."""
-    graph = with_gates(resnet(8, num_classes=4, width=4, image=(3, 8, 8)))
+    """Points of 16 keep rates, small since each is compiled; every second one has batch statistics of its own."""
+    nodes = (
+        Input(name="image", dims=(3, 8, 8)),
+        Conv(name="conv_1", inputs=("image",), channels=16),
+        BatchNorm(name="bn_1", inputs=("conv_1",)),
+        Activation(name="relu_1", inputs=("bn_1",), kind="relu"),
+        Conv(name="conv_2", inputs=("relu_1",), channels=16),
+        GlobalPool(name="pool", inputs=("conv_2",)),
+        Linear(name="classifier", inputs=("pool",), features=4),
+    )
+    graph = with_gates(Graph(nodes, "classifier"), ["conv_1", "conv_2"])
     weights = random_weights(graph)
     points = []
     for index, share in enumerate(np.linspace(0.05, 1, 16)):
         chosen = with_thresholds(graph, weights, IMAGES, {gate.name: float(share) for gate in graph.gates})
         values = {name: np.maximum(chosen[name], 0) for name in graph.thresholds}
         if index % 2:
-            values["bn_1.moving_mean"] = np.full(4, index / 10, np.float32)
+            values["bn_1.moving_mean"] = np.full(16, index / 10, np.float32)
         points.append(OperatingPoint(f"p{index}", values))
     return replace(checkpoint_of(graph, weights), points=tuple(points))
 

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from manidp.data.images import ImageSet, Preprocessing
 from manidp.errors import TrainingError
 from manidp.gating.place import with_gates
+from manidp.graph import Activation, Add, BatchNorm, Conv, GlobalPool, Graph, Input, Linear
 from manidp.models import resnet
 from manidp.torch.losses import distillation_loss
 from manidp.torch.network import Network
@@ -28,6 +29,19 @@ from manidp.training.recipe import Recipe, parse_setting, read_recipe
 
 PREPROCESSING = Preprocessing((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (8, 8))
 GRAPH = resnet(8, num_classes=2, width=8, image=(3, 8, 8))
+SHORT = Graph(
+    (
+        Input(name="image", dims=(3, 8, 8)),
+        Conv(name="conv_1", inputs=("image",), channels=8),
+        BatchNorm(name="bn_1", inputs=("conv_1",)),
+        Activation(name="relu_1", inputs=("bn_1",), kind="relu"),
+        Conv(name="conv_2", inputs=("relu_1",), channels=8),
+        Add(name="sum", inputs=("conv_2", "relu_1")),
+        GlobalPool(name="pool", inputs=("sum",)),
+        Linear(name="classifier", inputs=("pool",), features=2),
+    ),
+    "classifier",
+)
 RECIPE = Recipe(epochs=4, batch_size=32, learning_rate=0.05, ema=0.9, precision="float32")
 GATED = replace(RECIPE, keep_rate=0.6)  # with an average, momentum and thresholds to carry over
 
@@ -121,10 +135,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.format(here=str(Path(__file__).parent)))
 
-    def start(folder: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, str(script), str(tmp_path / folder)])
-
-    killed = start("killed")
+    killed = subprocess.Popen([sys.executable, str(script), str(tmp_path / "killed")])
     log = tmp_path / "killed" / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and len(log.read_text().splitlines()) >= 2):
@@ -134,7 +145,13 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
     assert 2 <= len(log.read_text().splitlines()) < 5, "killed too late to show anything"
-    assert [start(folder).wait() for folder in ("killed", "whole")] == [0, 0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for folder in ("killed", "whole"):
+            trained(tmp_path / folder, GATED, gates=True, resume=folder == "killed")
+    finally:
+        torch.set_num_threads(threads)
     one, two = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "killed"))
     assert one.keys() == two.keys()
     for name in one:
@@ -178,9 +195,10 @@ def test_distillation_follows_the_teacher(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile itself uses what torch deprecates
-def test_a_compiled_training_does_what_a_plain_one_does(tmp_path: Path) -> None:
+def test_a_compiled_training_does_what_a_plain_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not any(map(shutil.which, ("g++", "clang++"))):
         pytest.skip("torch.compile needs a C++ compiler")
+    monkeypatch.setattr(sys.modules[__name__], "GRAPH", SHORT)  # compiling takes long for each layer
     recipe = replace(GATED, epochs=1)
     plain, [expected] = trained(tmp_path / "plain", recipe, gates=True)
     compiled, [record] = trained(tmp_path / "compiled", replace(recipe, compiled=True), gates=True)
@@ -194,6 +212,7 @@ def test_a_compiled_training_does_what_a_plain_one_does(tmp_path: Path) -> None:
 def test_without_a_compiler_it_is_said_how_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys.modules[__name__], "GRAPH", SHORT)
     with pytest.raises(TrainingError, match=r"torch\.compile failed: .*no-such-compiler.*compiled=false"):
         trained(tmp_path / "run", replace(RECIPE, compiled=True))
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -28,7 +28,7 @@ from manidp.engine.engine import Engine
 from manidp.engine.peak import multiply_add_peak
 from manidp.engine.target import ISAS, available_isas
 from manidp.errors import ManiDPError, MissingExtraError, UnsupportedError
-from manidp.formats.checkpoint import Checkpoint
+from manidp.formats.checkpoint import Checkpoint, OperatingPoint
 from manidp.gating.place import with_gates
 from manidp.graph.macs import dense_macs, ungated_macs
 from manidp.machine import describe
@@ -293,11 +293,14 @@ print(imported - started, loaded - imported, resident)
 """
 
 
+PROCESSES = 7  # of which the start is timed
+
+
 def _start_up(say: Say) -> dict[str, float]:
-    """Medians of 7 fresh processes: seconds to import, to load, from process start to result; resident MiB."""
+    """Medians of fresh processes: seconds to import, to load, from process start to result; resident MiB."""
     say("fresh processes")
     runs = []
-    for _ in range(7):
+    for _ in range(PROCESSES):
         started = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", _FIRST_IMAGE], capture_output=True, text=True, check=True)
         runs.append([time.perf_counter() - started, *map(float, done.stdout.split())])
@@ -357,20 +360,23 @@ def calibrated(model: Checkpoint, pixels: Batch, keep_rate: float) -> Checkpoint
     """The same model with thresholds under which these images keep ``keep_rate`` of all gated channels.
 
     Each gate's threshold is one quantile of its saliencies as they are with everything open; the quantile is found by
-    bisection, since what earlier gates close changes the later saliencies.
+    trial, since what earlier gates close changes the later saliencies. Candidates are operating points of one engine.
     """
     saliencies = Engine(model).run(pixels).gates
     low, high = 0.0, 1.0
-    for _ in range(9):
-        rate = (low + high) / 2
-        thresholds = {
-            f"{name}.threshold": np.array(np.quantile(value, 1 - rate), dtype=np.float32)
-            for name, value in saliencies.items()
-        }
-        trial = Checkpoint(model.graph, {**model.weights, **thresholds}, model.preprocessing, model.classes)
-        kept = Engine(trial).run(pixels).gate_values > 0
-        low, high = (low, rate) if kept.mean() > keep_rate else (rate, high)
-    return trial
+    for _ in range(2):
+        points = [
+            OperatingPoint(f"{rate}", {
+                f"{name}.threshold": np.array(np.quantile(value, 1 - rate), dtype=np.float32)
+                for name, value in saliencies.items()
+            })
+            for rate in np.linspace(low, high, 17)
+        ]  # fmt: skip
+        engine = Engine(replace(model, points=tuple(points)))
+        kept = [float((engine.run(pixels, budget=point.name).gate_values > 0).mean()) for point in points]
+        place = next((i for i, share in enumerate(kept) if i and share > keep_rate), len(points) - 1)
+        low, high = float(points[place - 1].name), float(points[place].name)
+    return replace(model, weights={**model.weights, **points[place].values})
 
 
 @contextmanager
