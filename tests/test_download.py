@@ -220,8 +220,8 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 102400\r\n\r\n"
           for length in ("-5", "+5", "0x5", "5_0", "5, 5", "many", "9" * 21, "5\r\nContent-Length: 6")),
         (_says(f"Content-Length: {'9' * 5000}\r\n"), "wrong", r"a Content-Length of '9{200}'\.\.\. \(5,000 characters"),
         (_says("Content-Length: 9" + "9" * 4299 + "\r\n"), "wrong", "Content-Length"),
-        (lambda r: r.send(b"HTTP/1.1 206 OK\r\nContent-Range: bytes 5-9/10\r\n\r\n"), "passing", "go on at byte 0"),
-        (lambda r: r.send(b"HTTP/1.1 206 OK\r\nContent-Range: many\r\n\r\n"), "passing", "go on at byte 0"),
+        (lambda r: r.send(b"HTTP/1.1 206 OK\r\nContent-Range: bytes 5-9/10\r\n\r\n"), "passing", "resume at byte 0"),
+        (lambda r: r.send(b"HTTP/1.1 206 OK\r\nContent-Range: many\r\n\r\n"), "passing", "resume at byte 0"),
         (_says("Transfer-Encoding: chunked\r\n", b"-5\r\n" + CONTENT[:9]), "passing", "connection failed"),
         (_says("Transfer-Encoding: chunked\r\n", b"\xff\x1b[31m\r\nxxxxx\r\n"), "unreachable", "connection failed"),
         (_says("Transfer-Encoding: chunked\r\n", b"f" * 60000 + b"\r\n"), "unreachable", "connection failed"),
@@ -535,7 +535,7 @@ def test_a_link_that_comes_meanwhile_is_not_followed(server: Loopback, tmp_path:
 
 def assert_left_alone(server: Loopback, part: Path) -> None:
     before = part.lstat()
-    with pytest.raises(TransferError, match="cannot be gone on with: ") as caught:
+    with pytest.raises(TransferError, match="cannot be resumed: ") as caught:
         bring(server, whole(CONTENT), part)
     assert caught.value.kind == "disk" and part.lstat().st_ino == before.st_ino
 

@@ -52,7 +52,7 @@ class CardError(ManiDPError):
 
 
 class HubError(ManiDPError):
-    """A model that cannot be found, brought or trusted: a bad name, host, digest, or a transfer that failed."""
+    """A model that cannot be found, downloaded or trusted: a bad name, host, digest, or a transfer that failed."""
 
 
 class ImageError(ManiDPError):
@@ -75,7 +75,7 @@ class FrontendError(ManiDPError):
 
 
 class TrainingError(ManiDPError):
-    """Training cannot start or cannot go on (loss not finite, recipe that does not fit, ...)."""
+    """Training cannot start or continue (loss not finite, recipe that does not fit, ...)."""
 
 
 class MissingExtraError(ManiDPError):

@@ -1,4 +1,4 @@
-"""What running a network gives, whatever ran it."""
+"""The result of running a network, the same for every backend."""
 
 from __future__ import annotations
 

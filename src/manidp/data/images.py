@@ -522,7 +522,7 @@ def save_folder(image_set: ImageSet, folder: str | Path) -> None:
 
 
 def shown(path: str | Path) -> str:
-    """The path as an error message of one line can hold it, whatever characters its author chose."""
+    """The path as text for a message of one line."""
     return str(path) if str(path).isprintable() else repr(str(path))
 
 

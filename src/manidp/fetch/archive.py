@@ -1,4 +1,4 @@
-"""Files in a .zip or .tar file (.gz, .bz2 and .xz too) from a stranger, within limits; nothing is unpacked to the disk.
+"""Files in a .zip or .tar file (.gz, .bz2 and .xz too) from outside, within limits; nothing is unpacked to the disk.
 
 A tar is read by the few lines here and not by the standard library's tarfile, whose time for an extended header grows
 with the square of its size, which follows such headers by recursion and which builds sparse files of any size.
@@ -127,7 +127,7 @@ def _tarred(stream: _Counted, wanted: Callable[[str], bool], most: int) -> Itera
 def _number(field: bytes, base: int = 8) -> int:
     digits = field.strip(b" \0")
     if len(digits) > 20 or not re.fullmatch(rb"[0-7]*" if base == 8 else rb"[0-9]+", digits):
-        raise ArchiveError(f"a header holds {quoted(field[:20].decode('latin-1'))} where a number is due")
+        raise ArchiveError(f"a header holds {quoted(field[:20].decode('latin-1'))} where a number is expected")
     return int(digits or b"0", base)
 
 

@@ -137,7 +137,7 @@ def is_offline() -> bool:
 
 @dataclass(frozen=True)
 class Downloader:
-    """How files are brought.
+    """How files are downloaded.
 
     ``allowed``: the exact origins that may be asked, as :func:`origins` gives them; redirects are held to them too.
     ``offline``: nothing is asked at all and no socket opened. ``attempts``: how often a transfer is tried while the
@@ -176,7 +176,9 @@ class Downloader:
         def once() -> bytes:
             with self._response(url, 0, clock) as response:
                 if not response.goes_on_at(0):
-                    raise TransferError("passing", f"{_short(url)}: the server sends a part that nobody asked for")
+                    raise TransferError(
+                        "passing", f"{_short(url)}: the server sends a part without being asked for one"
+                    )
                 _expect_ok(response, url)
                 clock.allow(limit)
                 content = bytearray()
@@ -195,10 +197,10 @@ class Downloader:
         raise AssertionError("the last attempt returns or raises")
 
     def file(self, url: str, part: Path, sha256: str, limit: int, progress: Progress | None = None) -> None:
-        """Bring a file of this digest to ``part``, going on with what already stands there.
+        """Bring a file of this digest to ``part``, resuming what is already there.
 
         At the end ``part`` is on the disk and has the digest. On TransferError it holds nothing or the beginning of
-        the file, for the next call to go on with; what has the wrong digest is deleted. A ``part`` that is a symbolic
+        the file, for the next call to resume; what has the wrong digest is deleted. A ``part`` that is a symbolic
         link, or no regular file, is an error and is left as it is.
         """
         clock = _Clock(self)
@@ -208,7 +210,7 @@ class Downloader:
         except FileNotFoundError:
             pass
         except OSError as error:
-            raise TransferError("disk", f"{part}: cannot be gone on with: {error.strerror or error}") from error
+            raise TransferError("disk", f"{part}: cannot be resumed: {error.strerror or error}") from error
         for wait in self._waits():
             try:
                 resumed = self._transfer(url, part, limit, progress, clock)
@@ -241,7 +243,7 @@ class Downloader:
             with self._response(url, offset, clock) as response:
                 if not response.goes_on_at(offset):
                     part.unlink(missing_ok=True)
-                    raise TransferError("passing", f"{_short(url)}: the server does not go on at byte {offset:,}")
+                    raise TransferError("passing", f"{_short(url)}: the server does not resume at byte {offset:,}")
                 _expect_ok(response, url)
                 if response.status == HTTPStatus.OK:
                     offset = 0  # the server sends all of it
@@ -382,7 +384,7 @@ class _Response:
             self.length = response.length
 
     def goes_on_at(self, offset: int) -> bool:
-        """Whether this is of use to whoever has ``offset`` bytes: it is not a part, or it is the one that follows."""
+        """Whether this continues a file of ``offset`` bytes: it is not a part, or it is the part that follows."""
         if self.status == HTTPStatus.PARTIAL_CONTENT:
             span = self.headers.get("Content-Range", "").strip()
             return re.match(rf"bytes {offset}-[0-9]{{1,18}}/", span, re.IGNORECASE) is not None
@@ -422,7 +424,7 @@ def _proxy_to(host: str) -> _Proxy | None:
     setting = next(variables, "the system")
 
     def refusal(reason: str) -> TransferError:
-        shown = quoted(re.sub(r"[^/]*@", "...@", address))  # a password is nobody's business
+        shown = quoted(re.sub(r"[^/]*@", "...@", address))  # the password is not shown
         return TransferError(
             "refused", f"the proxy that {setting} names must be http://HOST:PORT; got {shown}: {reason}"
         )

@@ -1,4 +1,4 @@
-"""The static twin: a gated network whose every gate gets one mask for all images, as an ordinary dense network.
+"""The static twin of a gated network: one mask for all images in each gate, as an ordinary dense network.
 
 What a gate closes for every image need not be stored: closed channels leave the weights of what makes them and of what
 reads them. The twin has no gates and no Select; every backend runs it, and its file is smaller.
@@ -98,7 +98,7 @@ def without_gates(
 
 @dataclass(frozen=True)
 class _Left:
-    """The channels that a value of the twin still has; the others are ``zero``, or else wanted by nobody."""
+    """The channels that a value of the twin still has; the others are ``zero``, or else read by no node."""
 
     channels: Indices
     zero: bool

@@ -24,7 +24,7 @@ def zeroed_by(graph: Graph) -> Mapping[str, str]:
 
 
 def wanted_by(graph: Graph) -> Mapping[str, str]:
-    """value -> the gate that scales whatever is made of it: channels it closes need not be computed."""
+    """value -> the gate that scales all that is computed from it: channels that it closes need not be computed."""
     wanted: dict[str, str] = {}
     for node in reversed(graph.nodes):
         gates = {_wanted_through(graph, reader, node.name, wanted) for reader in graph.readers[node.name]}

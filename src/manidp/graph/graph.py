@@ -164,7 +164,7 @@ class Graph:
 
     @cached_property
     def wanted_by(self) -> Mapping[str, str]:
-        """value -> the gate that scales whatever is made of it: channels it closes need not be computed."""
+        """value -> the gate that scales all that is computed from it: channels that it closes need not be computed."""
         return channels.wanted_by(self)
 
     def select_of(self, node: Node) -> str | None:

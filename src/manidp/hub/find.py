@@ -1,4 +1,4 @@
-"""The one way from whatever a user calls a model to that model."""
+"""The one way from the name of a model to the model: bundled names, files, folders, cards."""
 
 from __future__ import annotations
 

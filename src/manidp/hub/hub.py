@@ -47,7 +47,7 @@ MAX_ASSET_BYTES = 4 * 2**30
 MAX_CARDS = 20_000
 MAX_ARCHIVE_BYTES = 32 * 2**20
 FORGOTTEN_S = 30 * 86_400
-"""A download that was broken off so long ago is not gone on with; it is deleted."""
+"""A download that was interrupted so long ago is deleted, not resumed."""
 _PART = re.compile(r"(?!(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$))[A-Za-z0-9_]([A-Za-z0-9_.-]{0,98}[A-Za-z0-9_-])?")
 _TREE = "mshub_res/assets/"  # where cards are in the hub's repository
 _DEVICES = {"ascend", "cpu", "gpu"}  # of the names with four parts
@@ -255,7 +255,7 @@ def _inside(cache: Path, *names: str) -> Path:
 
 
 def _forget(parts: Path) -> None:
-    """Delete the downloads that nobody has gone on with for long."""
+    """Delete the downloads that were not resumed for long."""
     for path in parts.iterdir():
         with contextlib.suppress(OSError):
             if time.time() - path.lstat().st_mtime >= FORGOTTEN_S:
@@ -424,7 +424,7 @@ class Hub:
         )
 
     def resolve(self, name: str | Uid) -> Decision:
-        """Decide which file a name stands for and where it could come from; nothing is brought or changed.
+        """Decide which file a name stands for and where it could come from; nothing is downloaded or changed.
 
         The file is the first .ckpt of the card with a whole sha256. Raises HubError if there is none, CardError if
         the card is broken.
@@ -467,10 +467,10 @@ class Hub:
     # Doing ----------------------------------------------------------------------------------------------------------
 
     def fetch(self, decision: Decision, progress: Progress | None = None) -> Path:
-        """The decided file in the cache, verified now; brought first if it is not there or is damaged.
+        """The decided file in the cache, verified now; downloaded first if it is missing or damaged.
 
-        Of several processes that ask at once, one brings it and the others wait. Raises HubError saying what was
-        tried and how to bring the file in by hand; nothing wrong is left under its name.
+        Of several processes that ask at once, one downloads it and the others wait. Raises HubError saying what was
+        tried and how to add the file by hand; no wrong file is left under its name.
         """
         path = decision.path
         try:
@@ -530,7 +530,7 @@ class Hub:
         return path
 
     def add(self, source: str | Path) -> Cached:
-        """Bring in a file carried by hand. Raises HubError if no card of the catalogue names its sha256."""
+        """Add a file that was copied by hand. Raises HubError if no card of the catalogue names its sha256."""
         source = Path(source)
         try:
             digest = sha256_of(source)
@@ -600,7 +600,7 @@ class Hub:
     def load(self, decision: Decision, progress: Progress | None = None) -> Found:
         """The decided network, ready to run.
 
-        Raises HubError if this library does not know the network or its file cannot be had, CkptError or
+        Raises HubError if this library does not know the network or its file is not available, CkptError or
         CheckpointError if the file is not what it should be.
         """
         uid, network = str(decision.uid), decision.network
@@ -672,7 +672,7 @@ def _chosen(listed: Listed) -> Asset:
     if assets:
         weak = assets[0].sha256
         raise HubError(f"the card '{listed.uid}' gives {f'only {len(weak)} digits' if weak else 'nothing'} of the "
-                       "sha256 of its .ckpt: what came could not be verified, so it is not brought")  # fmt: skip
+                       "sha256 of its .ckpt: a download could not be verified, so it is not tried")  # fmt: skip
     formats = ", ".join(short(asset.file_format, 20) or "no format" for asset in listed.card.assets[:9])
     raise HubError(f"the card '{listed.uid}' names no .ckpt file ({formats or 'no files at all'})")
 
@@ -692,7 +692,7 @@ def _by_hand(decision: Decision, failed: Sequence[str]) -> str:
     at_hand = decision.network.at_hand if decision.network else ""
     filename = decision.filename if _PART.fullmatch(decision.filename) else "FILE"
     return (
-        f"{filename} of '{decision.uid}' cannot be had: {reasons}. If you have the file from elsewhere "
-        f"(sha256 {decision.asset.sha256}), bring it in with: manidp hub add {filename}"
-        + (f". At hand without it is our own model: {at_hand}" if at_hand else "")
+        f"{filename} of '{decision.uid}' is not available: {reasons}. If you have the file from elsewhere "
+        f"(sha256 {decision.asset.sha256}), add it with: manidp hub add {filename}"
+        + (f". Available without it is our own model: {at_hand}" if at_hand else "")
     )
