@@ -43,3 +43,10 @@ def similarity_loss(saliencies: Iterable[Tensor], features: Iterable[Tensor]) ->
         difference = difference * (1 - ops.eye(len(saliency), dtype=saliency.dtype))
         total = total + ops.square(difference).mean()
     return total
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """temperature^2 * KL(teacher || student) of the softened predictions, mean over the batch, nats."""
+    student = ops.log_softmax(logits / temperature, 1)
+    teacher = ops.log_softmax(teacher_logits / temperature, 1)
+    return (ops.exp(teacher) * (teacher - student)).sum(1).mean() * temperature**2

@@ -23,12 +23,19 @@ class Network(nn.Cell):
     """The cell; its parameters have the names of the description, with dots: ``stage_1.0.conv_a.weight``.
 
     description: see above. thresholds: one number for every gate, in the order of the nodes; fixed, and no parameters,
-    so a .ckpt does not hold them. Fresh weights: convolutions N(0, sqrt(2 / (kernel^2 * out))), gates the identity.
+    so a .ckpt does not hold them. With ``adjustable`` they are parameters ``GATE.threshold`` that no gradient moves.
+    Fresh weights: convolutions N(0, sqrt(2 / (kernel^2 * out))), gates the identity.
     Runs in PYNATIVE and in GRAPH mode; ``set_train(False)`` (as it is when made) for inference.
     Raises NotImplementedError for an op that this file does not know.
     """
 
-    def __init__(self, description: Mapping[str, Any], thresholds: Sequence[float] | np.ndarray[Any, Any]) -> None:
+    def __init__(
+        self,
+        description: Mapping[str, Any],
+        thresholds: Sequence[float] | np.ndarray[Any, Any],
+        *,
+        adjustable: bool = False,
+    ) -> None:
         super().__init__(auto_prefix=False)
         nodes = description["nodes"]
         selects = [node for node in nodes if node["op"] == "Select"]
@@ -46,7 +53,8 @@ class Network(nn.Cell):
             cells = []
             for node in chain:
                 name = node["name"]
-                cell = _cell({**node, "threshold": threshold_of.get(name), "scores": name in scorers})
+                more = {"threshold": threshold_of.get(name), "adjustable": adjustable, "scores": name in scorers}
+                cell = _cell({**node, **more})
                 for name, parameter in cell.parameters_and_names():  # update_parameters_name wants letters
                     parameter.name = f"{node['name']}.{name}"
                 cells.append(cell)
@@ -128,9 +136,11 @@ class _Chain(nn.Cell):
 class _Select(nn.Cell):
     """Scores (B, C) -> factors (B, C): the score, or 1, where the channel is open, else 0."""
 
-    def __init__(self, threshold: float, gain: str) -> None:
+    def __init__(self, threshold: float, gain: str, adjustable: bool) -> None:
         super().__init__()
         self.threshold, self.scales = float(threshold), gain == "score"
+        if adjustable:
+            self.threshold = Parameter(Tensor(np.array(threshold, np.float32)), name="threshold", requires_grad=False)
 
     def construct(self, scores: Tensor) -> Tensor:
         factors = scores if self.scales else ops.ones_like(scores)
@@ -287,7 +297,8 @@ def _pair(value: Any) -> Any:
     return value if isinstance(value, int) else tuple(value)
 
 
-_Node = Mapping[str, Any]  # as in the description; with ``threshold``, and ``scores``: whether it makes a gate's scores
+_Node = Mapping[str, Any]  # as in the description; with ``threshold``, whether that is ``adjustable``, and ``scores``:
+# whether it makes a gate's scores
 _ACTIVATIONS: dict[str, Callable[[], nn.Cell]] = {
     "relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.HSwish, "silu": nn.SiLU, "sigmoid": nn.Sigmoid,
     "hardsigmoid": nn.HSigmoid,
@@ -320,7 +331,7 @@ def _batch_norm(node: _Node) -> nn.Cell:
 def _select(node: _Node) -> nn.Cell:
     if node["rule"] == "constant":
         return _Mask(node["shape"][0], node["gain"])
-    return _Select(node["threshold"], node["gain"])
+    return _Select(node["threshold"], node["gain"], node["adjustable"])
 
 
 def _pool(node: _Node) -> nn.Cell:

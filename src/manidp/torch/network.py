@@ -40,6 +40,7 @@ from manidp.graph import (
     sides,
 )
 from manidp.graph.handlers import Handlers
+from manidp.result import Result
 
 BUFFERS = ("moving_mean", "moving_variance", "threshold", "mask")  # parameters that no gradient moves
 
@@ -119,6 +120,15 @@ class Network(nn.Module):
         if wrong:
             raise CheckpointError(f"weights do not fit the graph; missing, unknown or of another shape: {some(wrong)}")
         return super().load_state_dict(state_dict, strict=False, assign=assign)  # strict takes dots for submodules
+
+    @torch.no_grad()
+    def run(self, images: NDArray[np.float32]) -> Result:
+        """Normalised images (B, C, H, W) in evaluation mode, in float32; the network is left in that mode."""
+        device = next(self.parameters()).device
+        output = self.eval()(torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last))
+        gates = [output.records[name].gate for name in self.graph.gate_channels]
+        values = torch.cat(gates, 1) if gates else output.logits.new_zeros(len(images), 0)
+        return Result(self.graph, output.logits.cpu().numpy(), values.cpu().numpy())
 
     def forward(self, images: Tensor) -> Output:
         """Run a batch (B, C, H, W) of normalised images."""

@@ -14,17 +14,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
-from torch import Tensor
+from safetensors.numpy import save as serialize
 
 from manidp.errors import TrainingError
 from manidp.files import open_regular, replacing
 from manidp.training.settings import brief
 
 VERSION = 2  # 1 had no version, and a run was no more than graph, recipe and number of images
-_DTYPES = {torch.float32: "F32"}  # all that a network holds
+Tensors = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,9 @@ class State:
     records: tuple[EpochRecord, ...]
 
 
-def write_state(path: Path, state: State, tensors: Mapping[str, Tensor]) -> None:
+def write_state(path: Path, state: State, tensors: Tensors) -> None:
     """Write the file whole or not at all. Raises OSError."""
-    # A copy in plain layout: the file must not depend on strides.
-    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    plain = {name: np.asarray(value, order="C") for name, value in tensors.items()}  # it writes memory as it lies
     records = [asdict(record) for record in state.records]
     meta = {"version": VERSION, "run": state.run, "rate": state.rate, "records": records}
     with replacing(path) as file:
@@ -64,7 +63,7 @@ def write_state(path: Path, state: State, tensors: Mapping[str, Tensor]) -> None
 def read_state(path: Path) -> State:
     """All but the tensors. Raises TrainingError if the file is not a whole state of this version."""
     try:
-        with open_regular(path), safe_open(path, framework="pt") as file:
+        with open_regular(path), safe_open(path, framework="np") as file:
             text = (file.metadata() or {})["manidp"]
         meta = json.loads(text, parse_constant=_refuse)
         if "version" not in meta and "run" in meta:
@@ -84,10 +83,10 @@ def read_state(path: Path) -> State:
         raise _foreign(path, error) from error
 
 
-def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The file's tensors. Raises TrainingError unless names, shapes and types are the expected ones, all finite."""
+def read_tensors(path: Path, expected: Tensors) -> dict[str, NDArray[np.float32]]:
+    """The file's tensors. Raises TrainingError unless names and shapes are the expected ones, all float32, finite."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             names = set(file.keys())
             if wrong := sorted(names ^ expected.keys()):
                 raise ValueError(
@@ -95,9 +94,9 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
                 )
             for name, like in expected.items():
                 part = file.get_slice(name)
-                if part.get_shape() != list(like.shape) or part.get_dtype() != _DTYPES[like.dtype]:
-                    raise ValueError(f"'{name}' must be {_DTYPES[like.dtype]} {list(like.shape)}; "
-                                     f"got {part.get_dtype()} {part.get_shape()}")  # fmt: skip
+                if part.get_shape() != list(like.shape) or part.get_dtype() != "F32":
+                    came = f"{part.get_dtype()} {part.get_shape()}"
+                    raise ValueError(f"'{name}' must be F32 {list(like.shape)}; got {came}")
             tensors = {name: file.get_tensor(name) for name in expected}
         if bad := not_finite(tensors):
             raise ValueError(f"'{bad}' holds NaN or infinity")
@@ -108,9 +107,9 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
         raise _foreign(path, error) from error
 
 
-def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+def not_finite(tensors: Tensors) -> str | None:
     """The name of the first tensor that holds NaN or infinity."""
-    return next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
+    return next((name for name, value in tensors.items() if not np.isfinite(value).all()), None)
 
 
 def _foreign(path: Path, error: Exception) -> TrainingError:

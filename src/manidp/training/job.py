@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import platform
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from manidp.data.images import (
@@ -25,22 +21,22 @@ from manidp.data.images import (
     load_folder,
     shown,
 )
-from manidp.errors import MissingExtraError, TrainingError
+from manidp.errors import TrainingError
 from manidp.formats.checkpoint import Checkpoint, Found, save_checkpoint
-from manidp.gating.place import with_gates
-from manidp.graph import Graph, with_classes
+from manidp.graph import Graph
 from manidp.graph.macs import ungated_macs
 from manidp.hub.find import find_model
 from manidp.models import resnet
 from manidp.progress import Progress
-from manidp.torch.convert import network_from, network_inheriting
-from manidp.torch.network import Network
-from manidp.torch.state import EpochRecord
-from manidp.torch.train import Training, check_folder, digest_of, evaluate, native_precision
+from manidp.training.backend import Backend
+from manidp.training.evaluate import evaluate
+from manidp.training.events import events
+from manidp.training.folder import MODEL, check_folder
+from manidp.training.loop import Training
+from manidp.training.provenance import origin_of, provenance
 from manidp.training.recipe import Recipe, parse_setting, read_recipe
-from manidp.training.settings import brief
-
-PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+from manidp.training.start import graph_for, start_of
+from manidp.training.state import EpochRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +71,18 @@ class Finished:
     missed: str | None = None
 
 
-def run_job(job: Job, progress: Progress | None = None) -> Iterator[str | EpochRecord | Finished]:
+def run_job(
+    job: Job, make: Callable[[str, int | None], Backend], progress: Progress | None = None
+) -> Iterator[str | EpochRecord | Finished]:
     """Do the job; yields messages worth reading, one record an epoch, and at last what was made.
 
+    make: device, threads -> the backend that trains, e.g. ``manidp.torch.backend.Torch``.
     Raises ManiDPError of a fitting kind before anything is written if the job cannot be done. What goes wrong later,
     a full disk for example, is one too, and the state of the last good epoch stays.
     """
     _check(job)
     check_folder(job.out, job.resume)
+    backend = make(job.device, job.threads)
     settings = _settings(job)
     start = find_model(job.start) if job.start is not None else None
     teachers = [find_model(name) for name in job.teachers]
@@ -90,80 +90,51 @@ def run_job(job: Job, progress: Progress | None = None) -> Iterator[str | EpochR
     preprocessing = parent.preprocessing if parent else CIFAR10_PREPROCESSING
     sets = _Sets(job, preprocessing, start)
     yield from sets.messages
-    graph = _graph(job, parent, sets.train)
+    classes = sets.train.classes
+    graph = graph_for(parent.graph if parent else _named(job.network, len(classes)), classes, gates=job.gates)
     recipe = _recipe(settings, parent).resolved(graph)
-    for teacher in teachers:
-        _check_teacher(teacher, graph, sets.train, preprocessing)
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
-    if parent:
-        network = network_inheriting(graph, parent, classes=sets.train.classes, seed=recipe.seed)
-    else:
-        network = Network(graph, seed=recipe.seed)
     with Training(
-        network, sets.train, preprocessing, recipe, job.out,
-        teachers=[network_from(teacher.checkpoint) for teacher in teachers],
+        backend, start_of(backend, graph, parent, preprocessing, classes, recipe.seed), sets.train, recipe, job.out,
+        teachers=[teacher.checkpoint for teacher in teachers],
         origin={"from": start and start.sha256, "teachers": [teacher.sha256 for teacher in teachers]},
-        device=job.device, resume=job.resume, progress=progress,
+        resume=job.resume, progress=progress,
     ) as training:  # fmt: skip
         if recipe.precision == "auto":
-            yield f"precision {training.recipe.precision}: {_why(training.recipe.precision, job.device)}"
-        with _events(job) as write:
+            yield f"precision {training.recipe.precision}: {_why(training.recipe.precision, backend)}"
+        with events(job.out) if job.tensorboard else nullcontext() as write:
             for record in training.epochs():
-                write(record)
+                if write is not None:
+                    write(record)
                 yield record
         yield _finished(job, training, sets, start, teachers)
 
 
-def _why(precision: str, device: str) -> str:
-    if precision != native_precision(device):
+def _why(precision: str, backend: Backend) -> str:
+    if precision != backend.precision:
         return "that of the epochs already trained"
     computes = "computes" if precision == "bfloat16" else "does not compute"
-    return f"{'the GPU' if device == 'cuda' else 'this processor'} {computes} bfloat16"
+    return f"{'the GPU' if backend.device == 'cuda' else 'this processor'} {computes} bfloat16"
 
 
 def _finished(job: Job, training: Training, sets: _Sets, start: Found | None, teachers: list[Found]) -> Finished:
     """Measure and save what was trained."""
-    graph, preprocessing = training.network.graph, sets.preprocessing
+    graph, preprocessing = training.graph, sets.preprocessing
     weights, missed = training.finish(), training.missed()
     measured = None
     if sets.test is not None:
-        evaluation = evaluate(training.network, sets.test, preprocessing)
-        measured = {
-            "data": sets.test_name,
-            "correct": evaluation.correct,
-            "total": evaluation.total,
-            "mean_macs": float(evaluation.macs.mean()),
-            "macs_percentiles": {
-                str(q): float(value)
-                for q, value in zip(PERCENTILES, np.percentile(evaluation.macs, PERCENTILES), strict=True)
-            },
-            "dense_macs": ungated_macs(graph),
-        }
-    provenance = {
-        "made_with": {
-            "manidp": version("manidp"), "torch": torch.__version__, "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-        "recipe": asdict(training.recipe),
-        "from": _origin(start),
-        "teacher": [_origin(teacher) for teacher in teachers] or None,
-        "data": {"name": sets.train_name, "images": len(sets.train), "sha256": digest_of(sets.train)},
-        "training": {"device": job.device, "threads": torch.get_num_threads(), "epochs": len(training.records)},
-        "measured": measured,
-    }  # fmt: skip
-    file = job.out / "model.safetensors"
-    save_checkpoint(Checkpoint(graph, weights, preprocessing, sets.train.classes, provenance), file)
+        figures = evaluate(training.learner.run, sets.test, preprocessing).to_json(sets.test_name)
+        measured = figures | {"dense_macs": ungated_macs(graph)}
+    told = provenance(
+        training, origin_of(start) if start else None, list(map(origin_of, teachers)), data=sets.train_name,
+        measured=measured,
+    )  # fmt: skip
+    file = job.out / MODEL
+    save_checkpoint(Checkpoint(graph, weights, preprocessing, sets.train.classes, told), file)
     return Finished(file, measured, missed)
 
 
 def _check(job: Job) -> None:
     """Refuse options that cannot be, before anything is read."""
-    if job.device not in ("cpu", "cuda") or (job.device == "cuda" and not torch.cuda.is_available()):
-        raise TrainingError(f"device must be cpu, or cuda where PyTorch finds a GPU; got {job.device}")
-    most = max(64, 4 * (os.cpu_count() or 1))
-    if job.threads is not None and not 1 <= job.threads <= most:
-        raise TrainingError(f"threads must lie between 1 and {most} on this machine; got {job.threads}")
     if job.holdout < 0:
         raise TrainingError(f"holdout is a number of training images; got {job.holdout}")
     if job.holdout and job.test is not None:
@@ -237,35 +208,13 @@ def _subset(images: ImageSet, chosen: NDArray[np.int64]) -> ImageSet:
     return ImageSet(images.images[chosen], images.labels[chosen], images.classes)
 
 
-def _check_teacher(teacher: Found, graph: Graph, data: ImageSet, preprocessing: Preprocessing) -> None:
-    """A teacher sees the images that the network sees, and speaks of the same classes."""
-    model = teacher.checkpoint
-    if model.classes != data.classes:
+def _named(network: str, classes: int) -> Graph:
+    named = re.fullmatch(r"resnet-([0-9]{1,4})(?:x([1-9][0-9]?))?", network)
+    if named is None:
         raise TrainingError(
-            f"teacher {teacher.name} must know the data's classes, in this order: {brief(list(data.classes))}; "
-            f"it knows {brief(list(model.classes))}"
+            f"known networks are resnet-20, resnet-32, ... resnet-<6n+2>, and twice as wide resnet-20x2; got {network}"
         )
-    if model.graph.input.dims != graph.input.dims or not np.allclose(
-        (model.preprocessing.mean, model.preprocessing.std), (preprocessing.mean, preprocessing.std), atol=0.01
-    ):
-        raise TrainingError(
-            f"teacher {teacher.name} must read images as the network does, by {preprocessing}; "
-            f"it reads them by {model.preprocessing}"
-        )
-
-
-def _graph(job: Job, parent: Checkpoint | None, data: ImageSet) -> Graph:
-    if parent is not None:
-        graph = with_classes(parent.graph, len(data.classes))
-    else:
-        named = re.fullmatch(r"resnet-([0-9]{1,4})(?:x([1-9][0-9]?))?", job.network)
-        if named is None:
-            raise TrainingError(
-                f"known networks are resnet-20, resnet-32, ... resnet-<6n+2>, and twice as wide resnet-20x2; "
-                f"got {job.network}"
-            )
-        graph = resnet(int(named[1]), num_classes=len(data.classes), width=16 * int(named[2] or 1))
-    return with_gates(graph) if job.gates and not graph.gates else graph
+    return resnet(int(named[1]), num_classes=classes, width=16 * int(named[2] or 1))
 
 
 def _settings(job: Job) -> dict[str, Any]:
@@ -284,34 +233,3 @@ def _recipe(settings: dict[str, Any], parent: Checkpoint | None) -> Recipe:
         if isinstance(before, dict):
             inherited = {name: before.get(name) for name in ("keep_rate", "macs_budget")} | {"reach": 0.0}
     return Recipe(**inherited | settings)
-
-
-def _origin(model: Found | None) -> dict[str, str] | None:
-    return {"name": shown(model.name), "sha256": model.sha256} if model else None
-
-
-@contextlib.contextmanager
-def _events(job: Job) -> Iterator[Callable[[EpochRecord], None]]:
-    """What writes a record as TensorBoard events, or nothing."""
-    if not job.tensorboard:
-        yield lambda record: None
-        return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingExtraError("--tensorboard needs TensorBoard: pip install 'manidp[torch]'") from error
-    writer = SummaryWriter(str(job.out))
-
-    def write(record: EpochRecord) -> None:
-        try:
-            for name, value in asdict(record).items():
-                writer.add_scalar(name, value, record.epoch)
-            writer.flush()
-        except OSError as error:
-            raise TrainingError(f"{job.out}: TensorBoard's events cannot be written: {error.strerror}") from error
-
-    try:
-        yield write
-    finally:
-        with contextlib.suppress(OSError):
-            writer.close()

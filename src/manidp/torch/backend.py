@@ -1,0 +1,273 @@
+"""Training with PyTorch: the step, and batches drawn on the device.
+
+The data set is one tensor, and augmentation is a few indexed reads for the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+
+from manidp.data.images import ImageSet, Preprocessing
+from manidp.errors import TrainingError
+from manidp.formats.checkpoint import Checkpoint
+from manidp.graph import Graph
+from manidp.result import Result
+from manidp.torch.convert import network_from
+from manidp.torch.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
+from manidp.torch.network import Network, Output
+from manidp.training.backend import PADDING, Step, Weights, check_threads
+from manidp.training.recipe import Recipe
+
+
+class Torch:
+    """PyTorch on one device. Raises TrainingError for a device or a number of threads that cannot be.
+
+    device: cpu or cuda. threads: of the CPU, for the whole process; None: as many as PyTorch has.
+    """
+
+    name = "torch"
+    version = torch.__version__
+
+    def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
+        if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+            raise TrainingError(f"device must be cpu, or cuda where PyTorch finds a GPU; got {device}")
+        if threads is not None:
+            check_threads(threads)
+            torch.set_num_threads(threads)
+        self.device = device
+
+    @property
+    def threads(self) -> int:
+        """Threads of the CPU."""
+        return torch.get_num_threads()
+
+    @property
+    def precision(self) -> Literal["bfloat16", "float32"]:
+        """bfloat16 where the device computes it; where it does not, bfloat16 takes twice the time of float32."""
+        if self.device == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            able = torch.cpu.get_capabilities()
+            native = any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last: Arm's
+        return "bfloat16" if native else "float32"
+
+    def fresh(self, graph: Graph, seed: int) -> Weights:
+        """Those of ``Network``."""
+        return Network(graph, seed=seed).weights()
+
+    def learner(
+        self, start: Checkpoint, data: ImageSet, recipe: Recipe, teachers: Sequence[Checkpoint] = ()
+    ) -> TorchLearner:
+        """Any recipe can be followed; that of torch.compile needs a C++ compiler."""
+        return TorchLearner(start, data, recipe, teachers, self.device)
+
+
+class TorchLearner:
+    """A torch network in training; see ``manidp.training.backend.Learner``."""
+
+    def __init__(
+        self, start: Checkpoint, data: ImageSet, recipe: Recipe, teachers: Sequence[Checkpoint], device: str
+    ) -> None:
+        self.recipe, self.device = recipe, device
+        self.network = _placed(network_from(start), device)
+        self.forward = _callable(self.network, recipe)
+        self.teachers = [_callable(_placed(network_from(teacher), device), recipe) for teacher in teachers]
+        self.images = _Batches(data, start.preprocessing, recipe, device)
+        self.optimizer = torch.optim.SGD(
+            _groups(self.network, recipe), lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True
+        )
+        self.averages = {name: value.clone() for name, value in self.network.state_dict().items()} if recipe.ema else {}
+
+    @property
+    def steps(self) -> int:
+        return len(self.images)
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.images.epoch(epoch)
+
+    def plain(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.images.plain(count)
+
+    def step(self, batch: tuple[Tensor, Tensor], *, learning_rate: float, limit: float) -> Step:
+        images, labels = batch
+        self.network.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        with self._autocast():
+            output = self.forward(images)
+        loss, parts = self.loss(output, images, labels, limit)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        saliencies = {name: record.saliency.detach() for name, record in output.records.items()}
+        return Step(torch.stack([loss.detach(), *parts]), saliencies)
+
+    def loss(self, output: Output, images: Tensor, labels: Tensor, limit: float) -> tuple[Tensor, list[Tensor]]:
+        """The total, and [mean cross entropy, accuracy, sparsity, similarity] to record."""
+        recipe, logits = self.recipe, output.logits.float()
+        each = F.cross_entropy(logits, labels, reduction="none")
+        task = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        if self.teachers:
+            with torch.no_grad(), self._autocast():
+                taught = torch.stack([teacher(images).logits.float() for teacher in self.teachers]).mean(0)
+            follow = distillation_loss(logits, taught, recipe.temperature)
+            task = (1 - recipe.distillation) * task + recipe.distillation * follow
+        sparsity = similarity = torch.zeros((), device=logits.device)
+        if output.records:
+            records = output.records.values()
+            saliencies = [record.saliency for record in records]
+            sparsity = sparsity_loss(saliencies, complexity_weights(each, limit))
+            similarity = similarity_loss(saliencies, [record.feature for record in records])
+        total = task + recipe.lambda_sparsity * sparsity + recipe.lambda_similarity * similarity
+        correct = (logits.argmax(1) == labels).float().mean()
+        return total, [each.mean().detach(), correct, sparsity.detach(), similarity.detach()]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
+
+    def average(self, share: float) -> None:
+        state = self.network.state_dict()
+        torch._foreach_lerp_(list(self.averages.values()), list(state.values()), share)
+
+    def take_average(self) -> None:
+        self.network.load_state_dict(self.averages)
+
+    @torch.no_grad()
+    def observe(self, batch: tuple[Tensor, Tensor], share: float) -> None:
+        self.network.train()
+        before, self.network.momentum = self.network.momentum, share
+        self.network(batch[0])
+        self.network.momentum = before
+
+    @torch.no_grad()
+    def saliencies(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        self.network.eval()
+        return {name: record.saliency for name, record in self.network(batch[0]).records.items()}
+
+    def thresholds(self) -> dict[str, float]:
+        state = self.network.state_dict()
+        return {name.removesuffix(".threshold"): state[name].item() for name in self.network.graph.thresholds}
+
+    def set_thresholds(self, thresholds: Mapping[str, float]) -> None:
+        state = self.network.state_dict()
+        for name, value in thresholds.items():
+            state[f"{name}.threshold"].fill_(value)
+
+    def run(self, images: NDArray[np.float32]) -> Result:
+        return self.network.run(images)
+
+    def state(self) -> Weights:
+        tensors = {f"network/{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"average/{name}": value for name, value in self.averages.items()}
+        if self.recipe.momentum > 0:
+            for name, parameter in self.network.named_parameters():
+                buffer = self.optimizer.state[parameter].get("momentum_buffer")
+                tensors[f"momentum/{name}"] = torch.zeros_like(parameter) if buffer is None else buffer
+        return {name: value.detach().cpu().contiguous().numpy().copy() for name, value in tensors.items()}
+
+    def load(self, state: Mapping[str, NDArray[np.float32]]) -> None:
+        tensors = {name: torch.from_numpy(value) for name, value in state.items()}
+        self.network.load_state_dict(_below(tensors, "network/"))
+        for name, value in _below(tensors, "average/").items():
+            self.averages[name].copy_(value)
+        momenta = _below(tensors, "momentum/")
+        for name, parameter in self.network.named_parameters():
+            if name in momenta:
+                buffer = torch.empty_like(parameter).copy_(momenta[name])  # laid out like the parameter
+                self.optimizer.state[parameter]["momentum_buffer"] = buffer
+
+    def read(self, arrays: Sequence[Tensor]) -> NDArray[np.float32]:
+        joined: NDArray[np.float32] = torch.cat(list(arrays)).float().cpu().numpy()
+        return joined
+
+    def mean(self, arrays: Sequence[Tensor]) -> NDArray[np.float32]:
+        mean: NDArray[np.float32] = (torch.stack(list(arrays)) * (1 / len(arrays))).sum(0).cpu().numpy()
+        return mean
+
+
+class _Batches:
+    """The whole data set on the device, and how to draw batches from it."""
+
+    def __init__(self, data: ImageSet, preprocessing: Preprocessing, recipe: Recipe, device: str) -> None:
+        self.recipe, self.device = recipe, device
+        self.data = torch.from_numpy(data.images).to(device)
+        self.labels = torch.from_numpy(data.labels).to(device)
+        self.mean = torch.tensor(preprocessing.mean, device=device)
+        self.std = torch.tensor(preprocessing.std, device=device)
+        self.padded = self.data
+        if recipe.augment:
+            border = ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0))
+            self.padded = torch.from_numpy(np.pad(data.images, border, recipe.padding_mode)).to(device)
+
+    def __len__(self) -> int:
+        return max(1, len(self.data) // self.recipe.batch_size)
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), channels last in memory."""
+        return ((pixels.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled, randomly flipped and cropped; a last batch that is not full is left out."""
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
+        size = min(self.recipe.batch_size, len(self.data))
+        order = torch.randperm(len(self.data), generator=generator)
+        height, width = self.data.shape[1:3]
+        for start in range(0, len(self) * size, size):
+            chosen = order[start : start + size].to(self.device)
+            if not self.recipe.augment:
+                yield self._normalise(self.data[chosen]), self.labels[chosen]
+                continue
+            corner = torch.randint(0, 2 * PADDING + 1, (2, size, 1), generator=generator).to(self.device)
+            flip = torch.randint(0, 2, (size, 1), generator=generator).to(self.device)
+            rows = corner[0] + torch.arange(height, device=self.device)
+            across = torch.arange(width, device=self.device).expand(size, width)
+            columns = corner[1] + torch.where(flip == 1, width - 1 - across, across)
+            pixels = self.padded[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
+            yield self._normalise(pixels), self.labels[chosen]
+
+    def plain(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first ``count`` images of a fixed shuffle, unchanged, in batches of 500."""
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.recipe.seed))[:count]
+        for chosen in torch.split(order.to(self.device), 500):
+            yield self._normalise(self.data[chosen]), self.labels[chosen]
+
+
+def _placed(network: Network, device: str) -> Network:
+    """On the device, weights channels last: the fast layout on CPUs and on tensor cores."""
+    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _callable(network: Network, recipe: Recipe) -> Callable[[Tensor], Output]:
+    if not recipe.compiled:
+        return network
+    compiled: Callable[[Tensor], Output] = torch.compile(network)
+
+    def run(images: Tensor) -> Output:
+        try:
+            return compiled(images)
+        except TorchDynamoException as error:
+            reason = str(error).partition("\n")[0]
+            raise TrainingError(f"torch.compile failed: {reason}; without it: --set compiled=false") from error
+
+    return run
+
+
+def _groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
+    """Weight decay for every parameter but the gates'."""
+    heads = network.graph.heads
+    free = [p for name, p in network.named_parameters() if name.rpartition(".")[0] in heads]
+    decayed = [p for name, p in network.named_parameters() if name.rpartition(".")[0] not in heads]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

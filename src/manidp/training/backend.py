@@ -1,0 +1,158 @@
+"""What a framework brings to a training: a network and its step. All else is in ``manidp.training``, once for all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.data.images import ImageSet
+from manidp.errors import TrainingError
+from manidp.formats.checkpoint import Checkpoint
+from manidp.graph import Graph
+from manidp.result import Result
+from manidp.training.recipe import Recipe
+
+Array = Any
+"""An array of the framework, wherever it keeps it; only ``Learner.read`` and ``mean`` bring it to NumPy."""
+Batch = Any
+"""Images and labels, as the learner that made them takes them."""
+Weights = dict[str, NDArray[np.float32]]
+PADDING = 4  # pixels around an image for the random crop
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step saw, before it changed the weights.
+
+    losses: (5,), float32: the total and, as means over the batch, cross entropy, accuracy 0..1, sparsity and
+    similarity. saliencies: gate -> (B, C), float32, before the threshold.
+    """
+
+    losses: Array
+    saliencies: Mapping[str, Array]
+
+
+class Learner(Protocol):
+    """A network in training on one set of images."""
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch, at least 1: a last one that is not full is left out."""
+        ...
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """The training images of an epoch, shuffled and, with ``augment``, flipped and cropped at random.
+
+        Batches are all of one size; all chance comes from (seed, epoch).
+        """
+        ...
+
+    def plain(self, count: int) -> Iterator[Batch]:
+        """The first ``count`` images of a fixed shuffle, unchanged, in batches of any size."""
+        ...
+
+    def step(self, batch: Batch, *, learning_rate: float, limit: float) -> Step:
+        """One step of SGD down the gradient of the recipe's loss; ``limit`` is that of ``complexity_weights``."""
+        ...
+
+    def average(self, share: float) -> None:
+        """Move the average of weights and statistics by ``share`` towards the network's."""
+        ...
+
+    def take_average(self) -> None:
+        """The average becomes the network."""
+        ...
+
+    def observe(self, batch: Batch, share: float) -> None:
+        """Move the moving statistics by ``share`` towards those of the batch; no weight changes."""
+        ...
+
+    def saliencies(self, batch: Batch) -> Mapping[str, Array]:
+        """gate -> (B, C), float32, before the threshold, of the network in evaluation mode."""
+        ...
+
+    def thresholds(self) -> dict[str, float]:
+        """Every gate's threshold, by the gate's name."""
+        ...
+
+    def set_thresholds(self, thresholds: Mapping[str, float]) -> None:
+        """Other thresholds for these gates, from now on."""
+        ...
+
+    def run(self, images: NDArray[np.float32]) -> Result:
+        """Normalised images (B, C, H, W) through the network in evaluation mode, in float32."""
+        ...
+
+    def state(self) -> Weights:
+        """A copy of all that steps change: ``network/NAME`` and, where the recipe has them, ``average/NAME``,
+        ``momentum/NAME`` (zeros before the first step); NAME as in ``graph.parameters``, momentum of what is trained.
+        """
+        ...
+
+    def load(self, state: Mapping[str, NDArray[np.float32]]) -> None:
+        """Go on from a state of the same names; momentum may be left out."""
+        ...
+
+    def read(self, arrays: Sequence[Array]) -> NDArray[np.float32]:
+        """Arrays joined along their first axis."""
+        ...
+
+    def mean(self, arrays: Sequence[Array]) -> NDArray[np.float32]:
+        """The mean of arrays of one shape."""
+        ...
+
+
+class Backend(Protocol):
+    """A framework on one device."""
+
+    @property
+    def name(self) -> str:
+        """As in ``manidp train --backend``, and in the state of a run, which goes on with the same one only."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """The framework's version."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where it computes: cpu or cuda."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Threads of the CPU."""
+        ...
+
+    @property
+    def precision(self) -> Literal["bfloat16", "float32"]:
+        """What ``precision="auto"`` is here."""
+        ...
+
+    def fresh(self, graph: Graph, seed: int) -> Weights:
+        """Weights to start from: convolutions at random, gates the identity, so that they change no logit."""
+        ...
+
+    def learner(
+        self, start: Checkpoint, data: ImageSet, recipe: Recipe, teachers: Sequence[Checkpoint] = ()
+    ) -> Learner:
+        """A learner that starts from a model's weights.
+
+        data: its pictures have the size and its classes the order of ``start``. recipe: resolved, with a precision.
+        teachers: run without gradient on the same batches; the mean of their logits is followed.
+        Raises TrainingError for what this framework cannot do of the recipe, before anything is computed.
+        """
+        ...
+
+
+def check_threads(threads: int) -> None:
+    """Raises TrainingError for a number of threads that cannot be meant."""
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if not 1 <= threads <= most:
+        raise TrainingError(f"threads must lie between 1 and {most} on this machine; got {threads}")

@@ -1,0 +1,78 @@
+"""What the thresholds of a training aim at: a keep rate, or a budget of multiply-adds that they follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.graph import Graph
+from manidp.graph.macs import macs_per_image
+from manidp.training.recipe import Recipe
+from manidp.training.schedule import continuous_thresholds, keep_rate, rate_for_budget, thresholds_for_rate
+
+Saliencies = Mapping[str, NDArray[np.float32]]  # gate -> (images, C)
+Thresholds = dict[str, float]
+
+
+class Target:
+    """The target of a resolved recipe; every method gives thresholds to set, none where they stay as they are.
+
+    ``rate``: the keep rate that the budget asks for, found anew after each epoch; None before, and without a budget.
+    """
+
+    def __init__(self, graph: Graph, recipe: Recipe) -> None:
+        self.graph = graph
+        self.keep_rate = None if recipe.keep_rate is None else float(recipe.keep_rate)
+        self.budget = None if recipe.macs_budget is None else float(recipe.macs_budget)
+        self.reach = max(1, round(recipe.reach * recipe.epochs))  # epochs
+        self.rate: float | None = None
+
+    def after_epoch(self, epoch: int, saliencies: Saliencies) -> Thresholds:
+        """For the next epoch, on saliencies of the last images of this one."""
+        if epoch == 0:  # the gates are still nearly constant and say nothing
+            return {}
+        if self.keep_rate is not None:
+            return thresholds_for_rate(saliencies, keep_rate(epoch, self.reach, self.keep_rate))
+        if self.budget is None:
+            return {}
+        everything = {name: np.ones_like(value[:1], dtype=bool) for name, value in saliencies.items()}
+        full = float(macs_per_image(self.graph, everything)[0])
+        budget = full * keep_rate(epoch, self.reach, min(1.0, self.budget / full))
+        self.rate = rate_for_budget(self.graph, saliencies, budget)
+        return continuous_thresholds(_means(saliencies), self.rate)
+
+    def follow(self, saliencies: Saliencies) -> Thresholds:
+        """For the budget's rate in force, on the saliencies of the last steps.
+
+        Departs: the reference sets thresholds once an epoch. Saliencies drift meanwhile, and while gates are nearly
+        constant a small drift closes twice the channels that the budget asks for.
+        """
+        assert self.rate is not None
+        return continuous_thresholds(_means(saliencies), self.rate)
+
+    def at_last(self, saliencies: Saliencies) -> Thresholds:
+        """For the budget itself, on training images; a keep rate's thresholds stay those of the last epoch."""
+        if self.budget is None:
+            return {}
+        return continuous_thresholds(_means(saliencies), rate_for_budget(self.graph, saliencies, self.budget))
+
+    def missed(self, macs: float) -> str | None:
+        """A line if ``macs``, the mean multiply-adds of training images, are more than 1 % beside the budget."""
+        if self.budget is None or abs(macs / self.budget - 1) <= 0.01:
+            return None
+        return (
+            f"the budget of {self.budget / 1e6:.4g}M multiply-adds is missed by {macs / self.budget - 1:+.1%}: "
+            f"training images take {macs / 1e6:.4g}M on average; train longer, or give another budget"
+        )
+
+
+def mean_macs(graph: Graph, saliencies: Saliencies, thresholds: Mapping[str, float]) -> float:
+    """Mean multiply-adds of images with these saliencies under these thresholds."""
+    kept = {name: value > np.float32(thresholds[name]) for name, value in saliencies.items()}
+    return float(macs_per_image(graph, kept).mean())
+
+
+def _means(saliencies: Saliencies) -> dict[str, NDArray[np.float32]]:
+    return {name: value.mean(0) for name, value in saliencies.items()}
