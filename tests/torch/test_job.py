@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from manidp.gating.place import with_gates
 from manidp.graph import Graph
 from manidp.graph.macs import dense_macs, macs_per_image, ungated_macs
 from manidp.models import resnet
-from manidp.torch.job import Finished, Job, run_job, split
+from manidp.torch.backend import Torch
+from manidp.training.job import Finished, Job, run_job, split
 from manidp.torch.network import Network
 from manidp.training.recipe import Recipe, parse_setting, read_recipe
+from manidp.training.state import EpochRecord
 
 PREPROCESSING = Preprocessing((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (8, 8))
 GATED = with_gates(resnet(20))
@@ -55,8 +58,12 @@ def job(tmp_path: Path) -> Job:
     return Job(data=data, out=tmp_path / "run", start=model(tmp_path / "m.safetensors"), settings=TINY, threads=1)
 
 
+def run(job: Job) -> Iterator[str | EpochRecord | Finished]:
+    return run_job(job, Torch)
+
+
 def finished(job: Job) -> tuple[Checkpoint, Finished, list[str]]:
-    *events, last = run_job(job)
+    *events, last = run(job)
     assert isinstance(last, Finished)
     return load_checkpoint(last.file), last, [event for event in events if isinstance(event, str)]
 
@@ -132,7 +139,7 @@ def test_what_cannot_be_is_one_line_before_anything_is_written(
         assert err.count("\n") == 1
         assert len(err) < 500
         with pytest.raises(Exception, match=message):
-            list(run_job(job))
+            list(run(job))
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
@@ -155,7 +162,7 @@ def test_a_folder_that_can_be_none_is_one_line(job: Job, tmp_path: Path) -> None
         ("file/a", "Not a dir"),
     ):
         with pytest.raises(TrainingError, match=message):
-            list(run_job(replace(job, out=tmp_path / out)))
+            list(run(replace(job, out=tmp_path / out)))
     assert (tmp_path / "file").read_bytes() == b"mine"
     assert not (tmp_path / "nowhere").exists()
 
@@ -240,11 +247,11 @@ def test_classes_are_matched_by_name(job: Job, tmp_path: Path) -> None:
     for test in (pictures(tmp_path / "cats", cat=1, frog=1), pictures(tmp_path / "none")):
         test.mkdir(exist_ok=True)
         with pytest.raises(Exception, match="expected subfolders named after classes"):
-            list(run_job(replace(job, out=tmp_path / "no", test=test)))
+            list(run(replace(job, out=tmp_path / "no", test=test)))
     distil = (*TINY, "distillation=0.5")
     for teacher in (turned, other):
         with pytest.raises(TrainingError, match="must know the data's classes, in this order"):
-            list(run_job(replace(job, out=tmp_path / "no", teachers=(teacher,), settings=distil)))
+            list(run(replace(job, out=tmp_path / "no", teachers=(teacher,), settings=distil)))
 
 
 def test_a_run_is_known_by_the_files_of_its_models(job: Job, tmp_path: Path) -> None:
@@ -257,9 +264,9 @@ def test_a_run_is_known_by_the_files_of_its_models(job: Job, tmp_path: Path) -> 
     loaded = load_checkpoint(teacher)
     save_checkpoint(replace(loaded, provenance={"note": "another"}), teacher)
     with pytest.raises(TrainingError, match=r"another run: origin teachers \['[0-9a-f]{60}"):
-        list(run_job(job))
+        list(run(job))
     with pytest.raises(TrainingError, match=r"another run: origin from '[0-9a-f]{64}' there, '[0-9a-f]{64}' here"):
-        list(run_job(replace(job, start=teacher, teachers=(str(tmp_path / "copy.safetensors"),))))
+        list(run(replace(job, start=teacher, teachers=(str(tmp_path / "copy.safetensors"),))))
 
 
 def test_interrupted_it_ends_with_130_and_one_line_and_goes_on_to_the_same_bits(job: Job, tmp_path: Path) -> None:

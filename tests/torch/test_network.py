@@ -23,8 +23,9 @@ from manidp.graph import (
 )
 from manidp.models import resnet
 from manidp.reference import run
-from manidp.torch.convert import network_from, network_inheriting
+from manidp.torch.convert import network_from
 from manidp.torch.network import Network
+from manidp.training.start import inheriting
 from networks import images_for, random_weights, some_open
 
 
@@ -79,7 +80,7 @@ def test_state_has_exactly_the_graphs_parameters() -> None:
 def test_fresh_gates_are_the_identity_to_the_last_bit(training: bool, bfloat16: bool) -> None:
     dense = Network(resnet(20), seed=1).train(training)
     checkpoint = checkpoint_of(dense)
-    gated = network_inheriting(with_gates(resnet(20)), checkpoint).train(training)
+    gated = network_from(inheriting(checkpoint_of(Network(with_gates(resnet(20)))), checkpoint)).train(training)
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         ungated, output = dense(images).logits, gated(images)
@@ -138,19 +139,18 @@ def test_weights_there_and_back() -> None:
 
 
 def test_inheriting_is_strict() -> None:
-    checkpoint = checkpoint_of(Network(resnet(8), seed=3))
+    checkpoint, gated = (checkpoint_of(Network(graph, seed=3)) for graph in (resnet(8), with_gates(resnet(8))))
     with pytest.raises(CheckpointError, match=r"stage_1\.1\.bn_a"):
-        network_inheriting(resnet(14), checkpoint)  # would silently be half fresh
+        inheriting(checkpoint_of(Network(resnet(14))), checkpoint)  # would silently be half fresh
     with pytest.raises(CheckpointError, match=r"\(\d+ in all\)"):
-        network_inheriting(resnet(8), checkpoint_of(Network(with_gates(resnet(8)))))  # gates would be lost
+        inheriting(checkpoint_of(Network(resnet(8))), gated)  # gates would be lost
     with pytest.raises(CheckpointError, match="do not fit"):
         Network(resnet(8)).load({})
 
 
 def test_a_new_head_is_fresh_and_the_rest_inherited() -> None:
     checkpoint = checkpoint_of(Network(with_gates(resnet(8)), seed=3))
-    network = network_inheriting(with_classes(checkpoint.graph, 4), checkpoint, seed=4)
-    weights = network.weights()
+    weights = inheriting(checkpoint_of(Network(with_classes(checkpoint.graph, 4), seed=4)), checkpoint).weights
     assert weights["classifier.weight"].shape == (4, 64)
     for name, value in checkpoint.weights.items():
         if not name.startswith("classifier."):
