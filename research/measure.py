@@ -30,7 +30,7 @@ from manidp.graph import Clip, Graph, Node
 from manidp.graph.macs import gate_macs, macs_per_image
 from manidp.models import resnet
 from manidp.torch.network import Network, _mean
-from manidp.torch.train import evaluate
+from manidp.training.evaluate import evaluate
 
 
 class Shuffled(Network):
@@ -164,11 +164,11 @@ def main() -> None:
         if args.probe and kept and not static and not name.endswith("-majority"):
             network = frozen(checkpoint, kept)
             estimate(network, pixels)
-            figures["frozen"] = evaluate(network, test, CIFAR10_PREPROCESSING).correct
+            figures["frozen"] = evaluate(network.run, test, CIFAR10_PREPROCESSING).correct
             shuffled = Shuffled(checkpoint.graph)
             shuffled.load(checkpoint.weights)
             estimate(shuffled, pixels)
-            figures["shuffled"] = evaluate(shuffled, test, CIFAR10_PREPROCESSING).correct
+            figures["shuffled"] = evaluate(shuffled.run, test, CIFAR10_PREPROCESSING).correct
         line = json.dumps({"name": name, "seed": seed, **figures})
         print(line, flush=True)
         with (args.out / "results.jsonl").open("a") as file:

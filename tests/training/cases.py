@@ -41,8 +41,8 @@ def fresh(backend: Backend, graph: Graph = GRAPH, seed: int = 0) -> Checkpoint:
 def training(backend: Backend, folder: Path, recipe: Recipe, **options: Any) -> Training:
     """Of the network with gates where the recipe has a target."""
     graph = GRAPH if recipe.keep_rate is recipe.macs_budget is None else GATED_GRAPH
-    options = {"start": fresh(backend, graph, recipe.seed), "data": image_set()} | options
-    return Training(backend, recipe=recipe, folder=folder, **options)
+    start, data = options.pop("start", None) or fresh(backend, graph, recipe.seed), options.pop("data", image_set())
+    return Training(backend, start, data, recipe, folder, **options)
 
 
 def trained(backend: Backend, folder: Path, recipe: Recipe, **options: Any) -> tuple[Training, list[EpochRecord]]:

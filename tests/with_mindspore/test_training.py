@@ -1,5 +1,7 @@
-"""Losses, gradients and steps as torch has them, and a real fine-tuning."""
+"""Losses, gradients and steps as torch has them; the laws of training are in tests/training."""
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +11,27 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from manidp.data.images import CIFAR10_PREPROCESSING, ImageSet, load_sample
+from manidp import cli
+from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample, save_folder
 from manidp.errors import TrainingError
+from manidp.formats.checkpoint import load_checkpoint
 from manidp.gating.place import with_gates
 from manidp.hub.bundle import description
+from manidp.mindspore.backend import Loss, MindSpore, TrainingStep
 from manidp.mindspore.convert import weights
 from manidp.mindspore.losses import similarity_loss
 from manidp.mindspore.network import Network
-from manidp.mindspore.train import Loss, Recipe, fine_tune, training_step
 from manidp.models import resnet
+from manidp.training.job import Job, run_job
+from manidp.training.recipe import Recipe
+from manidp.training.schedule import learning_rate
+from manidp.training.start import start_of
 
-RECORD = Path(__file__).parents[1] / "data" / "training-step.safetensors"  # made by tests/torch/test_training_step.py
+# Made by tests/with_torch/test_training_step.py.
+RECORD = Path(__file__).parents[1] / "data" / "training-step.safetensors"
 RECIPE = Recipe(learning_rate=0.05, weight_decay=5e-2, lambda_sparsity=0.5, lambda_similarity=30.0)
 STEPS = 4
+MINDSPORE = MindSpore()
 Array = NDArray[np.float32]
 Arrays = dict[str, Array]
 
@@ -39,9 +49,9 @@ def network_of(recorded: Arrays) -> Network:
     return network
 
 
-def batch(recorded: Arrays) -> tuple[object, object, object]:
+def batch(recorded: Arrays) -> tuple[object, ...]:
     labels = mindspore.Tensor(recorded["labels"].astype(np.int32))
-    return mindspore.Tensor(recorded["images"]), labels, mindspore.Tensor(recorded["limit"])
+    return mindspore.Tensor(recorded["images"]), labels, mindspore.Tensor(recorded["limit"]), mindspore.Tensor([0.0])
 
 
 def assert_close(came: Array, expected: Array, name: str) -> None:
@@ -51,11 +61,11 @@ def assert_close(came: Array, expected: Array, name: str) -> None:
 
 def test_losses_and_gradients_are_those_of_torch(mode: str, recorded: Arrays) -> None:
     network = network_of(recorded)
-    loss = Loss(network, RECIPE.lambda_sparsity, RECIPE.lambda_similarity)
+    loss = Loss(network, RECIPE)
     loss.set_train(True)
     parameters = network.trainable_params()
-    losses, gradients = mindspore.value_and_grad(loss, None, parameters, has_aux=True)(*batch(recorded))
-    total, cross_entropy, _, sparsity, similarity = (value.asnumpy() for value in losses)
+    (_, losses, *_), gradients = mindspore.value_and_grad(loss, None, parameters, has_aux=True)(*batch(recorded))
+    total, cross_entropy, _, sparsity, similarity = losses.asnumpy()
     np.testing.assert_allclose([total, cross_entropy, sparsity, similarity], recorded["losses"], rtol=1e-5)
     assert {f"gradient/{p.name}" for p in parameters} == {name for name in recorded if name.startswith("gradient/")}
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -79,62 +89,60 @@ def test_gates_are_those_of_torch(recorded: Arrays) -> None:
         assert_close(feature.asnumpy(), recorded[f"feature/{name}"], name)
 
 
-def test_two_steps_end_where_those_of_torch_end(recorded: Arrays) -> None:
+def test_two_steps_end_where_those_of_torch_end(mode: str, recorded: Arrays) -> None:
     network = network_of(recorded)
-    step = training_step(network, RECIPE, STEPS)
+    step = TrainingStep(network, RECIPE)
     step.set_train(True)
-    for _ in range(2):
-        step(*batch(recorded))
+    for number in range(2):
+        rate = learning_rate(number, STEPS, peak=RECIPE.learning_rate)
+        step(*batch(recorded), mindspore.Tensor(rate, mindspore.float32))
     after = weights(network)
     assert {f"after/{name}" for name in after} == {name for name in recorded if name.startswith("after/")}
     for name, value in after.items():
         assert_close(value, recorded[f"after/{name}"], name)
 
 
-@pytest.mark.parametrize("mode", ["GRAPH"], indirect=True)
-def test_fine_tuning_on_cifar10_images_lowers_the_loss(mode: str) -> None:
-    mindspore.set_seed(0)
-    network = Network(description(with_gates(resnet(8, width=8))), np.zeros(6))
-    before = weights(network)
-    recipe = Recipe(epochs=6, batch_size=50, learning_rate=0.05, lambda_similarity=0.1)
-    records = list(fine_tune(network, load_sample(), CIFAR10_PREPROCESSING, recipe))
-    assert [record.epoch for record in records] == list(range(6))
-    assert records[-1].cross_entropy < 0.9 * records[0].cross_entropy
-    assert records[-1].loss < records[0].loss
-    assert records[0].sparsity == 0 < records[-1].sparsity
-    assert not network.training
-    after = weights(network)
-    assert all(np.any(after[name] != value) for name, value in before.items() if not name.endswith(".threshold"))
-
-
-def test_a_loss_that_is_not_finite_stops_it() -> None:
-    network = Network(description(resnet(8)), [])
-    with pytest.raises(TrainingError, match=r"not finite a(t|fter) epoch 0"):
-        list(fine_tune(network, load_sample(), CIFAR10_PREPROCESSING, Recipe(batch_size=50, learning_rate=1e3)))
+def test_compiled_it_does_the_same_and_thresholds_can_still_be_set() -> None:
+    data = load_sample().take(np.arange(8))
+    start = start_of(MINDSPORE, with_gates(resnet(8, width=4)), None, CIFAR10_PREPROCESSING, data.classes, 0)
+    recipe = replace(RECIPE, batch_size=8, keep_rate=0.5, lambda_similarity=1.0)
+    ended = []
+    for compiled in (False, True):
+        learner = MINDSPORE.learner(start, data, replace(recipe, precision="float32", compiled=compiled))
+        for batch, threshold in zip([*learner.batches(0), *learner.batches(1)], (0.0, 0.9), strict=True):
+            learner.set_thresholds(dict.fromkeys(learner.thresholds(), threshold))
+            learner.step(batch, learning_rate=0.05, limit=2.0)
+        ended.append(learner.state())
+    for name, value in ended[0].items():
+        assert_close(ended[1][name], value, name)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0}, "epochs must lie between 1"),
-        ({"epochs": float("inf")}, "epochs must be int; got inf"),
-        ({"batch_size": True}, "batch_size must be int; got True"),
-        ({"learning_rate": 0.0}, "learning_rate must lie above 0"),
-        ({"momentum": float("nan")}, "momentum must lie between 0 and 1; got nan"),
-        ({"seed": -1}, "seed must lie between 0"),
-        ({"seed": 10**400}, "seed must lie between 0"),
-        ({"augment": "yes"}, "augment must be bool"),
+        ({"device": "cuda"}, "with MindSpore device must be cpu; got cuda"),
+        ({"threads": 2}, "leave --threads out and set OMP_NUM_THREADS=2"),
+        ({"settings": ("precision=bfloat16", "epochs=1")}, "with MindSpore precision must be float32; got bfloat16"),
     ],
 )
-def test_a_recipe_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(TrainingError, match=message):
-        next(fine_tune(Network(description(resnet(8)), []), load_sample(), CIFAR10_PREPROCESSING, Recipe(**change)))
+def test_what_mindspore_cannot_do_is_one_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_folder(load_sample().take(np.arange(4)), tmp_path / "data")
+    job = Job(data=tmp_path / "data", out=tmp_path / "run")
+    with pytest.raises(TrainingError, match=message) as caught:
+        list(run_job(replace(job, **change), MindSpore))
+    assert "\n" not in str(caught.value)
 
 
-def test_data_of_more_classes_is_refused() -> None:
-    network = Network(description(resnet(8, num_classes=3)), [])
-    with pytest.raises(TrainingError, match="at most 3 classes"):
-        next(fine_tune(network, load_sample(), CIFAR10_PREPROCESSING, Recipe()))
-    images = ImageSet(np.zeros((0, 32, 32, 3), np.uint8), np.zeros(0, np.int64), ("a",))
-    with pytest.raises(TrainingError, match="two or more images"):
-        next(fine_tune(network, images, CIFAR10_PREPROCESSING, Recipe()))
+def test_the_command_trains_to_a_budget_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_folder(load_sample().take(np.arange(0, 200, 10)), tmp_path / "data")
+    settings = ["--set", "epochs=1", "--set", "batch_size=10", "--set", "macs_budget=99%"]
+    options = ["--backend", "mindspore", "--network", "resnet-8", "--gates", "--json", *settings]
+    arguments = ["--data", tmp_path / "data", "--out", tmp_path / "run", *options]
+    for more in ([], ["--resume"]):
+        sys.argv = ["manidp", "train", *map(str, arguments), *more]
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code in (0, 1)  # 1: the budget is missed after so short a training
+    made = load_checkpoint(tmp_path / "run" / "model.safetensors")
+    assert made.provenance["made_with"]["mindspore"] == mindspore.__version__
+    assert made.classes == CIFAR10_CLASSES

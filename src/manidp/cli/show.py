@@ -10,8 +10,8 @@ from manidp.terminal import complain, escaped, say, show
 
 if TYPE_CHECKING:
     from manidp.predict import Evaluation, Prediction
-    from manidp.torch.job import Finished
-    from manidp.torch.state import EpochRecord
+    from manidp.training.job import Finished
+    from manidp.training.state import EpochRecord
 
 
 def row(image: str, truth: str | None, prediction: Prediction) -> dict[str, Any]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from manidp.cli import show
 from manidp.cli.options import Json
 from manidp.terminal import complain, progress, say, say_json, steps
+
+if TYPE_CHECKING:
+    from manidp.training.backend import Backend
 
 
 def data(
@@ -65,6 +69,7 @@ def train(
     holdout: Annotated[
         int, typer.Option(help="Number of training images to hold out for the final figures.", min=0)
     ] = 0,
+    backend: Annotated[str, typer.Option(help="torch, or mindspore in an environment that has MindSpore.")] = "torch",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[
         int | None,
@@ -79,8 +84,8 @@ def train(
     The model is that of the last epoch, not of the best one. If it misses the budget of the recipe by more than 1 %, it
     is written all the same, and the exit code is 1.
     """
-    from manidp.torch.job import Finished, Job, run_job
-    from manidp.torch.state import EpochRecord
+    from manidp.training.job import Finished, Job, run_job
+    from manidp.training.state import EpochRecord
 
     job = Job(
         data=data, out=out, recipe=recipe, settings=tuple(settings or ()), start=start, network=network, gates=gates,
@@ -88,7 +93,7 @@ def train(
         tensorboard=tensorboard,
     )  # fmt: skip
     with progress() as bars:
-        for event in run_job(job, steps(bars, "Training")):
+        for event in run_job(job, _backend(backend), steps(bars, "Training")):
             if isinstance(event, EpochRecord):
                 say_json(asdict(event)) if as_json else say(show.epoch_line(event))
             elif isinstance(event, Finished):
@@ -99,3 +104,16 @@ def train(
                     raise typer.Exit(1)
             else:
                 complain(event)
+
+
+def _backend(name: str) -> Callable[[str, int | None], Backend]:
+    """Device and threads -> the framework that trains."""
+    if name == "torch":
+        from manidp.torch.backend import Torch
+
+        return Torch
+    if name == "mindspore":
+        from manidp.mindspore.backend import MindSpore
+
+        return MindSpore
+    raise typer.BadParameter(f"torch or mindspore; got {name}", param_hint="--backend")

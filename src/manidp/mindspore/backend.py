@@ -45,6 +45,7 @@ class MindSpore:
     precision: Literal["float32"] = "float32"
 
     def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
+        mindspore.runtime.launch_blocking()  # else the threads that hand on operators spin while they wait
         if device != "cpu":
             raise TrainingError(f"with MindSpore device must be cpu; got {device}")
         if threads is not None:
@@ -167,7 +168,8 @@ class MindSporeLearner:
         return np.concatenate([array.asnumpy() for array in arrays])
 
     def mean(self, arrays: Sequence[Tensor]) -> NDArray[np.float32]:
-        return np.mean([array.asnumpy() for array in arrays], axis=0)
+        mean: NDArray[np.float32] = np.mean([array.asnumpy() for array in arrays], axis=0)
+        return mean
 
     def _named(self, values: Sequence[Any]) -> dict[str, Any]:
         return dict(zip(self.network.gate_names, values, strict=True))

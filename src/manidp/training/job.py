@@ -35,7 +35,7 @@ from manidp.training.folder import MODEL, check_folder
 from manidp.training.loop import Training
 from manidp.training.provenance import origin_of, provenance
 from manidp.training.recipe import Recipe, parse_setting, read_recipe
-from manidp.training.start import graph_for, start_of
+from manidp.training.start import graph_for, in_order_of, start_of
 from manidp.training.state import EpochRecord
 
 
@@ -156,7 +156,9 @@ class _Sets:
             self.train = self._folder(job.data, None)
             self.train_name = shown(job.data.resolve().name)
         if start is not None:
-            self._meet(start)
+            self.train = in_order_of(start.checkpoint, self.train)
+            if self.train.classes != start.checkpoint.classes:
+                self.messages.append(f"the classifier starts anew: {start.name} knows other classes than the data")
         if job.test is not None:
             cifar10 = holds_cifar10(job.test)
             test = load_cifar10(job.test)[1] if cifar10 else self._folder(job.test, self.train.classes)
@@ -170,14 +172,6 @@ class _Sets:
         images, pictures = load_folder(folder, self.preprocessing.size, classes)
         self.messages += [f"left out: {line}" for line in pictures.left_out]
         return images
-
-    def _meet(self, start: Found) -> None:
-        """The order of the start's classes where they are the data's, so that its classifier can stay."""
-        known = start.checkpoint.classes
-        if sorted(known) == sorted(self.train.classes):
-            self.train = self.train.relabelled(known, start.name)
-        else:
-            self.messages.append(f"the classifier starts anew: {start.name} knows other classes than the data")
 
 
 def split(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from manidp.data.images import Preprocessing
+from manidp.data.images import ImageSet, Preprocessing
 from manidp.errors import CheckpointError, some
 from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.place import with_gates
@@ -55,3 +55,9 @@ def inheriting(fresh: Checkpoint, parent: Checkpoint) -> Checkpoint:
         )
     mixed = {name: given[name] if name in needed else value for name, value in weights.items()}
     return Checkpoint(graph, mixed, fresh.preprocessing, fresh.classes)
+
+
+def in_order_of(parent: Checkpoint, data: ImageSet) -> ImageSet:
+    """The data in the order of the parent's classes where they are the same, so that its classifier can stay."""
+    same = sorted(parent.classes) == sorted(data.classes)
+    return data.relabelled(parent.classes, "the model") if same else data

@@ -27,8 +27,8 @@ from manidp.graph import Graph
 from manidp.graph.macs import dense_macs, macs_per_image, ungated_macs
 from manidp.models import resnet
 from manidp.torch.backend import Torch
-from manidp.training.job import Finished, Job, run_job, split
 from manidp.torch.network import Network
+from manidp.training.job import Finished, Job, run_job, split
 from manidp.training.recipe import Recipe, parse_setting, read_recipe
 from manidp.training.state import EpochRecord
 

@@ -1,6 +1,6 @@
 """Two training steps on record, so that another backend, in an environment without torch, can be held to the same.
 
-To make the record anew: python tests/torch/test_training_step.py
+To make the record anew: python tests/with_torch/test_training_step.py
 """
 
 import math
