@@ -87,7 +87,7 @@ fuzz: $(VENV)/.dev  ## Try many more mutants of every kind of file than the test
 	PYTHONPATH=tests nice $(VENV)/bin/python -m hostile.campaign $(FIRST) $(MUTANTS)
 
 test-mindspore: .venv-mindspore/.ready  ## The tests that need MindSpore, in its own environment (numpy < 2)
-	.venv-mindspore/bin/python -m pytest tests/with_mindspore
+	.venv-mindspore/bin/python -m pytest tests/with_mindspore tests/training
 
 .venv-mindspore/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-mindspore

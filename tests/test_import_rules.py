@@ -22,7 +22,16 @@ def loaded_after(code: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["manidp", "manidp.cli", "manidp.formats.checkpoint", "manidp.data.images", "manidp.graph"]
+    "module",
+    [
+        "manidp",
+        "manidp.cli",
+        "manidp.formats.checkpoint",
+        "manidp.data.images",
+        "manidp.graph",
+        "manidp.training.job",
+        "manidp.training.train",
+    ],
 )
 def test_base_modules_load_nothing_heavy(module: str) -> None:
     assert loaded_after(f"import {module}") == []

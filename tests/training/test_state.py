@@ -142,7 +142,8 @@ METAS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "huge": (lambda m: m["records"][0].update(loss=10**400), r"loss is 1000.*\(401 characters\)"),
     "rate": (lambda m: m.update(rate=[1]), r"rate is \[1\]"),
     "run": (lambda m: m.update(run=[]), "damaged"),
-    "parts of the run": (lambda m: m.update(run={"recipe": None, "data": 3}), "another run: another graph; another"),
+    "parts of the run": (lambda m: m.update(run={"recipe": None, "data": 3}), "another run: .*another graph; another"),
+    "backend": (lambda m: m["run"].update(backend="other"), r"another run: backend 'other' there, '\w+' here$"),
 }
 
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from manidp.errors import TrainingError
 from manidp.torch.backend import Torch, TorchLearner
 from manidp.torch.convert import network_from
 from manidp.torch.losses import distillation_loss
 from manidp.training.recipe import Recipe
+from manidp.training.state import read_state, write_state
 
 from .cases import GATED, PREPROCESSING, RECIPE, fresh, image_set, trained, training
 
@@ -121,3 +123,14 @@ def test_a_run_keeps_the_precision_it_began_with(
     training(TORCH, tmp_path, replace(automatic, precision=first), resume=True).close()
     with pytest.raises(TrainingError, match=f"recipe precision '{first}' there, '{other}' here"):
         training(TORCH, tmp_path, replace(automatic, precision=other), resume=True)
+
+
+def test_a_run_of_old_that_names_no_backend_goes_on(tmp_path: Path) -> None:
+    recipe = replace(GATED, epochs=2)
+    with training(TORCH, tmp_path, recipe) as run:
+        next(run.epochs())
+    state = read_state(run.state_path)
+    del state.run["backend"]
+    write_state(run.state_path, state, load_file(run.state_path))
+    with training(TORCH, tmp_path, recipe, resume=True) as run:
+        assert [record.epoch for record in run.epochs()] == [1]

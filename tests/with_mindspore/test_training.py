@@ -31,6 +31,7 @@ from manidp.training.start import start_of
 RECORD = Path(__file__).parents[1] / "data" / "training-step.safetensors"
 RECIPE = Recipe(learning_rate=0.05, weight_decay=5e-2, lambda_sparsity=0.5, lambda_similarity=30.0)
 STEPS = 4
+GRAPH = with_gates(resnet(8, num_classes=4, width=4, image=(3, 8, 8)))
 MINDSPORE = MindSpore()
 Array = NDArray[np.float32]
 Arrays = dict[str, Array]
@@ -42,8 +43,7 @@ def recorded() -> Arrays:
 
 
 def network_of(recorded: Arrays) -> Network:
-    graph = with_gates(resnet(8, num_classes=4, width=4, image=(3, 8, 8)))
-    network = Network(description(graph), [float(recorded[f"weights/{gate.name}.threshold"]) for gate in graph.gates])
+    network = Network(description(GRAPH), [float(recorded[f"weights/{gate.name}.threshold"]) for gate in GRAPH.gates])
     for parameter in network.get_parameters():
         parameter.set_data(mindspore.Tensor(recorded[f"weights/{parameter.name}"]))
     return network
@@ -91,7 +91,7 @@ def test_gates_are_those_of_torch(recorded: Arrays) -> None:
 
 def test_two_steps_end_where_those_of_torch_end(mode: str, recorded: Arrays) -> None:
     network = network_of(recorded)
-    step = TrainingStep(network, RECIPE)
+    step = TrainingStep(network, RECIPE, GRAPH.heads)
     step.set_train(True)
     for number in range(2):
         rate = learning_rate(number, STEPS, peak=RECIPE.learning_rate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,7 +82,7 @@ class MindSporeLearner:
         self.size = min(recipe.batch_size, len(data))
         self.network = from_checkpoint(start, adjustable=True)
         self.teachers = [_callable(from_checkpoint(teacher), recipe) for teacher in teachers]
-        self.training = TrainingStep(self.network, recipe)
+        self.training = TrainingStep(self.network, recipe, start.graph.heads)
         self.trained = _callable(self.training, recipe)
         self.averages = weights(self.network) if recipe.ema else {}
         self.observer: Network | None = None
@@ -209,15 +209,15 @@ class Loss(nn.Cell):
 class TrainingStep(nn.Cell):
     """What Loss takes, and a learning rate -> its losses and saliencies; the network has made a step down its gradient.
 
-    SGD with Nesterov momentum, as torch.optim.SGD has it; weight decay spares the gates.
+    SGD with Nesterov momentum, as torch.optim.SGD has it; weight decay spares the nodes ``heads``, the gates'.
     """
 
-    def __init__(self, network: Network, recipe: Recipe) -> None:
+    def __init__(self, network: Network, recipe: Recipe, heads: Collection[str]) -> None:
         super().__init__(auto_prefix=False)
         self.loss = Loss(network, recipe)
         parameters = network.trainable_params()
-        gates = tuple(f"{name}." for name in network.gate_names)
-        self.decays = tuple(0.0 if p.name.startswith(gates) else recipe.weight_decay for p in parameters)
+        decay = recipe.weight_decay
+        self.decays = tuple(0.0 if p.name.rpartition(".")[0] in heads else decay for p in parameters)
         self.momentum = recipe.momentum
         self.parameters = mindspore.ParameterTuple(parameters)
         self.velocities = self.parameters.clone(prefix="momentum", init="zeros")
@@ -277,7 +277,7 @@ def _observing(start: Checkpoint) -> Network:
     """
     network = from_checkpoint(start, adjustable=True)
     for _, cell in network.cells_and_names():
-        if isinstance(cell, nn.BatchNorm2d):
+        if isinstance(cell, (nn.BatchNorm1d, nn.BatchNorm2d)):
             cell.bn_train = ops.BatchNorm(is_training=True, epsilon=cell.eps, momentum=1.0)
     network.set_train(True)
     return network

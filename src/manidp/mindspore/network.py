@@ -297,8 +297,8 @@ def _pair(value: Any) -> Any:
     return value if isinstance(value, int) else tuple(value)
 
 
-_Node = Mapping[str, Any]  # as in the description; with ``threshold``, whether that is ``adjustable``, and ``scores``:
-# whether it makes a gate's scores
+# As in the description; with ``threshold``, whether that is ``adjustable``, and whether it makes a gate's ``scores``.
+_Node = Mapping[str, Any]
 _ACTIVATIONS: dict[str, Callable[[], nn.Cell]] = {
     "relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.HSwish, "silu": nn.SiLU, "sigmoid": nn.Sigmoid,
     "hardsigmoid": nn.HSigmoid,

@@ -8,7 +8,7 @@ from manidp.data.images import ImageSet, Preprocessing
 from manidp.errors import CheckpointError, some
 from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.place import with_gates
-from manidp.graph import Graph, Linear, Select, with_classes
+from manidp.graph import Graph, Linear, with_classes
 from manidp.training.backend import Backend
 
 
@@ -42,7 +42,7 @@ def inheriting(fresh: Checkpoint, parent: Checkpoint) -> Checkpoint:
     own = {
         f"{node.name}.{name}"
         for node in graph.nodes
-        if ((isinstance(node, Select) or node.name in graph.heads) and node.name not in parent.graph.by_name)
+        if (node.name in graph.deciding and node.name not in parent.graph.by_name)
         or (isinstance(node, Linear) and node.name == graph.output and fresh.classes != parent.classes)
         for name in node.parameters(*graph.input_shapes(node))
     }
