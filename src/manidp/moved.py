@@ -26,6 +26,8 @@ MOVED = {
     "manidp.settings": "manidp.training.settings",
     "manidp.torch.recipe": "manidp.training.recipe",
     "manidp.torch.schedule": "manidp.training.schedule",
+    "manidp.torch.job": "manidp.training.job",
+    "manidp.torch.state": "manidp.training.state",
     "manidp.runtime.engine": "manidp.engine.engine",
     "manidp.runtime.reference": "manidp.reference",
 }

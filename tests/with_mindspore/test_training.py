@@ -142,7 +142,7 @@ def test_the_command_trains_to_a_budget_and_goes_on(tmp_path: Path, capsys: pyte
         sys.argv = ["manidp", "train", *map(str, arguments), *more]
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        assert stop.value.code in (0, 1)  # 1: the budget is missed after so short a training
+        assert not stop.value.code
     made = load_checkpoint(tmp_path / "run" / "model.safetensors")
     assert made.provenance["made_with"]["mindspore"] == mindspore.__version__
     assert made.classes == CIFAR10_CLASSES

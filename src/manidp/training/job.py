@@ -112,8 +112,7 @@ def run_job(
 def _why(precision: str, backend: Backend) -> str:
     if precision != backend.precision:
         return "that of the epochs already trained"
-    computes = "computes" if precision == "bfloat16" else "does not compute"
-    return f"{'the GPU' if backend.device == 'cuda' else 'this processor'} {computes} bfloat16"
+    return f"what {backend.name} computes fastest on this {'GPU' if backend.device == 'cuda' else 'processor'}"
 
 
 def _finished(job: Job, training: Training, sets: _Sets, start: Found | None, teachers: list[Found]) -> Finished:
