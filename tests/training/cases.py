@@ -9,7 +9,7 @@ import numpy as np
 from manidp.data.images import ImageSet, Preprocessing
 from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.place import with_gates
-from manidp.graph import Graph
+from manidp.graph import Activation, Add, BatchNorm, Conv, GlobalPool, Graph, Input, Linear
 from manidp.models import resnet
 from manidp.training.backend import Backend
 from manidp.training.loop import Training
@@ -20,6 +20,19 @@ from manidp.training.state import EpochRecord
 PREPROCESSING = Preprocessing((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (8, 8))
 GRAPH = resnet(8, num_classes=2, width=8, image=(3, 8, 8))
 GATED_GRAPH = with_gates(GRAPH)
+SHORT = Graph(  # quick to compile
+    (
+        Input(name="image", dims=(3, 8, 8)),
+        Conv(name="conv_1", inputs=("image",), channels=8),
+        BatchNorm(name="bn_1", inputs=("conv_1",)),
+        Activation(name="relu_1", inputs=("bn_1",), kind="relu"),
+        Conv(name="conv_2", inputs=("relu_1",), channels=8),
+        Add(name="sum", inputs=("conv_2", "relu_1")),
+        GlobalPool(name="pool", inputs=("sum",)),
+        Linear(name="classifier", inputs=("pool",), features=2),
+    ),
+    "classifier",
+)
 RECIPE = Recipe(epochs=4, batch_size=16, learning_rate=0.05, ema=0.9, precision="float32", augment=False)  # not to flip
 GATED = replace(RECIPE, keep_rate=0.6)  # with an average, momentum and thresholds to carry over
 

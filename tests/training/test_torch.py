@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from manidp.errors import TrainingError
+from manidp.gating.place import with_gates
 from manidp.torch.backend import Torch, TorchLearner
 from manidp.torch.convert import network_from
 from manidp.torch.losses import distillation_loss
 from manidp.training.recipe import Recipe
 from manidp.training.state import read_state, write_state
 
-from .cases import GATED, PREPROCESSING, RECIPE, fresh, image_set, trained, training
+from .cases import GATED, PREPROCESSING, RECIPE, SHORT, fresh, image_set, trained, training
 
 TORCH = Torch(threads=1)
 AUGMENTED = replace(RECIPE, augment=True)
@@ -33,8 +34,9 @@ def test_a_compiled_training_does_what_a_plain_one_does(tmp_path: Path) -> None:
     if not any(map(shutil.which, ("g++", "clang++"))):
         pytest.skip("torch.compile needs a C++ compiler")
     recipe = replace(GATED, epochs=1)
-    plain, [expected] = trained(TORCH, tmp_path / "plain", recipe)
-    compiled, [record] = trained(TORCH, tmp_path / "compiled", replace(recipe, compiled=True))
+    start = fresh(TORCH, with_gates(SHORT))
+    plain, [expected] = trained(TORCH, tmp_path / "plain", recipe, start=start)
+    compiled, [record] = trained(TORCH, tmp_path / "compiled", replace(recipe, compiled=True), start=start)
     assert record.loss == pytest.approx(expected.loss, rel=1e-3)
     wanted = plain.learner.state()
     for name, value in compiled.learner.state().items():
@@ -46,7 +48,7 @@ def test_without_a_compiler_it_is_said_how_to_train(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     with pytest.raises(TrainingError, match=r"torch\.compile failed: .*no-such-compiler.*compiled=false"):
-        trained(TORCH, tmp_path / "run", replace(RECIPE, compiled=True))
+        trained(TORCH, tmp_path / "run", replace(RECIPE, compiled=True), start=fresh(TORCH, SHORT))
 
 
 def test_of_several_teachers_the_mean_is_followed() -> None:
