@@ -6,8 +6,12 @@ TRAIN := $(MANIDP) train --data cifar10 --resume
 
 FIRST ?= 0
 MUTANTS ?= 20000
+TORCH ?= 2.11.0
+OTHER ?= python3.13
+CORE := $(addprefix tests/test_,checkpoint.py ckpt.py engine.py files.py graph.py hub.py images.py macs.py reference.py \
+	static.py terminal.py)
 
-.PHONY: help run test check fuzz data model cards table figure support test-mindspore clean
+.PHONY: help run test check fuzz data model cards table figure support test-mindspore test-torch test-python clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -94,5 +98,16 @@ test-mindspore: .venv-mindspore/.ready  ## The tests that need MindSpore, in its
 	.venv-mindspore/bin/python -m pip install --quiet --editable '.[mindspore]' 'pytest>=9'
 	touch $@
 
+test-torch:  ## The tests of torch and ONNX with another torch: TORCH=2.11.0
+	$(PYTHON) -m venv .venv-torch
+	.venv-torch/bin/python -m pip install --quiet torch==$(TORCH)
+	.venv-torch/bin/python -m pip install --quiet --editable '.[torch,onnx]' 'pytest>=9' 'hypothesis>=6.120'
+	.venv-torch/bin/python -m pytest tests/torch tests/test_onnx.py
+
+test-python:  ## What needs no framework, with another Python: OTHER=python3.13
+	$(OTHER) -m venv .venv-python
+	.venv-python/bin/python -m pip install --quiet --editable . 'pytest>=9' 'hypothesis>=6.120'
+	.venv-python/bin/python -m pytest $(CORE)
+
 clean:  ## Remove the environments and caches
-	rm -rf $(VENV) .venv-mindspore .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-mindspore .venv-torch .venv-python .mypy_cache .ruff_cache .pytest_cache .hypothesis
