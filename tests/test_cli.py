@@ -273,7 +273,7 @@ def test_a_reader_that_goes_away_is_no_error(model: Path) -> None:
 
 
 def test_fine_tuning_on_a_folder_of_ones_own(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
+    pytest.importorskip("torch.nn", reason="training needs PyTorch: pip install 'manidp[torch]'")
     class_folders(tmp_path / "set", ("frog", "ship", "truck"), 20)
     (tmp_path / "set" / "ship" / "broken.png").write_bytes(b"oops")
     out = tmp_path / "run"
@@ -304,7 +304,7 @@ def test_fine_tuning_on_a_folder_of_ones_own(model: Path, tmp_path: Path, capsys
 def test_training_starts_from_a_name_on_the_hub(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
+    pytest.importorskip("torch.nn", reason="training needs PyTorch: pip install 'manidp[torch]'")
     monkeypatch.setenv("MANIDP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MANIDP_OFFLINE", "1")
     uid = "manidp/1.0/manidp-res20_cifar10"
@@ -327,7 +327,7 @@ def test_training_starts_from_a_name_on_the_hub(
 
 
 def test_a_network_is_named_by_its_depth_and_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
+    pytest.importorskip("torch.nn", reason="training needs PyTorch: pip install 'manidp[torch]'")
     class_folders(tmp_path / "set", ("frog", "ship"), 4)
     arguments = ["--data", tmp_path / "set", "--threads", 1, "--set", "epochs=1", "--set", "batch_size=8", "--network"]
     assert run(capsys, "train", *arguments, "resnet-8x2", "--out", tmp_path / "run")[0] == 0
@@ -340,7 +340,7 @@ def test_a_network_is_named_by_its_depth_and_width(tmp_path: Path, capsys: pytes
 
 
 def test_training_can_write_tensorboard_events(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
+    pytest.importorskip("torch.nn", reason="training needs PyTorch: pip install 'manidp[torch]'")
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install 'manidp[torch]'")
     class_folders(tmp_path / "set", ("frog", "ship"), 8)
     arguments = ["--from", model, "--data", tmp_path / "set", "--out", tmp_path / "run", "--threads", 1]

@@ -135,7 +135,7 @@ def compiled(checkpoint: Checkpoint, make: Any = engine.Engine, **options: Any) 
 
 def prepare(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "train":
-        pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
+        pytest.importorskip("torch.nn", reason="training needs PyTorch: pip install 'manidp[torch]'")
     if name == "report":
         charts = pytest.importorskip(
             "manidp.report.charts", reason="reports need matplotlib: pip install 'manidp[plots]'"
@@ -168,7 +168,7 @@ def cases() -> list[tuple[str, str]]:
 
 
 def test_files_may_have_names_that_are_no_unicode(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torch", reason="training needs PyTorch: pip install 'manidp[torch]'")
+    pytest.importorskip("torch.nn", reason="training needs PyTorch: pip install 'manidp[torch]'")
     monkeypatch.chdir(place)
     odd = os.fsdecode(b"\xffodd")
     shutil.copytree("set", odd)
