@@ -70,6 +70,7 @@ WORKING: dict[str, dict[str, list[str]]] = {
     "convert": {"source": ["m.safetensors"], "out": ["new.ckpt"], "thresholds": ["new.npy"]},
     "report": {"out": ["new.html"], "model": ["m.safetensors"], "beside": ["dense.safetensors"], "data": ["set"]},
     "bench": {"model": ["m.safetensors"], "dense": ["dense.safetensors"], "data": ["set"]},
+    "inspect": {"network": ["net.py:make"], "size": ["3x32x32"]},
     "hub": {},
     "hub list": {},
     "hub show": {"uid": ["manidp/1.0/manidp-res20_cifar10"]},
@@ -99,6 +100,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "set" / label).mkdir(parents=True)
         for number, pixels in enumerate(sample.images[sample.labels == sample.classes.index(label)][:4]):
             Image.fromarray(pixels).save(root / "set" / label / f"{number}.png")
+    (root / "net.py").write_text("""
+from torch import nn
+def make():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 2))
+""")
     (root / "folder").mkdir()
     (root / "nothing").touch()
     (root / "text.txt").write_text("= not [what = anybody\nexpects")

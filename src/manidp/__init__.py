@@ -9,7 +9,7 @@ Importing this package loads no framework; ``manidp.torch`` trains, ``manidp.min
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from manidp.moved import keep_old_paths
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from manidp.data.images import Preprocessing
     from manidp.engine.engine import Engine
     from manidp.formats.checkpoint import Checkpoint
+    from manidp.gating.place import Gated
+    from manidp.graph import Graph
 
 __version__ = "0.1.0"
 
@@ -60,3 +62,29 @@ def from_torch(
     from manidp.torch.frontend import from_torch
 
     return from_torch(module, example, preprocessing=preprocessing, classes=classes)
+
+
+@overload
+def gate(network: Checkpoint, *, seed: int = 0) -> Gated[Checkpoint]: ...
+@overload
+def gate(network: Graph, *, seed: int = 0) -> Gated[Graph]: ...
+def gate(network: Checkpoint | Graph, *, seed: int = 0) -> Gated[Checkpoint] | Gated[Graph]:
+    """The network with gates wherever skipping is exact and a gate pays: ``.network``, ``.gates`` and ``.ungated``.
+
+    A checkpoint's new gates are open (``seed``: their hidden layers), so its logits are the same to the last bit until
+    they are trained; what was measured of it, and other operating points, are left off. ``.ungated`` says of every
+    convolution without a gate why. See ``manidp.gating.place.gate``.
+    """
+    from dataclasses import replace
+
+    from manidp.gating import place
+    from manidp.gating.manidp import fresh_gates
+    from manidp.graph import Graph
+
+    if isinstance(network, Graph):
+        return place.gate(network)
+    gated = place.gate(network.graph)
+    told = {name: value for name, value in network.provenance.items() if name != "measured"}
+    weights = fresh_gates(gated.network, seed) | dict(network.weights)
+    checkpoint = replace(network, graph=gated.network, weights=weights, points=(), provenance=told)
+    return place.Gated(checkpoint, gated.gates, gated.ungated)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import zoo
 from torch import Tensor, nn
+from zoo import EXAMPLE, imported
 
 import manidp
 from manidp import reference
@@ -22,13 +22,6 @@ from manidp.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoi
 from manidp.graph import Activation, BatchNorm, Conv, Linear, Pool, Shuffle
 from manidp.torch.convert import network_from
 from manidp.torch.frontend import from_torch, to_state_dict
-
-EXAMPLE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-@cache
-def imported(name: str) -> Checkpoint:
-    return from_torch(zoo.fresh(name), EXAMPLE)
 
 
 class Net(nn.Module):

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from manidp.formats.checkpoint import Checkpoint
+from manidp.torch.frontend import from_torch
+
+EXAMPLE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def norm_act(conv: nn.Module, channels: int, act: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -439,3 +445,9 @@ def fresh(name: str, seed: int = 0) -> nn.Module:
                 nn.init.uniform_(part.weight, 0.5, 1.5)
                 nn.init.normal_(part.bias, std=0.1)
     return module
+
+
+@cache
+def imported(name: str) -> Checkpoint:
+    """The network of this name as it enters; made once, since tracing takes a second."""
+    return from_torch(fresh(name), EXAMPLE)

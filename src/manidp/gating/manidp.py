@@ -9,7 +9,10 @@ The losses that make saliencies sparse and alike for images that look alike are 
 
 from __future__ import annotations
 
-from manidp.graph import Activation, Clip, GlobalPool, Linear, Node, Select
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.graph import Activation, Clip, GlobalPool, Graph, Linear, Node, Select
 
 SALIENCY_MAX = 1000.0
 
@@ -32,3 +35,24 @@ def head(name: str, source: str, channels: int, hidden: int, saliency_max: float
         Clip(name=f"{name}.saliency", inputs=(f"{name}.fc2",), high=saliency_max),
         Select(name=name, inputs=(f"{name}.saliency",)),
     )
+
+
+def fresh_gates(graph: Graph, seed: int = 0) -> dict[str, NDArray[np.float32]]:
+    """Parameters of all gates of a graph at the start of training: every score is 1, every channel open.
+
+    The network's logits are those of the ungated one to the last bit: W2 is 0, b2 is 1, the threshold 0; W1 is
+    N(0, sqrt(2 / in)). Departs: the reference starts gates at random, which makes the activations of a net explode.
+    """
+    chance = np.random.default_rng(seed)
+    fresh: dict[str, NDArray[np.float32]] = {}
+    for node in graph.nodes:
+        if not (isinstance(node, Select) or node.name in graph.heads):
+            continue
+        for name, shape in node.parameters(*graph.input_shapes(node)).items():
+            value = np.zeros(shape, np.float32)
+            if name == "mask" or (node.name in graph.scorers and name == "bias"):
+                value += 1
+            elif name == "weight" and node.name not in graph.scorers:
+                value = chance.normal(0, np.sqrt(2 / shape[-1]), shape).astype(np.float32)
+            fresh[f"{node.name}.{name}"] = value
+    return fresh

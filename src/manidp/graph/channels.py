@@ -16,6 +16,8 @@ def zeroed_by(graph: Graph) -> Mapping[str, str]:
     zeroed: dict[str, str] = {}
     for node in graph.nodes:
         gate = graph.select_of(node)
+        if gate is None and isinstance(node, Multiply):  # zero times anything
+            gate = zeroed.get(node.inputs[0]) or zeroed.get(node.inputs[1])
         if gate is None and _follows(graph, node) and node.keeps_zero:
             gate = zeroed.get(node.inputs[0])
         if gate is not None:

@@ -80,6 +80,11 @@ def from_torch(
     )
 
 
+def random_images(channels: int, height: int, width: int) -> Tensor:
+    """An example when there is none: one image (1, channels, height, width) of N(0, 1), always the same."""
+    return torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+
+
 def to_state_dict(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Tensor]:
     """The module's ``state_dict`` with the weights of a checkpoint that was imported from such a module.
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from manidp.errors import FrontendError, GraphError
 from manidp.graph import (
+    ELU,
     Activation,
     ActivationKind,
     Add,
@@ -25,11 +26,13 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LeakyReLU,
     Linear,
     Multiply,
     Node,
     Pool,
     PoolKind,
+    PReLU,
     Scatter,
     Shape,
     Shuffle,
@@ -691,6 +694,28 @@ class _Lowering:
     def gelu(self, x: Any, approximate: str = "none") -> Any:
         return self.activation("gelu" if approximate == "none" else f"gelu_{approximate}", x)
 
+    def leaky_relu(self, x: Any, slope: float = 0.01) -> Any:
+        x = self.plain(x)
+        return replace(x, node=self.emit(LeakyReLU, (x.node,), "leaky_relu", slope=float(slope)))
+
+    def elu(self, x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Any:
+        if (scale, input_scale) != (1, 1):
+            raise _RefusedError("a scaled ELU")
+        x = self.plain(x)
+        return replace(x, node=self.emit(ELU, (x.node,), "elu", alpha=float(alpha)))
+
+    def prelu(self, x: Any, slope: Any) -> Any:
+        self._constant(slope)
+        x = self.plain(x)
+        if slope.tensor.numel() == 1:  # one for all channels
+            slope = Constant(slope.tensor.reshape(-1).expand(self.shapes[x.node][0]),
+                             slope.name if self.shapes[x.node][0] == 1 else None)  # fmt: skip
+        else:
+            slope = self._per_channel(x, Constant(slope.tensor.reshape((-1,) + (1,) * (len(x.dims) - 2)), slope.name))
+        made = self.emit(PReLU, (x.node,), "prelu")
+        self.give(made, slope=slope)
+        return replace(x, node=made)
+
     def clamp(self, x: Any, low: float | None = None, high: float | None = None) -> Any:
         low = -FLOAT32_MAX if low is None else low
         high = FLOAT32_MAX if high is None else high
@@ -839,6 +864,7 @@ _HANDLERS: dict[str, _Handler] = {
     "mean.dim": _L.mean, "mean.default": _L.mean, "amax.default": _L.maximum_over,
     **{f"{kind}.default": _activation(kind) for kind in
        ("relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid", "tanh", "mish")},
+    "leaky_relu.default": _L.leaky_relu, "elu.default": _L.elu, "prelu.default": _L.prelu,
     "gelu.default": _L.gelu, "clamp.default": _L.clamp, "clamp_min.default": _L.clamp, "hardtanh.default": _L.hardtanh,
     "clamp_max.default": lambda lowering, x, high: lowering.clamp(x, None, high),
     **dict.fromkeys(("add.Tensor", "add.Scalar"), _L.add), **dict.fromkeys(("sub.Tensor", "sub.Scalar"), _L.subtract),
