@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from zoo import EXAMPLE, imported
 
 import manidp
+import manidp.torch
 from manidp import reference
-from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
+from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
 from manidp.engine.engine import Engine
 from manidp.errors import FrontendError, UnsupportedError
 from manidp.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manidp.graph import Activation, BatchNorm, Conv, Linear, Pool, Shuffle
 from manidp.torch.convert import network_from
 from manidp.torch.frontend import from_torch, to_state_dict
+from manidp.training.recipe import Recipe
 
 
 class Net(nn.Module):
@@ -290,3 +292,17 @@ def test_a_linear_layer_on_channels_last_is_a_convolution() -> None:
     made = imported("convnext-like").graph
     assert {node.name: node.kernel for node in made.nodes if isinstance(node, Conv)}["1.wide"] == 1
     assert sum(isinstance(node, Linear) for node in made.nodes) == 1
+
+
+def test_what_was_trained_goes_back_into_the_module(tmp_path: Any) -> None:
+    layers = (nn.Conv2d(3, 4, 3, 4), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU())
+    module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
+    dense = from_torch(module, EXAMPLE, preprocessing=CIFAR10_PREPROCESSING, classes=CIFAR10_CLASSES)
+    recipe = Recipe(epochs=1, batch_size=4, learning_rate=0.01, keep_rate=0.5)
+    sample = load_sample().take(np.arange(8))
+    trained = manidp.torch.train(manidp.gate(dense).network, sample, recipe, tmp_path, threads=1)
+    state = to_state_dict(trained, module)
+    assert not torch.equal(state["3.weight"], module.state_dict()["3.weight"])
+    module.load_state_dict(state)
+    again = from_torch(module, EXAMPLE)
+    assert all(np.array_equal(again.weights[name], trained.weights[name]) for name in again.weights)

@@ -125,7 +125,7 @@ def _finished(job: Job, training: Training, sets: _Sets, start: Found | None, te
         measured = figures | {"dense_macs": ungated_macs(graph)}
     told = provenance(
         training, origin_of(start) if start else None, list(map(origin_of, teachers)), data=sets.train_name,
-        measured=measured,
+        measured=measured, parent=start.checkpoint if start else None,
     )  # fmt: skip
     file = job.out / MODEL
     save_checkpoint(Checkpoint(graph, weights, preprocessing, sets.train.classes, told), file)

@@ -26,8 +26,12 @@ def provenance(
     *,
     data: str | None = None,
     measured: dict[str, Any] | None = None,
+    parent: Checkpoint | None = None,
 ) -> dict[str, Any]:
-    """JSON data for the checkpoint; data: what the training images are called; measured: figures on other images."""
+    """JSON data for the checkpoint; data: what the training images are called; measured: figures on other images.
+
+    parent: what training started from; if it was imported, so is what was trained, under the same names.
+    """
     backend = training.backend
     return {
         "made_with": {
@@ -40,7 +44,7 @@ def provenance(
         "data": {"name": data, "images": len(training.data), "sha256": training.data_sha256},
         "training": {"device": backend.device, "threads": backend.threads, "epochs": len(training.records)},
         "measured": measured,
-    }  # fmt: skip
+    } | ({"imported": parent.provenance["imported"]} if parent and "imported" in parent.provenance else {})  # fmt: skip
 
 
 def origin_of(model: Found) -> Origin:

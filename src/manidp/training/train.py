@@ -50,4 +50,5 @@ def train(
         weights, missed = training.finish(), training.missed()
         if missed:
             warnings.warn(missed, stacklevel=3)
-        return Checkpoint(graph, weights, preprocessing, data.classes, provenance(training, origin, taught_by))
+        told = provenance(training, origin, taught_by, parent=parent)
+        return Checkpoint(graph, weights, preprocessing, data.classes, told)
