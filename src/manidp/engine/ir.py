@@ -86,6 +86,18 @@ class Element:
         return Scalar(f"0x{np.float64(np.float32(value)).view(np.uint64):016X}")
 
 
+# what ``Function.apply`` knows
+FUNCTIONS = ("relu", "relu6", "hardsigmoid", "hardswish", "sigmoid", "silu", "clip", "leaky_relu", "elu")
+    "relu",
+    "relu6",
+    "hardsigmoid",
+    "hardswish",
+    "sigmoid",
+    "silu",
+    "clip",
+    "leaky_relu",
+    "elu",
+)  # of ``apply``
 FLOAT = Element("float", "f32", 4)
 HALF = Element("half", "f16", 2)
 
@@ -397,7 +409,7 @@ class Function:
         return self.select(self.compare("ogt", y, self.constant(0)), y, self.arithmetic("fmul", y, slope))
 
     def apply(self, kind: str, settings: Sequence[float], y: Vec) -> Vec:
-        """An elementwise function of a vector."""
+        """An elementwise function of a vector, one of FUNCTIONS."""
         if kind == "clip":
             low, high = settings
             return self.minimum(self.maximum(y, self.constant(low)), self.constant(high))
@@ -413,6 +425,7 @@ class Function:
             clipped = self.apply("relu6", (), self.arithmetic("fadd", y, self.constant(3)))
             sixth = self.arithmetic("fmul", clipped, self.constant(1 / 6))
             return sixth if kind == "hardsigmoid" else self.arithmetic("fmul", y, sixth)
+        assert kind in ("sigmoid", "silu"), kind
         return self.convert(self.floats._sigmoid(kind, self.widen(y)), FLOAT, self.element, self.lanes)
 
     def _sigmoid(self, kind: str, y: Vec) -> Vec:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from manidp.engine.ir import FUNCTIONS
 from manidp.errors import UnsupportedError
 from manidp.graph import ELU, Activation, Clip, Conv, Graph, LeakyReLU, Node, Pool, pair, sides
 
@@ -94,9 +95,9 @@ Applied = tuple[str, tuple[float, ...]]  # a function as ``ir.Function.apply`` k
 
 
 def applied(node: Node) -> Applied | None:
-    """The function of an elementwise node, None if it takes parameters or is no such node."""
+    """The function of an elementwise node, None for a node that the engine knows no function for."""
     match node:
-        case Activation():
+        case Activation() if node.kind in FUNCTIONS:
             return node.kind, ()
         case Clip():
             return "clip", (node.low, node.high)
