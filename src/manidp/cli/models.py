@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from manidp.cli import show
-from manidp.cli.options import Data, Json, check_outputs, labelled, suffix
+from manidp.cli.options import Data, Json, check_outputs, labelled, point, suffix
 from manidp.errors import ManiDPError
 from manidp.terminal import complain, say, say_json
 
@@ -77,6 +77,48 @@ def convert(
     if found.ignored:
         first = ", ".join(found.ignored[:3]) + (", ..." if len(found.ignored) > 3 else "")
         complain(f"left out: {len(found.ignored)} values of {source} that are not of the network: {first}")
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A gated model; as for --model of evaluate.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint to write: a .safetensors file.")],
+    budget: Annotated[
+        list[str], typer.Option(help="Share of the dense multiply-adds, 35% or 0.35; may be given several times.")
+    ],
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Add operating points to a gated model without training: thresholds under which it takes other budgets.
+
+    The images of --data decide; with CIFAR-10, 5,000 training images decide, and the test images measure.
+    """
+    from dataclasses import replace
+
+    from manidp import load_model
+    from manidp.data.images import holds_cifar10, load_cifar10
+    from manidp.engine.engine import Engine
+    from manidp.formats.checkpoint import save_checkpoint
+    from manidp.predict import evaluate
+    from manidp.training.calibrate import calibrate as calibrated
+
+    suffix(out, (".safetensors",))
+    shares = [share for share in map(point, budget) if isinstance(share, float)]
+    if len(shares) < len(budget):
+        raise ManiDPError(f"--budget is a share of the dense multiply-adds, 35% or 0.35; got {', '.join(budget)}")
+    checkpoint = load_model(model)
+    images, description = labelled(data, {model: checkpoint})
+    chosen = load_cifar10(data)[0] if data is not None and holds_cifar10(data) else images
+    for share in shares:
+        checkpoint = calibrated(checkpoint, chosen.images[:5_000], share)
+    engine, names = Engine(checkpoint), {f"{model} at {one.name}": one.name for one in checkpoint.points}
+    rows = evaluate(dict.fromkeys(names, engine), images, names)
+    points = [replace(one, accuracy=row.correct / row.total) for one, row in zip(checkpoint.points, rows, strict=True)]
+    save_checkpoint(replace(checkpoint, points=tuple(points)), out)
+    if as_json:
+        say_json({"written": str(out), "data": description, "models": [asdict(row) for row in rows]}, indent=2)
+    else:
+        show.evaluated(rows, description)
+        say(f"{out}: written")
 
 
 def freeze(

@@ -88,16 +88,6 @@ class Element:
 
 # what ``Function.apply`` knows
 FUNCTIONS = ("relu", "relu6", "hardsigmoid", "hardswish", "sigmoid", "silu", "clip", "leaky_relu", "elu")
-    "relu",
-    "relu6",
-    "hardsigmoid",
-    "hardswish",
-    "sigmoid",
-    "silu",
-    "clip",
-    "leaky_relu",
-    "elu",
-)  # of ``apply``
 FLOAT = Element("float", "f32", 4)
 HALF = Element("half", "f16", 2)
 

@@ -59,6 +59,13 @@ def macs_per_image(graph: Graph, kept: Kept) -> NDArray[np.int64]:
     return sum(_per_image(graph, kept, batch).values(), start=np.zeros(batch, dtype=np.int64))
 
 
+def least_and_most_macs(graph: Graph) -> tuple[int, int]:
+    """Multiply-adds of an image for which all gates close every channel, and of one for which none closes any."""
+    kept = {gate: np.repeat([[False], [True]], count, axis=1) for gate, count in graph.gate_channels.items()}
+    macs = macs_per_image(graph, kept)
+    return int(macs[0]), int(macs[-1])
+
+
 def _batch(graph: Graph, kept: Kept) -> int:
     batches = set()
     for gate, channels in graph.gate_channels.items():

@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from manidp.errors import TrainingError
 from manidp.files import open_regular
 from manidp.graph import Graph
-from manidp.graph.macs import macs_per_image, ungated_macs
+from manidp.graph.macs import least_and_most_macs, ungated_macs
 from manidp.training.settings import brief, check_settings
 
 MAX_BYTES = 2**20  # of a recipe file
@@ -78,8 +76,7 @@ class Recipe:
 
 
 def _check_budget(graph: Graph, budget: float) -> None:
-    kept = {gate: np.repeat([[False], [True]], count, axis=1) for gate, count in graph.gate_channels.items()}
-    least, most = macs_per_image(graph, kept).tolist()
+    least, most = least_and_most_macs(graph)
     if not least <= budget <= most:
         dense = ungated_macs(graph)
         raise TrainingError(

@@ -1,0 +1,110 @@
+"""Add an operating point to a gated checkpoint without training: thresholds under which it takes another budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.engine.engine import Engine
+from manidp.errors import GraphError, TrainingError
+from manidp.formats.checkpoint import Checkpoint, OperatingPoint
+from manidp.graph import Concat, Graph, Node
+from manidp.graph.macs import least_and_most_macs, ungated_macs
+from manidp.training.schedule import continuous_thresholds, rate_for_budget
+
+TOLERANCE = 0.002  # of the budget
+MISSED = 0.01  # of the budget: more is an error
+ROUNDS = 12  # thresholds of early gates move the scores of later ones: repeated on fresh scores
+BATCH = 500  # images a call
+_WIDEST = 64  # values that one Concat joins
+
+
+def calibrate(checkpoint: Checkpoint, images: NDArray[Any], budget: float, name: str | None = None) -> Checkpoint:
+    """The checkpoint with one operating point more, in the order of their multiply-adds.
+
+    images: as ``Engine.run`` takes them; they should be pictures to train with, not to test with. budget: share of the
+    dense network's multiply-adds that an image may take on average, 0..1. name: of the point, by default the budget in
+    percent; a point of this name is replaced. One keep rate for all gates sets the thresholds, as in training (Tang et
+    al. 2021, made continuous); batch statistics stay as they are.
+    Raises GraphError without gates that have thresholds, TrainingError for a budget that the network cannot take.
+    """
+    graph = checkpoint.graph
+    if not graph.gates or len(graph.thresholds) < len(graph.gates):
+        raise GraphError("only gates with thresholds can be calibrated; this network has none, or others beside them")
+    dense = ungated_macs(graph)
+    least, most = least_and_most_macs(graph)
+    if not least <= budget * dense <= most or not len(images):
+        raise TrainingError(
+            f"a budget is a share of the dense multiply-adds, for this network {least / dense:.1%} (all gates closed) "
+            f"to {most / dense:.1%} (all open), and images to calibrate on; got {budget:.1%} and {len(images)} images"
+        )
+    values, macs = _thresholds(checkpoint, images, budget * dense)
+    if abs(macs - budget * dense) > MISSED * budget * dense:
+        raise TrainingError(
+            f"a budget of {budget:.1%} of the dense multiply-adds cannot be met with thresholds alone: the closest is "
+            f"{macs / dense:.1%}, since a channel whose score is 0 stays closed whatever the threshold"
+        )
+    point = OperatingPoint(name or f"{100 * budget:.4g}%", values, macs)
+    others = [other for other in checkpoint.points if other.name != point.name]
+    return replace(checkpoint, points=tuple(sorted([*others, point], key=lambda one: (one.macs or 0, one.name))))
+
+
+def _thresholds(
+    checkpoint: Checkpoint, images: NDArray[Any], target: float
+) -> tuple[dict[str, NDArray[np.float32]], float]:
+    """Thresholds under which the images take ``target`` multiply-adds on average, and what they do take."""
+    graph = checkpoint.graph
+    sizes = graph.gate_channels
+    chosen = {name: checkpoint.weights[name] for name in graph.thresholds}
+    best: tuple[float, dict[str, NDArray[np.float32]], float] | None = None
+    for _ in range(ROUNDS):
+        scores, macs = _run(replace(checkpoint, weights={**checkpoint.weights, **chosen}, points=()), images)
+        if best is None or abs(macs - target) < best[0]:
+            best = abs(macs - target), chosen, macs
+        if best[0] <= TOLERANCE * target:
+            break
+        of_gates = dict(zip(sizes, np.split(scores, np.cumsum(list(sizes.values()))[:-1], axis=1), strict=True))
+        rate = rate_for_budget(graph, of_gates, target)
+        limits = continuous_thresholds({gate: value.mean(0) for gate, value in of_gates.items()}, rate)
+        chosen = {f"{gate}.threshold": np.array(limit, np.float32) for gate, limit in limits.items()}
+    assert best is not None
+    return best[1], best[2]
+
+
+def _run(checkpoint: Checkpoint, images: NDArray[Any]) -> tuple[NDArray[np.float32], float]:
+    """Scores (N, channels of all gates) of the images, closed channels' too, and mean multiply-adds."""
+    graph = checkpoint.graph
+    probe = _with_scores(graph)
+    wide = replace(
+        checkpoint,
+        graph=probe,
+        weights={name: checkpoint.weights[name] for name in probe.parameters},
+        classes=tuple(f"score {i}" for i in range(probe.num_classes)),
+    )
+    with Engine(wide) as engine:
+        results = [engine.run(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
+    scores = np.concatenate([result.logits for result in results])
+    macs = np.concatenate([result.macs for result in results])
+    return scores, float(macs.mean())
+
+
+def _with_scores(graph: Graph) -> Graph:
+    """The same network, its output the scores of all gates one after the other."""
+    taken, names = set(graph.by_name), [gate.inputs[0] for gate in graph.gates]
+    nodes: list[Node] = list(graph.nodes)
+    while len(names) > 1:
+        joined: list[str] = []
+        for first in range(0, len(names), _WIDEST):
+            name = next(f"scores {i}" for i in range(len(taken) + 1) if f"scores {i}" not in taken)
+            taken.add(name)
+            part = tuple(names[first : first + _WIDEST])
+            if len(part) == 1:
+                joined += part
+            else:
+                nodes.append(Concat(name=name, inputs=part))
+                joined.append(name)
+        names = joined
+    return Graph(tuple(nodes), names[0])

@@ -1,0 +1,62 @@
+"""Operating points that are added without training: their budgets are met, and what cannot be met is refused."""
+
+import numpy as np
+import pytest
+
+from manidp.engine.engine import Engine
+from manidp.errors import GraphError, TrainingError
+from manidp.formats.checkpoint import Checkpoint
+from manidp.gating.place import with_gates
+from manidp.graph.macs import ungated_macs
+from manidp.models import resnet
+from manidp.training.calibrate import calibrate
+from networks import Array, checkpoint_of, random_weights, with_thresholds
+
+RNG = np.random.default_rng(3)
+IMAGES = RNG.normal(size=(40, 3, 16, 16)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    graph = with_gates(resnet(8, image=(3, 16, 16)))
+    weights: dict[str, Array] = random_weights(graph)
+    for name in weights:
+        if name.endswith("fc2.bias"):  # scores differ by channel, and none is 0
+            weights[name] = RNG.uniform(0.5, 1.5, weights[name].shape)
+    return checkpoint_of(graph, with_thresholds(graph, weights, IMAGES, dict.fromkeys(graph.gate_channels, 0.5)))
+
+
+def test_a_point_takes_its_budget_and_leaves_the_others_as_they_are(checkpoint: Checkpoint) -> None:
+    dense = ungated_macs(checkpoint.graph)
+    made = calibrate(calibrate(checkpoint, IMAGES, 0.7), IMAGES, 0.4, name="cheap")
+    assert [point.name for point in made.points] == ["cheap", "70%"]
+    with Engine(made) as engine:
+        for share, name in ((0.4, "cheap"), (0.7, "70%")):
+            result = engine.run(IMAGES, budget=name)
+            assert result.macs.mean() == pytest.approx(share * dense, rel=0.01)
+            assert result.macs.mean() == pytest.approx(made.point(name).macs)
+        np.testing.assert_array_equal(engine.run(IMAGES).logits, Engine(checkpoint).run(IMAGES).logits)
+    again = calibrate(made, IMAGES, 0.5, name="cheap")
+    assert [point.name for point in again.points] == ["cheap", "70%"]
+
+
+@pytest.mark.parametrize(("budget", "message"), [(0.01, "all gates closed"), (3.0, "all open"), (0.4, "0 images")])
+def test_a_budget_out_of_reach_is_refused(budget: float, message: str, checkpoint: Checkpoint) -> None:
+    with pytest.raises(TrainingError, match=message):
+        calibrate(checkpoint, IMAGES if "images" not in message else IMAGES[:0], budget)
+
+
+def test_a_budget_that_thresholds_alone_cannot_meet_is_refused(checkpoint: Checkpoint) -> None:
+    closed = {
+        name: np.full_like(value, -9) if name.endswith("fc2.bias") else value
+        for name, value in checkpoint.weights.items()
+    }
+    dead = Checkpoint(checkpoint.graph, closed, checkpoint.preprocessing, checkpoint.classes)
+    with pytest.raises(TrainingError, match="cannot be met with thresholds alone: the closest is"):
+        calibrate(dead, IMAGES, 0.8)
+
+
+def test_a_network_without_gates_is_refused() -> None:
+    graph = resnet(8, image=(3, 16, 16))
+    with pytest.raises(GraphError, match="only gates with thresholds"):
+        calibrate(checkpoint_of(graph, random_weights(graph)), IMAGES, 0.5)
