@@ -147,6 +147,10 @@ ACTIVATIONS: dict[str, Callable[[_Writer], object]] = {
     "silu": lambda to: to.op("Mul", [*to.inputs, to.op("Sigmoid", to.inputs, "sigmoid")]),
     "sigmoid": lambda to: to.op("Sigmoid", to.inputs),
     "hardsigmoid": lambda to: to.op("HardSigmoid", to.inputs, alpha=1 / 6, beta=0.5),
+    "tanh": lambda to: to.op("Tanh", to.inputs),
+    "gelu": lambda to: _gelu(to),
+    "softplus": lambda to: to.op("Softplus", to.inputs),
+    "mish": lambda to: to.op("Mul", [*to.inputs, to.op("Tanh", [to.op("Softplus", to.inputs, "softplus")], "tanh")]),
 }
 
 
@@ -175,6 +179,13 @@ def _elu(to: _Writer, node: ELU) -> None:
 @handles(Clip)
 def _clip(to: _Writer, node: Clip) -> None:
     _clipped(to, node.low, node.high)
+
+
+def _gelu(to: _Writer) -> None:
+    """x * (1 + erf(x / sqrt(2))) / 2; ONNX has an op for it from opset 20 on."""
+    scaled = to.op("Mul", [*to.inputs, to.constant("scale", np.float32(0.5**0.5))], "scaled")
+    above = to.op("Add", [to.op("Erf", [scaled], "erf"), to.constant("one", np.float32(1))], "above")
+    to.op("Mul", [to.op("Mul", [*to.inputs, to.constant("half", np.float32(0.5))], "halved"), above])
 
 
 def _clipped(to: _Writer, low: float, high: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -93,6 +94,8 @@ def _batch_norm(node: BatchNorm, p: P, x: Array) -> Array:
     return x * scale.reshape(shape) + shift.reshape(shape)
 
 
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": lambda x: np.maximum(x, 0),
     "relu6": lambda x: np.clip(x, 0, 6),
@@ -100,6 +103,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
     "sigmoid": lambda x: (1 + np.tanh(x / 2)) / 2,
     "silu": lambda x: x * (1 + np.tanh(x / 2)) / 2,
+    "tanh": np.tanh,
+    "gelu": lambda x: x * (1 + _erf(x / math.sqrt(2)).astype(x.dtype)) / 2,
+    "softplus": lambda x: np.logaddexp(x, x.dtype.type(0)),
+    "mish": lambda x: x * np.tanh(np.logaddexp(x, x.dtype.type(0))),
 }
 
 

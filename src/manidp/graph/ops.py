@@ -24,7 +24,9 @@ Padding = (
 )  # all sides, (vertical, horizontal), (top, left, bottom, right)
 Mask = NDArray[np.bool_]
 
-ActivationKind = Literal["relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid"]
+ActivationKind = Literal[
+    "relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid", "tanh", "gelu", "softplus", "mish"
+]  # fmt: skip
 PoolKind = Literal["average", "max"]
 SelectRule = Literal["threshold", "constant"]
 SelectGain = Literal["score", "one"]
@@ -262,7 +264,7 @@ class Activation(Elementwise):
 
     @property
     def keeps_zero(self) -> bool:
-        return self.kind not in ("sigmoid", "hardsigmoid")
+        return self.kind not in ("sigmoid", "hardsigmoid", "softplus")
 
     @property
     def keeps_gain(self) -> bool:
