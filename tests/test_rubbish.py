@@ -62,6 +62,7 @@ WORKING: dict[str, dict[str, list[str]]] = {
     "": {},
     "classify": {"paths": ["set/cat"], "model": ["m.safetensors"]},
     "evaluate": {"data": ["set"], "model": ["m.safetensors"]},
+    "calibrate": {"model": ["m.safetensors"], "out": ["new.safetensors"], "budget": ["50%"], "data": ["set"]},
     "freeze": {"model": ["m.safetensors"], "out": ["new.safetensors"], "data": ["set"]},
     "data": {"name": ["sample"], "to": ["new"]},
     "info": {"checkpoint": ["m.safetensors"]},
@@ -126,11 +127,11 @@ def words(name: str, given: dict[str, list[str]]) -> list[str]:
     return [*line, *options, "--", *arguments] if arguments else [*line, *options]
 
 
-ENGINES: dict[int, engine.Engine] = {}
+ENGINES: dict[tuple[int, int], engine.Engine] = {}
 
 
 def compiled(checkpoint: Checkpoint, make: Any = engine.Engine, **options: Any) -> engine.Engine:
-    size = len(checkpoint.graph.nodes)
+    size = len(checkpoint.graph.nodes), len(checkpoint.points)
     if options not in ({}, {"threads": 1, "precision": "float32"}):
         made: engine.Engine = make(checkpoint, **options)
         return made
