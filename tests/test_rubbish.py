@@ -24,7 +24,7 @@ from manidp.bench.measure import random_checkpoint
 from manidp.data import images
 from manidp.data.images import load_sample
 from manidp.engine import engine
-from manidp.formats.checkpoint import Checkpoint, save_checkpoint
+from manidp.formats.checkpoint import Checkpoint, OperatingPoint, save_checkpoint
 from manidp.gating.place import with_gates
 from manidp.models import resnet
 
@@ -149,6 +149,9 @@ def prepare(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         )
         monkeypatch.setattr("manidp.report.page._page", lambda *_: "a page")
         monkeypatch.setattr(charts, "_overview", lambda *_: charts.Figure())
+    if name == "calibrate":  # what takes long in it is tested apart (test_calibrate.py)
+        points = (OperatingPoint("50%", {}, 1.0),)
+        monkeypatch.setattr("manidp.training.calibrate.calibrate", lambda found, *_: replace(found, points=points))
     monkeypatch.chdir(place)
     for variable, value in {"MANIDP_OFFLINE": "1", "MANIDP_CACHE": str(place / "cache")}.items():
         monkeypatch.setenv(variable, value)
