@@ -21,7 +21,7 @@ run: $(VENV)/.base  ## Classify bundled CIFAR-10 test images, then compare with 
 	$(MANIDP) evaluate --beside dense-res20
 
 test: check  ## Set up, check and run every test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 	$(MAKE) test-mindspore
 
 check: $(VENV)/.dev  ## Formatting, lint, types, layers
@@ -102,7 +102,7 @@ test-torch:  ## The tests of torch and ONNX with another torch: TORCH=2.11.0
 	$(PYTHON) -m venv .venv-torch
 	.venv-torch/bin/python -m pip install --quiet torch==$(TORCH)
 	.venv-torch/bin/python -m pip install --quiet --editable '.[torch,onnx]' 'pytest>=9' 'hypothesis>=6.120'
-	.venv-torch/bin/python -m pytest tests/torch tests/test_onnx.py
+	.venv-torch/bin/python -m pytest tests/with_torch tests/training tests/test_onnx.py
 
 test-python:  ## What needs no framework, with another Python: OTHER=python3.13
 	$(OTHER) -m venv .venv-python
