@@ -108,6 +108,11 @@ def test_classify_prints_the_same_as_a_table(
         assert f"{row['macs'] / 1e6:.2f}" in line
 
 
+@pytest.fixture(autouse=True)
+def no_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # where tests run in several processes, it is set
+
+
 def test_a_broken_picture_is_reported_and_the_others_are_classified(
     model: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
