@@ -249,8 +249,8 @@ def test_weights_of_closed_channels_are_never_read(isa: str, weights: dict[str, 
 
 
 class SkipsOneTooMany(Module):
-    def list(self, f, channels):  # type: ignore[no-untyped-def]
-        kept, below, number = super().list(f, channels)
+    def lists(self, f, channels):  # type: ignore[no-untyped-def]
+        kept, below, number = super().lists(f, channels)
         if channels.gate == "stage_2.1.mb1" and not channels.closed:
             number = f.minus(number, 1)
         return kept, below, number

@@ -93,8 +93,8 @@ def with_a_list_that_a_file_writes(plan: Plan) -> Plan:
 
 
 class OneChannelTooMany(Checked):
-    def list(self, f: Function, channels: Channels) -> tuple[Pointer, Pointer, Index]:
-        kept, below, number = super().list(f, channels)
+    def lists(self, f: Function, channels: Channels) -> tuple[Pointer, Pointer, Index]:
+        kept, below, number = super().lists(f, channels)
         return kept, below, f.plus(number, 1)
 
 

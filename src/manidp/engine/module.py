@@ -102,24 +102,24 @@ class Module:
         """A convolution needs so many elements behind the plan's own workspace."""
         self.scratch = max(self.scratch, elements * self.element.size // 4)
 
-    def map(self, f: Function, key: MapKey) -> Pointer:
+    def map_at(self, f: Function, key: MapKey) -> Pointer:
         """Where a map begins."""
         return f.at(WORKSPACE, self.plan.maps[key].at)
 
-    def vector(self, f: Function, key: VectorKey) -> Pointer:
+    def vector_at(self, f: Function, key: VectorKey) -> Pointer:
         """Where a vector begins."""
         return f.at(WORKSPACE, self.plan.vectors[key])
 
-    def constant(self, f: Function, offset: int) -> Pointer:
+    def constant_at(self, f: Function, offset: int) -> Pointer:
         """Where an array among the constants begins."""
         return f.at(CONSTANTS, offset)
 
-    def list(self, f: Function, channels: Channels) -> tuple[Pointer, Pointer, Index]:
+    def lists(self, f: Function, channels: Channels) -> tuple[Pointer, Pointer, Index]:
         """The int32 numbers of the channels, how many of them lie below each channel, how many there are."""
         if channels.gate is None:
-            everything = self.constant(f, self.plan.everything)
+            everything = self.constant_at(f, self.plan.everything)
             return everything, everything, Index(channels.count)
-        kept = self.vector(f, VectorKey(channels.gate, "list"))
+        kept = self.vector_at(f, VectorKey(channels.gate, "list"))
         below = f.at(kept, channels.count)
         number = f.index(below, channels.count)
         if channels.closed:
@@ -184,7 +184,7 @@ class Module:
         for first in range(0, len(steps), _PART):
             part = self._part(steps[first : first + _PART])
             f.call(part, IMAGES, BYTES, image, gates, STATE, WORKSPACE, CONSTANTS)
-        f.copy(self.vector(f, VectorKey(graph.output)), logits, graph.num_classes)
+        f.copy(self.vector_at(f, VectorKey(graph.output)), logits, graph.num_classes)
         f.call(self.finite(), logits, graph.num_classes, STATE)
         f.go("take")
         f.begin("done")

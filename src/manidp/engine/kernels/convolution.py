@@ -221,10 +221,10 @@ class Convolve(Step):
         key = (group, source, frame, self.epilogue.signature)
         blocks = _Blocks(module, group, source, frame, self.epilogue, extra)
         name = module.function(key, arguments, blocks.write)
-        li, below_in, ni = module.list(f, self.inputs)
-        lo, below_out, no = module.list(f, self.outputs)
-        x, weights = module.map(f, self.source), module.constant(f, self.packed.weights)
-        bias = module.constant(f, self.packed.bias)
+        li, below_in, ni = module.lists(f, self.inputs)
+        lo, below_out, no = module.lists(f, self.outputs)
+        x, weights = module.map_at(f, self.source), module.constant_at(f, self.packed.weights)
+        bias = module.constant_at(f, self.packed.bias)
         rest = [f.at(WORKSPACE, module.plan.workspace), *operands]
 
         def one_group(index: Index) -> list[Index]:

@@ -26,17 +26,17 @@ class LoadImage(Step):
         target = module.plan.maps[self.target]
         channels, layout = target.channels, target.layout
         size = channels * layout.height * layout.width
-        into = module.map(f, self.target)
+        into = module.map_at(f, self.target)
         floats, bytes_, after = (f.new_label("image") for _ in range(3))
         f.branch(f.make(Bool, f"icmp ne i64 {BYTES}, 0"), bytes_, floats)
         f.begin(floats)
-        first, everything = f.at(IMAGES, f.scaled(IMAGE, size)), module.constant(f, module.plan.everything)
+        first, everything = f.at(IMAGES, f.scaled(IMAGE, size)), module.constant_at(f, module.plan.everything)
         f.call(module.finite(), first, size, STATE)
         f.call(_copy(module, layout.dense, layout, FLOAT, module.element), first, into, everything, channels)
         f.go(after)
         f.begin(bytes_)
         first = f.bytes_at(IMAGES, f.scaled(IMAGE, size))
-        scale, shift = module.constant(f, module.plan.scale), module.constant(f, module.plan.shift)
+        scale, shift = module.constant_at(f, module.plan.scale), module.constant_at(f, module.plan.shift)
         f.call(_normalise(module, channels, layout), first, into, scale, shift)
         f.go(after)
         f.begin(after)
@@ -54,10 +54,10 @@ class Relayout(Step):
         return [self.target, self.source]
 
     def emit(self, module: Module, f: Function) -> None:
-        list_, _, count = module.list(f, self.channels)
+        list_, _, count = module.lists(f, self.channels)
         source, target = module.plan.maps[self.source].layout, module.plan.maps[self.target].layout
         copy = _copy(module, source, target, module.element, module.element)
-        f.call(copy, module.map(f, self.source), module.map(f, self.target), list_, count)
+        f.call(copy, module.map_at(f, self.source), module.map_at(f, self.target), list_, count)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class MoveChannels(Step):
 
     def emit(self, module: Module, f: Function) -> None:
         source, target = module.plan.maps[self.source].layout, module.plan.maps[self.target].layout
-        places_at = module.constant(f, self.places)
+        places_at = module.constant_at(f, self.places)
         places, one = Pointer("%places"), single(target, module.lanes)
 
         def write(g: Function) -> None:
@@ -109,7 +109,7 @@ class MoveChannels(Step):
             g.loop(_N, one_channel)
 
         name = module.function(("move", source, target), [_X, _INTO, places, _N], write)
-        f.call(name, module.map(f, self.source), module.map(f, self.target), places_at, self.channels)
+        f.call(name, module.map_at(f, self.source), module.map_at(f, self.target), places_at, self.channels)
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class FlattenMap(Step):
     def emit(self, module: Module, f: Function) -> None:
         source = module.plan.maps[self.source]
         copy = _copy(module, source.layout, source.layout.dense, module.element, FLOAT)
-        everything = module.constant(f, module.plan.everything)
-        f.call(copy, module.map(f, self.source), module.vector(f, self.target), everything, source.channels)
+        everything = module.constant_at(f, module.plan.everything)
+        f.call(copy, module.map_at(f, self.source), module.vector_at(f, self.target), everything, source.channels)
 
 
 def _normalise(module: Module, channels: int, target: Layout) -> str:

@@ -106,6 +106,6 @@ class ConvolveEach(Step):
         key = ("depthwise", window, source, frame, self.epilogue.signature)
         arguments = [_X, _WEIGHTS, _BIAS, _LIST, _N, *epilogues.parameters_of(operands)]
         name = module.function(key, arguments, write)
-        list_, _, count = module.list(f, self.channels)
-        x, weights = module.map(f, self.source), module.constant(f, self.packed.weights)
-        f.call(name, x, weights, module.constant(f, self.packed.bias), list_, count, *operands)
+        list_, _, count = module.lists(f, self.channels)
+        x, weights = module.map_at(f, self.source), module.constant_at(f, self.packed.weights)
+        f.call(name, x, weights, module.constant_at(f, self.packed.bias), list_, count, *operands)

@@ -18,17 +18,17 @@ def operands_of(module: Module, f: Function, epilogue: Epilogue) -> list[Pointer
     for op in epilogue.ops:
         match op.operand:
             case MapKey() as key:
-                pointers.append(module.map(f, key))
+                pointers.append(module.map_at(f, key))
             case VectorKey() as key:
-                pointers.append(module.vector(f, key))
+                pointers.append(module.vector_at(f, key))
             case int(offset):
-                pointers.append(module.constant(f, offset))
+                pointers.append(module.constant_at(f, offset))
     if epilogue.stored:
         frame = module.plan.maps[epilogue.frame].layout
         first = epilogue.first_channel * frame.channel
-        pointers.append(f.at(module.map(f, epilogue.frame), first, element=module.element))
+        pointers.append(f.at(module.map_at(f, epilogue.frame), first, element=module.element))
     for sums in epilogue.pooled:
-        pointers.append(f.at(module.vector(f, sums), epilogue.first_channel * module.lanes))
+        pointers.append(f.at(module.vector_at(f, sums), epilogue.first_channel * module.lanes))
     return pointers
 
 

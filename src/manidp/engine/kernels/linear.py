@@ -59,10 +59,9 @@ class MatVec(Step):
             g.loop(g.minus(vectors, whole), rest)
 
         name = module.function("matvec", [x, into, weights, bias, inputs, row], write, FLOAT)
-        f.call(
-            name, module.vector(f, self.source), module.vector(f, self.target), module.constant(f, self.weights),
-            module.constant(f, self.bias), self.inputs, -(-self.outputs // lanes) * lanes,
-        )  # fmt: skip
+        source, target = module.vector_at(f, self.source), module.vector_at(f, self.target)
+        matrix, shift = module.constant_at(f, self.weights), module.constant_at(f, self.bias)
+        f.call(name, source, target, matrix, shift, self.inputs, -(-self.outputs // lanes) * lanes)
 
 
 def pack(weight: NDArray[np.floating], bias: NDArray[np.floating], lanes: int) -> tuple[NDArray[np.floating], ...]:

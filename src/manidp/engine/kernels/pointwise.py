@@ -75,8 +75,8 @@ class Pointwise(Step):
         window = pool and (pool.kind, window_of(pool))
         key = ("pointwise", source, window, frame, self.epilogue.signature)
         name = module.function(key, [_X, _LIST, _N, *parameters_of(operands)], write)
-        list_, _, count = module.list(f, self.channels)
-        x = module.map(f, self.source) if self.source else NULL
+        list_, _, count = module.lists(f, self.channels)
+        x = module.map_at(f, self.source) if self.source else NULL
         f.call(name, x, list_, count, *operands)
 
 
@@ -98,8 +98,8 @@ class ResetPooled(Step):
             g.loop(_N, one_channel)
 
         name = module.function(("reset", start), [_SUMS, _LIST, _N], write, FLOAT)
-        list_, _, count = module.list(f, self.channels)
-        f.call(name, module.vector(f, self.pooled), list_, count)
+        list_, _, count = module.lists(f, self.channels)
+        f.call(name, module.vector_at(f, self.pooled), list_, count)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Reduce(Step):
 
         name = module.function(("reduce", self.pooled.part), [_SUMS, _INTO, _N, factor], write, FLOAT)
         f.call(
-            name, module.vector(f, self.pooled), module.vector(f, self.target), self.channels,
+            name, module.vector_at(f, self.pooled), module.vector_at(f, self.target), self.channels,
             FLOAT.literal(self.factor),
         )  # fmt: skip
 

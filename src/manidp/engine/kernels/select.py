@@ -66,12 +66,12 @@ class Decide(Step):
 
         arguments = [scores, limit_at, mask, gate, list_, below, values, n, last]
         name = module.function(("select", scored, masked), arguments, write, FLOAT)
-        channels = module.vector(f, VectorKey(self.gate.name, "list"))
+        channels = module.vector_at(f, VectorKey(self.gate.name, "list"))
         factors = f.at(GATES, module.gates[self.gate.name])
-        mask_at = NULL if self.mask is None else module.constant(f, self.mask)
+        mask_at = NULL if self.mask is None else module.constant_at(f, self.mask)
         f.call(
-            name, module.vector(f, self.scores), module.constant(f, self.limit), mask_at,
-            module.vector(f, VectorKey(self.gate.name)), channels, f.at(channels, self.channels), factors,
+            name, module.vector_at(f, self.scores), module.constant_at(f, self.limit), mask_at,
+            module.vector_at(f, VectorKey(self.gate.name)), channels, f.at(channels, self.channels), factors,
             self.channels, self.channels - 1,
         )  # fmt: skip
 

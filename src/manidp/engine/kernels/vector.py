@@ -43,16 +43,16 @@ class VectorOp(Step):
 
             g.loop(n, one_vector)
 
-        source, target = module.vector(f, self.source), module.vector(f, self.target)
+        source, target = module.vector_at(f, self.source), module.vector_at(f, self.target)
         if self.kind == "copy":
             f.copy(source, f.at(target, self.offset), self.size)
             return
         name = module.function(("vector", self.kind, self.function), [x, other, into, n], write, FLOAT)
         match self.operand:
             case VectorKey() as key:
-                operand = module.vector(f, key)
+                operand = module.vector_at(f, key)
             case int(offset):
-                operand = module.constant(f, offset)
+                operand = module.constant_at(f, offset)
             case None:
                 operand = NULL
         f.call(name, source, operand, target, -(-self.size // module.lanes))
