@@ -39,7 +39,7 @@ from networks import random_weights, with_thresholds
 
 CHANNELS = (1, 2, 3, 7, 15, 16, 17, 33)
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 28, 32, 40)
-ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid")
+ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid", "tanh", "gelu", "mish")
 
 
 class Builder:

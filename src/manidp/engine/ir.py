@@ -87,7 +87,9 @@ class Element:
 
 
 # what ``Function.apply`` knows
-FUNCTIONS = ("relu", "relu6", "hardsigmoid", "hardswish", "sigmoid", "silu", "clip", "leaky_relu", "elu")
+FUNCTIONS = (
+    "relu", "relu6", "hardsigmoid", "hardswish", "sigmoid", "silu", "tanh", "gelu", "mish", "clip", "leaky_relu", "elu",
+)  # fmt: skip
 FLOAT = Element("float", "f32", 4)
 HALF = Element("half", "f16", 2)
 
@@ -415,8 +417,10 @@ class Function:
             clipped = self.apply("relu6", (), self.arithmetic("fadd", y, self.constant(3)))
             sixth = self.arithmetic("fmul", clipped, self.constant(1 / 6))
             return sixth if kind == "hardsigmoid" else self.arithmetic("fmul", y, sixth)
-        assert kind in ("sigmoid", "silu"), kind
-        return self.convert(self.floats._sigmoid(kind, self.widen(y)), FLOAT, self.element, self.lanes)
+        floats = self.floats
+        smooth = {"tanh": floats._tanh, "gelu": floats._gelu, "mish": floats._mish}
+        made = smooth[kind](self.widen(y)) if kind in smooth else floats._sigmoid(kind, self.widen(y))
+        return self.convert(made, FLOAT, self.element, self.lanes)
 
     def _sigmoid(self, kind: str, y: Vec) -> Vec:
         """sigmoid(y), or y * sigmoid(y)."""
@@ -424,6 +428,36 @@ class Function:
         exponential = self.fma(y, self.constant(0), exponential)  # NaN if y is: its bits are no exponent
         sum_ = self.arithmetic("fadd", exponential, self.constant(1))
         return self.arithmetic("fdiv", self.constant(1) if kind == "sigmoid" else y, sum_)
+
+    def _tanh(self, y: Vec) -> Vec:
+        """2 sigmoid(2 y) - 1."""
+        twice = self._sigmoid("sigmoid", self.arithmetic("fadd", y, y))
+        return self.fma(twice, self.constant(2), self.constant(-1))
+
+    def _gelu(self, y: Vec) -> Vec:
+        """y / 2 * (1 + erf(y / sqrt 2)); erf within 1.5e-7 by Abramowitz & Stegun 7.1.26."""
+        zero, one = self.constant(0), self.constant(1)
+        size = self.maximum(y, self.arithmetic("fsub", zero, y))
+        z = self.arithmetic("fmul", size, self.constant(0.5**0.5))
+        t = self.arithmetic("fdiv", one, self.fma(z, self.constant(0.3275911), one))
+        polynomial = self.constant(1.061405429)
+        for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592, 0.0):
+            polynomial = self.fma(polynomial, t, self.constant(coefficient))
+        falling = self._exp(self.arithmetic("fsub", zero, self.arithmetic("fmul", z, z)))
+        rest = self.arithmetic("fmul", polynomial, falling)
+        above = self.arithmetic("fsub", self.constant(2), rest)  # 1 + erf where y > 0
+        return self.arithmetic(
+            "fmul",
+            self.arithmetic("fmul", y, self.constant(0.5)),
+            self.select(self.compare("ogt", y, zero), above, rest),
+        )
+
+    def _mish(self, y: Vec) -> Vec:
+        """y tanh(log(1 + e^y)) = y n / (n + 2), n = e^y (e^y + 2); from y = 20 on it is y."""
+        u = self._exp(self.minimum(self.constant(20), y))
+        n = self.arithmetic("fmul", u, self.arithmetic("fadd", u, self.constant(2)))
+        share = self.arithmetic("fdiv", n, self.arithmetic("fadd", n, self.constant(2)))
+        return self.arithmetic("fmul", y, share)
 
     def _elu(self, y: Vec, alpha: float) -> Vec:
         """y where it is above 0, else alpha * (e^y - 1)."""
