@@ -568,3 +568,18 @@ def test_help_shows_every_text_as_it_is_written(words: tuple[str, ...], capsys: 
         assert "".join((text or "").split()) in shown
     extras = {"bench": ["bench"], "report": ["plots"], "train": ["torch"]}
     assert re.findall(r"pip install 'manidp\[(\w+)\]'", " ".join(out.split())) == extras.get(" ".join(words), [])
+
+
+@pytest.mark.parametrize("command", [["freeze"], ["calibrate", "--budget", "50%"]])
+def test_what_is_made_of_a_model_has_a_place_before_the_work_begins(
+    command: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.safetensors"
+    own.write_bytes(model.read_bytes())
+    code, out, err = run(capsys, *command, own, "-o", own)
+    assert (code, out) == (2, "")
+    assert "is read as well; it would be lost" in err
+    assert own.read_bytes() == model.read_bytes()
+    code, out, err = run(capsys, *command, own, "-o", tmp_path / "none" / "new.safetensors")
+    assert (code, out) == (2, "")
+    assert "there is no folder" in err

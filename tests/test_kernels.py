@@ -130,6 +130,7 @@ def test_select_is_what_its_model_says(rule: str, gain: str, isa: str) -> None:
         mask = weights["gate.mask"] = (rng.uniform(size=channels) > 0.5).astype(np.float64)
     scores = rng.uniform(size=(1, channels)).astype(np.float32)
     scores[0, :2] = 0.5, np.nextafter(np.float32(0.5), np.float32(1))
+    scores[0, 2:6] *= -1
     made = logits_of(nodes, isa, weights, scores.reshape(1, channels, 1, 1))
     factors, order, below = select.model(scores[0], 0.5, None if mask is None else mask.astype(np.float32), gain)
     np.testing.assert_array_equal(made[0], factors)

@@ -6,9 +6,12 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader  # not imported at run time: that takes as long as all else in here
 
 MOVED = {
     "manidp.images": "manidp.data.images",
@@ -34,13 +37,15 @@ MOVED = {
 _RUNTIME = "manidp.runtime"  # a package that is no more: two of its modules have moved
 
 
-class _Moved(MetaPathFinder, Loader):
+class _Moved:
     """Found last, so never in the way of a module that is there."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(name, self, is_package=name == _RUNTIME) if name in (*MOVED, _RUNTIME) else None
+        if name not in MOVED and name != _RUNTIME:
+            return None
+        return ModuleSpec(name, cast("Loader", self), is_package=name == _RUNTIME)
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None

@@ -25,7 +25,7 @@ def cases() -> dict[str, Case]:
             if node.inputs:
                 shapes = graph.input_shapes(node)
                 plain = replace(node, name="x", inputs=tuple("abcdefgh"[: len(shapes)]))
-                found.setdefault(f"{plain} {shapes}", (plain, shapes))
+                found.setdefault(f"{plain!r} {shapes}", (plain, shapes))
     return found
 
 
@@ -107,3 +107,15 @@ def test_the_laws_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(type(node), "channel_flow", lambda self, *inputs, flow=flow: flow)
         with pytest.raises((AssertionError, NotImplementedError, GraphError)):
             test_shape_and_flow_of_channels_are_as_stated((node, graph.input_shapes(node)))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_what_is_said_never_to_be_negative_is_not(case: Case) -> None:
+    node, shapes = case
+    rng = np.random.default_rng(0)
+    parameters = parameters_of(node, shapes, rng)
+    for known in (False, True):
+        if node.nonnegative(*[known] * len(shapes)):
+            inputs = [rng.normal(size=(2, *shape)) for shape in shapes]
+            value = reference.value_of(node, parameters, *(np.abs(x) if known else x for x in inputs))
+            assert value.min() >= 0

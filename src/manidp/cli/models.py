@@ -1,4 +1,4 @@
-"""Commands on model files: info, convert, freeze."""
+"""Commands on model files: info, convert, calibrate, freeze."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from manidp.cli import show
-from manidp.cli.options import Data, Json, check_outputs, labelled, point, suffix
+from manidp.cli.options import Data, Json, check_outputs, deciding, labelled, point, suffix
 from manidp.errors import ManiDPError
 from manidp.terminal import complain, say, say_json
 
@@ -94,10 +94,9 @@ def calibrate(
     """
     from dataclasses import replace
 
-    from manidp import load_model
-    from manidp.data.images import holds_cifar10, load_cifar10
     from manidp.engine.engine import Engine
     from manidp.formats.checkpoint import save_checkpoint
+    from manidp.hub.find import find_model
     from manidp.predict import evaluate
     from manidp.training.calibrate import calibrate as calibrated
 
@@ -105,11 +104,13 @@ def calibrate(
     shares = [share for share in map(point, budget) if isinstance(share, float)]
     if len(shares) < len(budget):
         raise ManiDPError(f"--budget is a share of the dense multiply-adds, 35% or 0.35; got {', '.join(budget)}")
-    checkpoint = load_model(model)
+    found = find_model(model)
+    check_outputs([out], [found.path])
+    checkpoint = found.checkpoint
     images, description = labelled(data, {model: checkpoint})
-    chosen = load_cifar10(data)[0] if data is not None and holds_cifar10(data) else images
+    chosen = deciding(data, images).images[:5_000]
     for share in shares:
-        checkpoint = calibrated(checkpoint, chosen.images[:5_000], share)
+        checkpoint = calibrated(checkpoint, chosen, share)
     engine, names = Engine(checkpoint), {f"{model} at {one.name}": one.name for one in checkpoint.points}
     rows = evaluate(dict.fromkeys(names, engine), images, names)
     points = [replace(one, accuracy=row.correct / row.total) for one, row in zip(checkpoint.points, rows, strict=True)]
@@ -133,20 +134,18 @@ def freeze(
     multiply-adds than the model does on average. It is not trained further. The images of --data decide; with CIFAR-10,
     10,000 training images decide, and the test images measure.
     """
-    from manidp import load_model
-    from manidp.data.images import holds_cifar10, load_cifar10
     from manidp.engine.engine import Engine
     from manidp.formats.checkpoint import save_checkpoint
     from manidp.gating.static import freeze as frozen
+    from manidp.hub.find import find_model
     from manidp.predict import evaluate
 
     suffix(out, (".safetensors",))
-    checkpoint = load_model(model)
+    found = find_model(model)
+    check_outputs([out], [found.path])
+    checkpoint = found.checkpoint
     images, description = labelled(data, {model: checkpoint})
-    chosen = images
-    if data is not None and holds_cifar10(data):
-        chosen = load_cifar10(data)[0]
-    twin = frozen(checkpoint, chosen.images[:10_000])
+    twin = frozen(checkpoint, deciding(data, images).images[:10_000])
     save_checkpoint(twin, out)
     rows = evaluate({model: Engine(checkpoint), str(out): Engine(twin)}, images)
     if as_json:

@@ -74,6 +74,13 @@ def labelled(data: Path | None, models: Mapping[str, Checkpoint]) -> tuple[Image
     return images, f"{len(images)} images of {data}"
 
 
+def deciding(data: Path | None, images: ImageSet) -> ImageSet:
+    """The images that decide where others measure: CIFAR-10's training images, else the labelled ones themselves."""
+    from manidp.data.images import holds_cifar10, load_cifar10
+
+    return load_cifar10(data)[0] if data is not None and holds_cifar10(data) else images
+
+
 def suffix(path: Path, kinds: tuple[str, ...]) -> str:
     """The suffix of a file to be written, in lower case; it says what is written."""
     kind = path.suffix.lower()

@@ -193,8 +193,8 @@ class Engine:
 
     def _constants(self, runner: _Runner, budget: str | float) -> _Address:
         """The packed weights of an operating point. The code is the same for all of them."""
-        point = None if budget == DEFAULT else self.checkpoint.point(budget)
-        if point is None or not point.values:
+        point = self.checkpoint.point(budget)
+        if not point.values:
             return runner.constants
         found = self._points.get(point.name)
         if found is None:

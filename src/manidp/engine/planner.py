@@ -30,10 +30,8 @@ from manidp.engine.memory import Constants, place
 from manidp.engine.steps import Channels, Epilogue, MapKey, Op, Plan, Step, VectorKey, applied, window_of
 from manidp.errors import UnsupportedError
 from manidp.graph import (
-    Activation,
     Add,
     BatchNorm,
-    Clip,
     Concat,
     Conv,
     Flatten,
@@ -268,13 +266,7 @@ class _Planner:
         """The values that cannot be negative."""
         found: set[str] = set()
         for node in self.graph.nodes:
-            if isinstance(node, Activation):
-                never = node.kind in ("relu", "relu6", "sigmoid", "hardsigmoid")
-            elif isinstance(node, (Add, Multiply, Concat, Pool, GlobalPool)):
-                never = found.issuperset(node.inputs)
-            else:  # an open channel of a Select has a factor above 0
-                never = isinstance(node, Select) or (isinstance(node, Clip) and node.low >= 0)
-            if never:
+            if node.nonnegative(*(source in found for source in node.inputs)):
                 found.add(node.name)
         return found
 

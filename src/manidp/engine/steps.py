@@ -196,6 +196,31 @@ class Step(ABC):
         return None
 
 
+class MapStep(Step):
+    """A step that makes a map from ``source``, if it reads one, and does what follows."""
+
+    source: MapKey | None
+    epilogue: Epilogue
+
+    @abstractmethod
+    def walks(self) -> Conv | Pool | None:
+        """What walks over the source window by window, if anything does."""
+
+    def _sources(self) -> list[MapKey]:
+        return [self.source] if self.source else []
+
+    def maps(self) -> list[MapKey]:
+        stored = [self.epilogue.frame] if self.epilogue.stored else []
+        return [*self._sources(), *self.epilogue.maps, *stored]
+
+    def together(self) -> list[MapKey]:
+        return [self.epilogue.frame, *self.epilogue.maps, *self._sources()]
+
+    def window(self) -> tuple[MapKey, MapKey, Window] | None:
+        node = self.walks()
+        return (self.source, self.epilogue.frame, window_of(node)) if self.source and node else None
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that code is made from. Offsets are in floats (4 bytes), in the workspace or among the constants.

@@ -16,6 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
@@ -125,7 +126,7 @@ class Checkpoint:
         """The checkpoint whose own weights are those of an operating point, without others."""
         return replace(self, weights={**self.weights, **self.point(budget).values}, points=())
 
-    @property
+    @cached_property
     def default_point(self) -> OperatingPoint:
         """The weights as they are, with what was measured of them."""
         measured = self.provenance.get("measured")

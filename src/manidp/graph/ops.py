@@ -93,6 +93,10 @@ class Node:
         """The same with so many channels in its value; where channels stay their own, in its input, too."""
         return self
 
+    def nonnegative(self, *inputs: bool) -> bool:
+        """Whether what it makes is known to be never negative, given whether that is known of each input."""
+        return False
+
     @property
     def reach(self) -> int:
         """The largest of its kernel, stride, padding and dilation, where it has such."""
@@ -266,6 +270,9 @@ class Activation(Elementwise):
     def keeps_zero(self) -> bool:
         return self.kind not in ("sigmoid", "hardsigmoid", "softplus")
 
+    def nonnegative(self, *inputs: bool) -> bool:
+        return self.kind in ("relu", "relu6", "sigmoid", "hardsigmoid")
+
     @property
     def keeps_gain(self) -> bool:
         return self.kind == "relu"
@@ -328,6 +335,9 @@ class Clip(Elementwise):
     def keeps_zero(self) -> bool:
         return self.low <= 0 <= self.high
 
+    def nonnegative(self, *inputs: bool) -> bool:
+        return self.low >= 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Select(Node):
@@ -350,6 +360,9 @@ class Select(Node):
     def parameters(self, *inputs: Shape) -> dict[str, Shape]:
         return {"threshold": ()} if self.rule == "threshold" else {"mask": inputs[0]}
 
+    def nonnegative(self, *inputs: bool) -> bool:
+        return True  # a score that is kept exceeds a threshold of 0 or more
+
 
 @dataclass(frozen=True, kw_only=True)
 class Add(Node):
@@ -365,6 +378,9 @@ class Add(Node):
     @property
     def keeps_zero(self) -> bool:
         return True
+
+    def nonnegative(self, *inputs: bool) -> bool:
+        return all(inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,6 +399,9 @@ class Multiply(Node):
     def keeps_zero(self) -> bool:
         return True
 
+    def nonnegative(self, *inputs: bool) -> bool:
+        return all(inputs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Concat(Node):
@@ -397,6 +416,9 @@ class Concat(Node):
 
     def origin(self, *inputs: Shape) -> NDArray[np.intp]:
         return np.arange(self.shape(*inputs)[0])
+
+    def nonnegative(self, *inputs: bool) -> bool:
+        return all(inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -481,6 +503,9 @@ class Pool(_Window):
     def keeps_zero(self) -> bool:
         return True
 
+    def nonnegative(self, *inputs: bool) -> bool:
+        return all(inputs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalPool(Node):
@@ -496,6 +521,9 @@ class GlobalPool(Node):
     @property
     def keeps_zero(self) -> bool:
         return True
+
+    def nonnegative(self, *inputs: bool) -> bool:
+        return all(inputs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -638,7 +638,7 @@ class _Lowering:
         node = self.nodes.get(name)
         while isinstance(node, Pool):
             node = self.nodes.get(node.inputs[0])
-        return isinstance(node, Activation) and node.kind in ("relu", "relu6", "sigmoid", "hardsigmoid")
+        return isinstance(node, Activation) and node.nonnegative(False)
 
     def adaptive_average(self, x: Any, size: Any) -> Any:
         return self._adaptive("average", x, _two(size))

@@ -13,7 +13,7 @@ from manidp.errors import GraphError, TrainingError
 from manidp.formats.checkpoint import Checkpoint, OperatingPoint
 from manidp.graph import Concat, Graph, Node
 from manidp.graph.macs import least_and_most_macs, ungated_macs
-from manidp.training.schedule import continuous_thresholds, rate_for_budget
+from manidp.training.schedule import thresholds_for_budget
 
 TOLERANCE = 0.002  # of the budget
 MISSED = 0.01  # of the budget: more is an error
@@ -67,8 +67,7 @@ def _thresholds(
         if best[0] <= TOLERANCE * target:
             break
         of_gates = dict(zip(sizes, np.split(scores, np.cumsum(list(sizes.values()))[:-1], axis=1), strict=True))
-        rate = rate_for_budget(graph, of_gates, target)
-        limits = continuous_thresholds({gate: value.mean(0) for gate, value in of_gates.items()}, rate)
+        limits = thresholds_for_budget(graph, of_gates, target)
         chosen = {f"{gate}.threshold": np.array(limit, np.float32) for gate, limit in limits.items()}
     assert best is not None
     return best[1], best[2]

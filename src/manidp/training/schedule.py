@@ -69,6 +69,14 @@ def rate_for_budget(graph: Graph, saliencies: Mapping[str, NDArray[np.floating]]
     return low
 
 
+def thresholds_for_budget(
+    graph: Graph, saliencies: Mapping[str, NDArray[np.floating]], budget: float
+) -> dict[str, float]:
+    """Every gate's continuous threshold for the keep rate under which these images take ``budget`` MACs on average."""
+    means = {name: value.mean(0) for name, value in saliencies.items()}
+    return continuous_thresholds(means, rate_for_budget(graph, saliencies, budget))
+
+
 def continuous_thresholds(means: Mapping[str, NDArray[np.floating]], rate: float) -> dict[str, float]:
     """Every gate's continuous threshold for one keep rate; means (C_l,) under the gates' names."""
     return {name: continuous_threshold(mean, rate) for name, mean in means.items()}

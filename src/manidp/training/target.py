@@ -8,9 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.graph import Graph
-from manidp.graph.macs import macs_per_image
+from manidp.graph.macs import least_and_most_macs, macs_per_image
 from manidp.training.recipe import Recipe
-from manidp.training.schedule import continuous_thresholds, keep_rate, rate_for_budget, thresholds_for_rate
+from manidp.training.schedule import (
+    continuous_thresholds,
+    keep_rate,
+    rate_for_budget,
+    thresholds_for_budget,
+    thresholds_for_rate,
+)
 
 Saliencies = Mapping[str, NDArray[np.float32]]  # gate -> (images, C)
 Thresholds = dict[str, float]
@@ -37,8 +43,7 @@ class Target:
             return thresholds_for_rate(saliencies, keep_rate(epoch, self.reach, self.keep_rate))
         if self.budget is None:
             return {}
-        everything = {name: np.ones_like(value[:1], dtype=bool) for name, value in saliencies.items()}
-        full = float(macs_per_image(self.graph, everything)[0])
+        full = float(least_and_most_macs(self.graph)[1])
         budget = full * keep_rate(epoch, self.reach, min(1.0, self.budget / full))
         self.rate = rate_for_budget(self.graph, saliencies, budget)
         return continuous_thresholds(_means(saliencies), self.rate)
@@ -56,7 +61,7 @@ class Target:
         """For the budget itself, on training images; a keep rate's thresholds stay those of the last epoch."""
         if self.budget is None:
             return {}
-        return continuous_thresholds(_means(saliencies), rate_for_budget(self.graph, saliencies, self.budget))
+        return thresholds_for_budget(self.graph, saliencies, self.budget)
 
     def missed(self, macs: float) -> str | None:
         """A line if ``macs``, the mean multiply-adds of training images, are more than 1 % beside the budget."""

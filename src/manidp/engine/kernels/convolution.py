@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from manidp.engine.ir import NULL, ZERO, Element, Function, Index, Offset, Pointer, Vec
 from manidp.engine.kernels import epilogue as epilogues
 from manidp.engine.module import WORKSPACE, Module
-from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, Step, Window, window_of
+from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, MapStep, Step, Window, window_of
 from manidp.engine.target import Isa
 from manidp.engine.walk import BLOCK, Mask, Tile, bits_of, single, vectors_of
 from manidp.graph import Conv
@@ -58,17 +58,20 @@ class Kernel(ABC):
     def supports(self, node: Conv, inputs: int, element: Element) -> bool:
         """Whether it can compute this convolution of so many channels of such elements."""
 
-    @abstractmethod
     def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
         """Vectors of multiply-adds for one output and input channel; height and width are those of the output."""
+        return window_of(node).taps * -(-height * width // lanes)
 
-    @abstractmethod
     def phases(self, node: Conv) -> tuple[int, int]:
-        """In how many phases it reads the source and writes the output."""
+        """In how many phases it reads the source and writes the output.
 
-    @abstractmethod
+        Those of the stride, so that neighbouring outputs' inputs are neighbours, and one.
+        """
+        return window_of(node).stride, 1
+
     def pack(self, weight: NDArray[np.float64], element: Element) -> NDArray[np.float64]:
-        """weight (outputs, inputs, kernel, kernel) as tiles read it: (outputs, elements of a row)."""
+        """weight (outputs, inputs / groups, height, width) as it is read: (outputs, elements of a row)."""
+        return weight.reshape(len(weight), -1)
 
     @abstractmethod
     def step(
@@ -179,7 +182,7 @@ def tile_shape(positions: int, most_outputs: int, isa: Isa) -> Tile:
 
 
 @dataclass(frozen=True)
-class Convolve(Step):
+class Convolve(MapStep):
     """A convolution in tiles, and what follows it."""
 
     node: Conv
@@ -190,15 +193,8 @@ class Convolve(Step):
     outputs: Channels
     epilogue: Epilogue
 
-    def maps(self) -> list[MapKey]:
-        stored = [self.epilogue.frame] if self.epilogue.stored else []
-        return [self.source, *self.epilogue.maps, *stored]
-
-    def together(self) -> list[MapKey]:
-        return [self.epilogue.frame, *self.epilogue.maps, self.source]
-
-    def window(self) -> tuple[MapKey, MapKey, Window] | None:
-        return self.source, self.epilogue.frame, window_of(self.node)
+    def walks(self) -> Conv:
+        return self.node
 
     def emit(self, module: Module, f: Function) -> None:
         node = self.node

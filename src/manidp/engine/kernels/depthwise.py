@@ -13,7 +13,7 @@ from manidp.engine.kernels import epilogue as epilogues
 from manidp.engine.kernels.convolution import Kernel, Packed
 from manidp.engine.kernels.direct import windows_of
 from manidp.engine.module import Module
-from manidp.engine.steps import Channels, Epilogue, MapKey, Step, Window, window_of
+from manidp.engine.steps import Channels, Epilogue, MapKey, MapStep, Step, window_of
 from manidp.engine.walk import single, tap
 from manidp.graph import Conv
 
@@ -22,21 +22,12 @@ _X, _WEIGHTS, _BIAS, _LIST, _N = Pointer("%x"), Pointer("%weights"), Pointer("%b
 
 @dataclass(frozen=True)
 class Depthwise(Kernel):
-    """Reads the source in as many phases as the stride, zeros where a gate has closed a channel of it."""
+    """Reads zeros where a gate has closed a channel of the source."""
 
     skips_inputs = False
 
     def supports(self, node: Conv, inputs: int, element: Element) -> bool:
         return node.groups == node.channels == inputs
-
-    def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
-        return window_of(node).taps * -(-height * width // lanes)
-
-    def phases(self, node: Conv) -> tuple[int, int]:
-        return window_of(node).stride, 1
-
-    def pack(self, weight: NDArray[np.float64], element: Element) -> NDArray[np.float64]:
-        return weight.reshape(len(weight), -1)
 
     def step(
         self, node: Conv, source: MapKey, packed: Packed, inputs: Channels, outputs: Channels, epilogue: Epilogue
@@ -54,7 +45,7 @@ class Depthwise(Kernel):
 
 
 @dataclass(frozen=True)
-class ConvolveEach(Step):
+class ConvolveEach(MapStep):
     """A depthwise convolution and what follows it."""
 
     node: Conv
@@ -63,15 +54,8 @@ class ConvolveEach(Step):
     channels: Channels
     epilogue: Epilogue
 
-    def maps(self) -> list[MapKey]:
-        stored = [self.epilogue.frame] if self.epilogue.stored else []
-        return [self.source, *self.epilogue.maps, *stored]
-
-    def together(self) -> list[MapKey]:
-        return [self.epilogue.frame, *self.epilogue.maps, self.source]
-
-    def window(self) -> tuple[MapKey, MapKey, Window] | None:
-        return self.source, self.epilogue.frame, window_of(self.node)
+    def walks(self) -> Conv:
+        return self.node
 
     def emit(self, module: Module, f: Function) -> None:
         source, frame = module.plan.maps[self.source].layout, module.plan.maps[self.epilogue.frame].layout

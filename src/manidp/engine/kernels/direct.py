@@ -12,28 +12,19 @@ from numpy.typing import NDArray
 from manidp.engine.ir import Element, Function, Vec
 from manidp.engine.kernels.convolution import Group, TileKernel
 from manidp.engine.module import Module
-from manidp.engine.steps import Layout, window_of
+from manidp.engine.steps import Layout
 from manidp.engine.walk import Mask, tap
 from manidp.graph import Conv, pair, sides
 
 
 @dataclass(frozen=True)
 class Direct(TileKernel):
-    """Reads the source in as many phases as the stride, so that neighbouring outputs' inputs are neighbours."""
+    """Any convolution."""
 
     most_outputs = 6
 
     def supports(self, node: Conv, inputs: int, element: Element) -> bool:
         return True
-
-    def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
-        return window_of(node).taps * -(-height * width // lanes)
-
-    def phases(self, node: Conv) -> tuple[int, int]:
-        return window_of(node).stride, 1
-
-    def pack(self, weight: NDArray[np.float64], element: Element) -> NDArray[np.float64]:
-        return weight.reshape(len(weight), -1)
 
     def taps(
         self, module: Module, group: Group, source: Layout, frame: Layout

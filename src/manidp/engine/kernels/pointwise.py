@@ -12,7 +12,7 @@ from manidp.engine.ir import FLOAT, NULL, Function, Index, Pointer, Scalar
 from manidp.engine.kernels.epilogue import START, Element, operands_of, parameters_of
 from manidp.engine.kernels.pool import window_value
 from manidp.engine.module import Module
-from manidp.engine.steps import Channels, Epilogue, MapKey, Step, VectorKey, Window, window_of
+from manidp.engine.steps import Channels, Epilogue, MapKey, MapStep, Step, VectorKey, window_of
 from manidp.engine.walk import single
 from manidp.graph import Pool
 
@@ -20,7 +20,7 @@ _X, _LIST, _N, _SUMS, _INTO = Pointer("%x"), Pointer("%list"), Index("%n"), Poin
 
 
 @dataclass(frozen=True)
-class Pointwise(Step):
+class Pointwise(MapStep):
     """``source`` (None: zeros) through ``pool`` (None: as it is) and ``epilogue``."""
 
     source: MapKey | None
@@ -28,18 +28,8 @@ class Pointwise(Step):
     channels: Channels
     epilogue: Epilogue
 
-    def maps(self) -> list[MapKey]:
-        stored = [self.epilogue.frame] if self.epilogue.stored else []
-        return [*self._sources(), *self.epilogue.maps, *stored]
-
-    def together(self) -> list[MapKey]:
-        return [self.epilogue.frame, *self.epilogue.maps, *self._sources()]
-
-    def window(self) -> tuple[MapKey, MapKey, Window] | None:
-        return (self.source, self.epilogue.frame, window_of(self.pool)) if self.pool and self.source else None
-
-    def _sources(self) -> list[MapKey]:
-        return [self.source] if self.source else []
+    def walks(self) -> Pool | None:
+        return self.pool
 
     def emit(self, module: Module, f: Function) -> None:
         """Channel by channel, vector by vector."""

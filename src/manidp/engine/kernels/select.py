@@ -83,7 +83,9 @@ def model(
 
     counts (C + 1,): how many kept channels lie below each channel, and how many there are.
     """
-    open_ = mask > 0 if mask is not None else ~(scores <= np.float32(threshold))
+    open_ = ~(scores <= np.float32(threshold if mask is None else 0))
+    if mask is not None:
+        open_ = (mask > 0) & (open_ | (gain == "one"))
     factors = np.where(open_, scores if gain == "score" else np.float32(1), np.float32(0))
     kept = ~(factors <= 0)
     numbers = np.arange(len(scores), dtype=np.int32)
