@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from manidp.formats.checkpoint import Found
-from manidp.graph.macs import node_macs
+from manidp.graph.macs import dense_macs, layers
 
 
 def facts(found: Found) -> dict[str, Any]:
@@ -14,7 +14,6 @@ def facts(found: Found) -> dict[str, Any]:
     All of it can be written as JSON. A layer's shape is that of its output for one image.
     """
     model = found.checkpoint
-    macs = node_macs(model.graph)
     return {
         "file": str(found.path),
         "bytes": found.path.stat().st_size,
@@ -22,16 +21,12 @@ def facts(found: Found) -> dict[str, Any]:
         "nodes": len(model.graph.nodes),
         "gates": len(model.graph.gates),
         "parameters": sum(value.size for value in model.weights.values()),
-        "macs_with_everything_kept": sum(macs.values()),
+        "macs_with_everything_kept": dense_macs(model.graph),
         "classes": list(model.classes),
         "preprocessing": {"mean": model.preprocessing.mean, "std": model.preprocessing.std,
                           "size": model.preprocessing.size},
         "provenance": dict(model.provenance),
-        "layers": [
-            {"name": node.name, "op": type(node).__name__, "shape": list(model.graph.shapes[node.name]),
-             "macs": macs.get(node.name, 0)}
-            for node in model.graph.nodes
-        ],
+        "layers": layers(model.graph),
         "thresholds": {
             name.removesuffix(".threshold"): float(model.weights[name]) for name in model.graph.thresholds
         },

@@ -6,7 +6,7 @@ from typing import Any
 
 from manidp.gating.place import gate
 from manidp.graph import Graph
-from manidp.graph.macs import gate_macs, node_macs
+from manidp.graph.macs import gate_macs, layers, node_macs
 
 
 def inspected(graph: Graph) -> dict[str, Any]:
@@ -26,8 +26,7 @@ def inspected(graph: Graph) -> dict[str, Any]:
         "macs_of_gates": gate_macs(gated.network),
         "macs_that_gates_govern": sum(macs[conv] for conv in gate_of),
         "layers": [
-            {"name": node.name, "op": type(node).__name__, "shape": list(graph.shapes[node.name]),
-             "macs": macs.get(node.name, 0), "gate": gate_of.get(node.name), "why_not": why_not.get(node.name)}
-            for node in graph.nodes
+            layer | {"gate": gate_of.get(layer["name"]), "why_not": why_not.get(layer["name"])}
+            for layer in layers(graph)
         ],
-    }  # fmt: skip
+    }

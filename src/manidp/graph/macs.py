@@ -8,7 +8,7 @@ Batch norm (folded), activations, additions, pooling and the scaling by a gate a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,16 @@ def macs_per_image(graph: Graph, kept: Kept) -> NDArray[np.int64]:
     """
     batch = _batch(graph, kept)
     return sum(_per_image(graph, kept, batch).values(), start=np.zeros(batch, dtype=np.int64))
+
+
+def layers(graph: Graph) -> list[dict[str, Any]]:
+    """The nodes in order, as JSON data: name, op, shape of the value and multiply-adds of one image."""
+    macs = node_macs(graph)
+    return [
+        {"name": node.name, "op": type(node).__name__, "shape": list(graph.shapes[node.name]),
+         "macs": macs.get(node.name, 0)}
+        for node in graph.nodes
+    ]  # fmt: skip
 
 
 def least_and_most_macs(graph: Graph) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from manidp.mindspore.convert import from_checkpoint, weights
 from manidp.mindspore.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
 from manidp.mindspore.network import Network
 from manidp.result import Result
-from manidp.training.backend import PADDING, Step, Weights
+from manidp.training.backend import PADDING, Step, Weights, below
 from manidp.training.recipe import Recipe
 
 
@@ -156,13 +156,9 @@ class MindSporeLearner:
         return {f"{part}/{name}": value.copy() for part, values in parts.items() for name, value in values.items()}
 
     def load(self, state: Mapping[str, NDArray[np.float32]]) -> None:
-        parts: dict[str, Weights] = {"network": {}, "average": {}, "momentum": {}}
-        for name, value in state.items():
-            part, _, own = name.partition("/")
-            parts[part][own] = value
-        _set(self.network, parts["network"])
-        self.averages = parts["average"]
-        self.training.set_momenta(parts["momentum"])
+        _set(self.network, below(state, "network/"))
+        self.averages = below(state, "average/")
+        self.training.set_momenta(below(state, "momentum/"))
 
     def read(self, arrays: Sequence[Tensor]) -> NDArray[np.float32]:
         return np.concatenate([array.asnumpy() for array in arrays])

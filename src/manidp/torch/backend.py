@@ -23,7 +23,7 @@ from manidp.result import Result
 from manidp.torch.convert import network_from
 from manidp.torch.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
 from manidp.torch.network import Network, Output
-from manidp.training.backend import PADDING, Step, Weights, check_threads
+from manidp.training.backend import PADDING, Step, Weights, below, check_threads
 from manidp.training.recipe import Recipe
 
 
@@ -175,10 +175,10 @@ class TorchLearner:
 
     def load(self, state: Mapping[str, NDArray[np.float32]]) -> None:
         tensors = {name: torch.from_numpy(value) for name, value in state.items()}
-        self.network.load_state_dict(_below(tensors, "network/"))
-        for name, value in _below(tensors, "average/").items():
+        self.network.load_state_dict(below(tensors, "network/"))
+        for name, value in below(tensors, "average/").items():
             self.averages[name].copy_(value)
-        momenta = _below(tensors, "momentum/")
+        momenta = below(tensors, "momentum/")
         for name, parameter in self.network.named_parameters():
             if name in momenta:
                 buffer = torch.empty_like(parameter).copy_(momenta[name])  # laid out like the parameter
@@ -267,7 +267,3 @@ def _groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
     decayed = [p for name, p in network.named_parameters() if name.rpartition(".")[0] not in heads]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -136,9 +136,7 @@ def _check_example(module: object, example: object) -> None:
 def _check_output(module: nn.Module, images: Tensor) -> None:
     """Whether the module runs on the images, and makes one tensor of logits."""
     made = _run(module, images)
-    parts = (
-        list(made.values()) if isinstance(made, Mapping) else list(made) if isinstance(made, (tuple, list)) else [made]
-    )
+    parts = _outputs(made)
     if len(parts) != 1:
         raise FrontendError(
             f"the module has {len(parts)} outputs; a network has one, its logits: wrap it to return them"
@@ -149,6 +147,13 @@ def _check_output(module: nn.Module, images: Tensor) -> None:
         raise FrontendError(
             f"the module's output is its logits, (B, classes), here ({len(images)}, classes); got {shape}"
         )
+
+
+def _outputs(made: Any) -> list[Any]:
+    """What a module makes, one after the other."""
+    if isinstance(made, Mapping):
+        return list(made.values())
+    return list(made) if isinstance(made, (tuple, list)) else [made]
 
 
 def _run(module: Callable[[Tensor], Any], images: Tensor) -> Any:
@@ -265,8 +270,7 @@ def _compare(module: nn.Module, state: Mapping[str, Tensor], lowered: Lowered, i
     with _InFloat64():  # type: ignore[no-untyped-call]
         wide = {name: value.double() if value.is_floating_point() else value for name, value in state.items()}
         made = _run(functools.partial(torch.func.functional_call, module, wide, tie_weights=False), images.to(device))
-    parts = list(made.values()) if isinstance(made, Mapping) else made
-    meant = (parts if isinstance(parts, Tensor) else parts[0]).cpu().numpy()
+    meant = _outputs(made)[0].cpu().numpy()
     if not np.isfinite(meant).all():
         if not own:
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ Batch = Any
 """Images and labels, as the learner that made them takes them."""
 Weights = dict[str, NDArray[np.float32]]
 PADDING = 4  # pixels around an image for the random crop
+A = TypeVar("A")
 
 
 @dataclass(frozen=True)
@@ -156,3 +157,8 @@ def check_threads(threads: int) -> None:
     most = max(64, 4 * (os.cpu_count() or 1))
     if not 1 <= threads <= most:
         raise TrainingError(f"threads must lie between 1 and {most} on this machine; got {threads}")
+
+
+def below(arrays: Mapping[str, A], prefix: str) -> dict[str, A]:
+    """Those whose names begin with the prefix ("network/", "average/", "momentum/"), by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

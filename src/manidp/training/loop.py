@@ -24,7 +24,7 @@ from manidp.errors import TrainingError
 from manidp.files import replacing, sweep
 from manidp.formats.checkpoint import Checkpoint
 from manidp.progress import Progress
-from manidp.training.backend import Array, Backend, Learner, Weights
+from manidp.training.backend import Array, Backend, Learner, Weights, below
 from manidp.training.folder import LOG, MODEL, STATE, hold, holds_run
 from manidp.training.recipe import Recipe
 from manidp.training.schedule import learning_rate
@@ -151,7 +151,7 @@ class Training:
             if self.target.budget is not None:
                 self.learner.set_thresholds(self.target.at_last(self._saliencies()))
             self._estimate_statistics()
-        return _below(self.learner.state(), "network/")
+        return below(self.learner.state(), "network/")
 
     def missed(self) -> str | None:
         """After ``finish()``: a line if the budget is missed by more than 1 % on training images, else None."""
@@ -326,7 +326,3 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
                 if (values := [one.get(name) for one in (other, mine)])[0] != values[1]:
                     found.append(f"{key} {name} {brief(values[0])} there, {brief(values[1])} here")
     return found if len(found) <= 6 else [*found[:6], f"{len(found) - 6} more"]
-
-
-def _below(tensors: Mapping[str, NDArray[np.float32]], prefix: str) -> Weights:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
