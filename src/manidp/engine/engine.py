@@ -40,6 +40,7 @@ _RUN = ctypes.CFUNCTYPE(
     ctypes.c_void_p,  # constants
     ctypes.c_void_p,  # workspace
 )
+_STATE = ctypes.c_int64 * 2
 # What llvmlite itself holds during every call into LLVM, whose parsing and compiling share one global context.
 _LLVM = getattr(llvm.ffi.lib, "_lock", None) or threading.RLock()
 
@@ -114,8 +115,14 @@ class _Runner:
     def run(self, batch: NDArray[Any], constants: _Address) -> tuple[NDArray[np.float32], bool]:
         """Results (B, ``result_size``) of at least one image, and whether all numbers met are finite."""
         results = np.empty((len(batch), self.result_size), dtype=np.float32)
-        state = (ctypes.c_int64 * 2)()
+        state = _STATE()
         hands = min(self.threads, len(batch))
+        if hands == 1:  # alone: no helper can outlive this call, and none is waited for
+            run = partial(
+                self._run, batch.ctypes.data, batch.dtype == np.uint8, results.ctypes.data, state, len(batch), constants
+            )
+            next(map(self._free.put, filterfalse(run, map(self._free.get, (True,)))))
+            return results, not state[1]
         turns = repeat((), hands)
         done: SimpleQueue[None] = SimpleQueue()
         run = partial(
@@ -193,6 +200,8 @@ class Engine:
 
     def _constants(self, runner: _Runner, budget: str | float) -> _Address:
         """The packed weights of an operating point. The code is the same for all of them."""
+        if budget == DEFAULT:  # the weights as they are
+            return runner.constants
         point = self.checkpoint.point(budget)
         if not point.values:
             return runner.constants
