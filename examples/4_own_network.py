@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 import manidp
-from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
+from manidp.data.images import load_sample
+from manidp.data.preprocessing import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
 from manidp.engine.engine import Engine
 from manidp.torch.frontend import to_state_dict
 

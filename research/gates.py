@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from manidp.data.images import CIFAR10_PREPROCESSING
+from manidp.data.preprocessing import CIFAR10_PREPROCESSING
 from manidp.formats.checkpoint import checkpoint_path, load_checkpoint
 from manidp.gating.place import with_gates
 from manidp.graph import Clip, Graph

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from manidp.data.images import CIFAR10_PREPROCESSING, ImageSet, load_cifar10
+from manidp.data.images import ImageSet, load_cifar10
+from manidp.data.preprocessing import CIFAR10_PREPROCESSING
 from manidp.engine.engine import Engine
 from manidp.formats.checkpoint import Checkpoint, save_checkpoint
 from manidp.gating.place import with_gates

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.data.images import Preprocessing
+from manidp.data.preprocessing import Preprocessing
 from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.manidp import head
 from manidp.gating.place import with_gates

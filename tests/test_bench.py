@@ -15,7 +15,8 @@ import manidp
 from manidp.bench import measure
 from manidp.bench.measure import Contender, calibrated, interleaved, random_checkpoint
 from manidp.bench.peers import PEERS, Batch, Opened, Peer
-from manidp.data.images import CIFAR10_CLASSES, draw_sample, load_sample
+from manidp.data.images import draw_sample, load_sample
+from manidp.data.preprocessing import CIFAR10_CLASSES
 from manidp.engine.engine import Engine
 from manidp.engine.peak import multiply_add_peak
 from manidp.engine.target import ISAS, available_isas

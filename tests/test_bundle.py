@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from manidp.data.images import Preprocessing
+from manidp.data.preprocessing import Preprocessing
 from manidp.errors import HubError
 from manidp.formats.checkpoint import Checkpoint
 from manidp.formats.ckpt import read_ckpt

@@ -15,7 +15,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manidp.data.images import Preprocessing
+from manidp.data.preprocessing import Preprocessing
 from manidp.errors import CheckpointError
 from manidp.formats.checkpoint import Checkpoint, OperatingPoint, checkpoint_path, load_checkpoint, save_checkpoint
 from manidp.gating.place import with_gates

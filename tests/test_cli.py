@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from manidp import cli, load_model, reference
-from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
+from manidp.data.images import load_sample
+from manidp.data.preprocessing import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
 from manidp.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manidp.formats.ckpt import write_ckpt
 from manidp.formats.conversion import to_ckpt, write_thresholds

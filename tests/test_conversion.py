@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from manidp.data.images import CIFAR10_CLASSES, Preprocessing
+from manidp.data.preprocessing import CIFAR10_CLASSES, Preprocessing
 from manidp.errors import CheckpointError, CkptError
 from manidp.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manidp.formats.ckpt import BFLOAT16, read_ckpt, write_ckpt

@@ -26,7 +26,7 @@ from PIL import Image
 
 import manidp
 from engine_cases import Array
-from manidp.data.images import load_picture
+from manidp.data.pictures import load_picture
 from manidp.engine import engine as engine_module
 from manidp.engine.engine import Engine
 from manidp.errors import ImageError, ManiDPError, UnsupportedError

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopback import Loopback, Request, Route, in_turn, serving, status, whole
-from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
+from manidp.data.preprocessing import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
 from manidp.errors import CardError, HubError, ManiDPError
 from manidp.formats.checkpoint import Checkpoint, save_checkpoint
 from manidp.formats.ckpt import write_ckpt

@@ -21,24 +21,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from manidp.data.folders import load_folder, load_pictures
 from manidp.data.images import (
-    CIFAR10_CLASSES,
-    CIFAR10_PREPROCESSING,
     CIFAR10_SHA1,
-    MAX_PICTURE_BYTES,
-    PICTURE_SUFFIXES,
     ImageSet,
-    Preprocessing,
     draw_sample,
     holds_cifar10,
     load_cifar10,
-    load_folder,
     load_image_set,
-    load_picture,
-    load_pictures,
     load_sample,
     save_image_set,
 )
+from manidp.data.pictures import MAX_PICTURE_BYTES, PICTURE_SUFFIXES, load_picture
+from manidp.data.preprocessing import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, Preprocessing
 from manidp.errors import ImageError
 
 CIFAR10 = Path(__file__).parent.parent / "cifar10"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import manidp
-from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
+from manidp.data.images import load_sample
+from manidp.data.preprocessing import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
 from manidp.errors import HubError
 from manidp.formats.checkpoint import Checkpoint, load_checkpoint
 from manidp.gating.place import with_gates

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from manidp import reference
-from manidp.data.images import ImageSet, Preprocessing
+from manidp.data.images import ImageSet
+from manidp.data.preprocessing import Preprocessing
 from manidp.errors import ManiDPError, MissingExtraError
 from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.place import with_gates

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from manidp.data.images import Preprocessing
+    from manidp.data.preprocessing import Preprocessing
     from manidp.engine.engine import Engine
     from manidp.formats.checkpoint import Checkpoint
     from manidp.gating.place import Gated

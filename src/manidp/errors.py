@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 
 
@@ -22,6 +23,22 @@ def some(names: Iterable[str], count: int = 4) -> str:
     """The first few of many names, for a message: "a, b, c, d, ... (9 in all)"."""
     names = list(names)
     return ", ".join(map(short, names[:count])) + (f", ... ({len(names)} in all)" if len(names) > count else "")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first dozen of many names that may hold anything, each quoted."""
+    return some((quoted(name, 60) for name in names), 12)
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """The path as text for a message of one line."""
+    return str(path) if str(path).isprintable() else repr(str(path))
+
+
+def reason(error: Exception) -> str:
+    """What an error says of itself, on one line."""
+    said = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return " ".join(said.split())
 
 
 class ManiDPError(Exception):

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from importlib.abc import Loader  # not imported at run time: that takes as long as all else in here
 
+# What was one module and is now several: the names of all of them, of a name in two the first.
 MOVED = {
-    "manidp.images": "manidp.data.images",
+    "manidp.images": "manidp.data.images manidp.data.pictures manidp.data.folders manidp.data.preprocessing",
     "manidp.cifar10": "manidp.data.cifar10",
     "manidp.checkpoint": "manidp.formats.checkpoint",
     "manidp.ckpt": "manidp.formats.ckpt",
@@ -53,9 +54,13 @@ class _Moved:
     def exec_module(self, module: ModuleType) -> None:
         if module.__name__ == _RUNTIME:
             return
-        now = MOVED[module.__name__]
-        warnings.warn(f"{module.__name__} has moved: import {now}", DeprecationWarning, stacklevel=2)
-        sys.modules[module.__name__] = importlib.import_module(now)
+        now = MOVED[module.__name__].split()
+        warnings.warn(f"{module.__name__} has moved: import {' or '.join(now)}", DeprecationWarning, stacklevel=2)
+        modules = [importlib.import_module(name) for name in now]
+        if len(modules) == 1:
+            sys.modules[module.__name__] = modules[0]
+        for found in reversed(modules):  # of several, a name is taken from the first that has it
+            vars(module).update((name, value) for name, value in vars(found).items() if not name.startswith("__"))
 
 
 def keep_old_paths() -> None:

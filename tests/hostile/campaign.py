@@ -25,7 +25,7 @@ from engine_cases import assert_same_result, close_calls, some_images
 from hostile import strangers
 from hostile.mutate import checkpoint_mutant, ckpt_mutant
 from hostile.strangers import assert_one_line
-from manidp.data.images import MINDSPORE_PREPROCESSING
+from manidp.data.preprocessing import MINDSPORE_PREPROCESSING
 from manidp.engine.engine import Engine
 from manidp.errors import CheckpointError, CkptError, ManiDPError
 from manidp.formats.checkpoint import Checkpoint, load_checkpoint

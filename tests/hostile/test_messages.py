@@ -16,7 +16,8 @@ import pytest
 from hostile.mutate import Tensors, ckpt_value, safetensors_file, tensors_of
 from hostile.strangers import UID, assert_one_line
 from hostile.test_files import GRAPH, OTHERS, header
-from manidp.data.images import ImageSet, load_folder, load_image_set
+from manidp.data.folders import load_folder
+from manidp.data.images import ImageSet, load_image_set
 from manidp.errors import CardError, ManiDPError
 from manidp.formats.checkpoint import load_checkpoint
 from manidp.formats.ckpt import read_ckpt

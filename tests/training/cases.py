@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from manidp.data.images import ImageSet, Preprocessing
+from manidp.data.images import ImageSet
+from manidp.data.preprocessing import Preprocessing
 from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.place import with_gates
 from manidp.graph import Activation, Add, BatchNorm, Conv, GlobalPool, Graph, Input, Linear

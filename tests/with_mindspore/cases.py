@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.data.images import Preprocessing
+from manidp.data.preprocessing import Preprocessing
 from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.place import with_gates
 from manidp.graph import Graph

@@ -9,7 +9,8 @@ import pytest
 
 import manidp
 from hostile.names import like_ours
-from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_cifar10, load_sample
+from manidp.data.images import load_cifar10, load_sample
+from manidp.data.preprocessing import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
 from manidp.formats.checkpoint import bundled, checkpoint_path, load_checkpoint
 from manidp.formats.ckpt import read_ckpt, write_ckpt
 from manidp.formats.conversion import from_ckpt, to_ckpt

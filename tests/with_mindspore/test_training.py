@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from manidp import cli
-from manidp.data.images import CIFAR10_PREPROCESSING, load_sample, save_folder
+from manidp.data.folders import save_folder
+from manidp.data.images import load_sample
+from manidp.data.preprocessing import CIFAR10_PREPROCESSING
 from manidp.errors import TrainingError
 from manidp.formats.checkpoint import load_checkpoint
 from manidp.gating.place import with_gates

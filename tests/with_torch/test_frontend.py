@@ -16,7 +16,8 @@ from zoo import EXAMPLE, imported
 import manidp
 import manidp.torch
 from manidp import reference
-from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, load_sample
+from manidp.data.images import load_sample
+from manidp.data.preprocessing import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
 from manidp.engine.engine import Engine
 from manidp.errors import FrontendError, UnsupportedError
 from manidp.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint

@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from manidp import cli
-from manidp.data.images import ImageSet, Preprocessing
+from manidp.data.images import ImageSet
+from manidp.data.preprocessing import Preprocessing
 from manidp.errors import TrainingError
 from manidp.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manidp.gating.place import with_gates

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from manidp.data.images import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
+from manidp.data.preprocessing import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
 from manidp.errors import CheckpointError
 from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.manidp import head

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.bench.peers import PEERS, Batch, Peer, Run
-from manidp.data.images import CIFAR10_PREPROCESSING, ImageSet, Preprocessing
+from manidp.data.images import ImageSet
+from manidp.data.preprocessing import CIFAR10_PREPROCESSING, Preprocessing
 from manidp.engine.engine import Engine
 from manidp.engine.peak import multiply_add_peak
 from manidp.engine.target import ISAS, available_isas

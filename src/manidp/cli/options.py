@@ -55,7 +55,8 @@ def point(budget: str) -> str | float:
 
 def labelled(data: Path | None, models: Mapping[str, Checkpoint]) -> tuple[ImageSet, str]:
     """Labelled images of the size that all these checkpoints read, and what to call them."""
-    from manidp.data.images import holds_cifar10, load_cifar10, load_folder, load_sample
+    from manidp.data.folders import load_folder
+    from manidp.data.images import holds_cifar10, load_cifar10, load_sample
 
     first, *others = models
     size = models[first].preprocessing.size

@@ -32,7 +32,8 @@ def classify(
     that cannot be read is reported, the others are classified, and the exit code is 1.
     """
     from manidp import load_model
-    from manidp.data.images import load_pictures, load_sample
+    from manidp.data.folders import load_pictures
+    from manidp.data.images import load_sample
     from manidp.engine.engine import Engine
     from manidp.graph.macs import ungated_macs
     from manidp.predict import predict

@@ -29,7 +29,8 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Get a data set. CIFAR-10 is accepted only if each file has its published digest."""
-    from manidp.data.images import load_sample, save_folder
+    from manidp.data.folders import save_folder
+    from manidp.data.images import load_sample
 
     folder = to or Path(name)
     if name == "sample":

@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from manidp.data.images import CIFAR10_CLASSES, CIFAR10_SHA1, shown
-from manidp.errors import ImageError, quoted
+from manidp.data.images import CIFAR10_SHA1
+from manidp.data.preprocessing import CIFAR10_CLASSES
+from manidp.errors import ImageError, quoted, shown
 from manidp.fetch.archive import ArchiveError, members
 from manidp.fetch.download import Downloader, TransferError, is_offline, origins, target_of
 from manidp.files import open_regular, replacing, sync_folder

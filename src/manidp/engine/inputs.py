@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
-from manidp.data.images import fit_picture, load_picture
 from manidp.errors import ImageError
 
 Dims = tuple[int, int, int]
-Picture = str | os.PathLike[str] | Image.Image
-Images = ArrayLike | Picture | Iterable[ArrayLike | Picture]
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Picture = str | os.PathLike[str] | Image.Image
+Images: TypeAlias = "ArrayLike | Picture | Iterable[ArrayLike | Picture]"
 
 
 def batch_of(images: Images, dims: Dims) -> NDArray[Any]:
@@ -34,7 +36,7 @@ def _batch(images: Any, dims: Dims) -> NDArray[Any]:
     if type(images) is np.ndarray and images.ndim == 4:  # by far the most frequent
         return _checked(images, dims)
     channels, height, width = dims
-    if isinstance(images, (str, os.PathLike, Image.Image)):
+    if isinstance(images, (str, os.PathLike)) or _is_picture(images):
         images = [images]
     if not isinstance(images, (list, tuple, Iterator)):
         array = _array(images, "images", dims)
@@ -51,8 +53,12 @@ def _batch(images: Any, dims: Dims) -> NDArray[Any]:
 
 def _one(image: object, number: int, dims: Dims) -> NDArray[Any]:
     if isinstance(image, (str, os.PathLike)):
+        from manidp.data.pictures import load_picture
+
         return load_picture(Path(image), dims[1:])
-    if isinstance(image, Image.Image):
+    if _is_picture(image):
+        from manidp.data.pictures import fit_picture
+
         try:
             return fit_picture(image, dims[1:])
         except Exception as error:  # a broken file may be found out only now
@@ -62,6 +68,11 @@ def _one(image: object, number: int, dims: Dims) -> NDArray[Any]:
     except ImageError as error:
         raise ImageError(f"image {number} of the list, with an axis before it: {error}") from error
     return batch.reshape(batch.shape[1:])
+
+
+def _is_picture(value: object) -> TypeGuard[Image.Image]:
+    pil = sys.modules.get("PIL.Image")  # whoever has a picture has loaded it; an engine of arrays need not
+    return pil is not None and isinstance(value, pil.Image)
 
 
 def _array(value: object, what: str, dims: Dims) -> NDArray[Any]:

@@ -26,7 +26,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from manidp.data.images import Preprocessing
+from manidp.data.preprocessing import Preprocessing
 from manidp.errors import CheckpointError, GraphError, ImageError, quoted, short, some
 from manidp.files import replacing
 from manidp.formats.signatures import HEAD, looks_like

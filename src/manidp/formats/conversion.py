@@ -16,8 +16,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from manidp.data.images import CIFAR10_CLASSES, MINDSPORE_PREPROCESSING, Preprocessing, shown
-from manidp.errors import CkptError, GraphError, quoted, some
+from manidp.data.preprocessing import CIFAR10_CLASSES, MINDSPORE_PREPROCESSING, Preprocessing
+from manidp.errors import CkptError, GraphError, quoted, shown, some
 from manidp.files import open_regular, replacing, sha256_of
 from manidp.formats.checkpoint import Checkpoint, Found
 from manidp.formats.ckpt import BFLOAT16, bfloat16_to_float32, read_ckpt

@@ -24,7 +24,7 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from manidp.data.images import Preprocessing
+from manidp.data.preprocessing import Preprocessing
 from manidp.errors import CardError, HubError, quoted, short
 from manidp.fetch.archive import ArchiveError, members
 from manidp.fetch.download import Downloader, TransferError, is_offline, origins, target_of

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from manidp.data.images import CIFAR10_PREPROCESSING, ImageSet, Preprocessing
+from manidp.data.images import ImageSet
+from manidp.data.preprocessing import CIFAR10_PREPROCESSING, Preprocessing
 from manidp.errors import MissingExtraError
 from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import Graph

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from manidp.data.images import CIFAR10_PREPROCESSING, ImageSet, Preprocessing
+from manidp.data.images import ImageSet
+from manidp.data.preprocessing import CIFAR10_PREPROCESSING, Preprocessing
 from manidp.errors import MissingExtraError
 from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import Graph

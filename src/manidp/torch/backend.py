@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from manidp.data.images import ImageSet, Preprocessing
+from manidp.data.images import ImageSet
+from manidp.data.preprocessing import Preprocessing
 from manidp.errors import TrainingError
 from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import Graph

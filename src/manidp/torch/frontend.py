@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manidp import reference
-from manidp.data.images import Preprocessing
+from manidp.data.preprocessing import Preprocessing
 from manidp.errors import FrontendError, some
 from manidp.formats.checkpoint import Checkpoint
 from manidp.torch.lowering import BATCH_SIZE, KEPT_WHOLE, TORCH, Lowered, lower

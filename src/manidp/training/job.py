@@ -12,16 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.data.images import (
-    CIFAR10_PREPROCESSING,
-    ImageSet,
-    Preprocessing,
-    holds_cifar10,
-    load_cifar10,
-    load_folder,
-    shown,
-)
-from manidp.errors import TrainingError
+from manidp.data.folders import load_folder
+from manidp.data.images import ImageSet, holds_cifar10, load_cifar10
+from manidp.data.preprocessing import CIFAR10_PREPROCESSING, Preprocessing
+from manidp.errors import TrainingError, shown
 from manidp.formats.checkpoint import Checkpoint, Found, save_checkpoint
 from manidp.graph import Graph
 from manidp.graph.macs import ungated_macs

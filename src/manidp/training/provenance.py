@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from manidp.data.images import shown
+from manidp.errors import shown
 from manidp.formats.checkpoint import Checkpoint, Found
 from manidp.training.loop import Training
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from manidp.data.images import ImageSet, Preprocessing
+from manidp.data.images import ImageSet
+from manidp.data.preprocessing import Preprocessing
 from manidp.errors import CheckpointError, some
 from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.place import with_gates

@@ -1,0 +1,187 @@
+"""Folders of pictures: read as many pictures or as a labelled set, written from a set."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from manidp.data.images import ImageSet
+from manidp.data.pictures import PICTURE_SUFFIXES, load_picture
+from manidp.errors import ImageError, listed, quoted, reason, shown
+from manidp.files import filling
+from manidp.progress import Progress
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What came of many files: ``images`` uint8 (N, H, W, 3), their N ``paths``, and an error for each other picture.
+
+    ``skipped``: how many other files lay in the folders, no pictures by their suffixes.
+    """
+
+    images: NDArray[np.uint8]
+    paths: tuple[Path, ...]
+    errors: tuple[ImageError, ...]
+    skipped: int = 0
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What to tell of all that is not among the images: a line for each error, one for what was skipped."""
+        skipped = f"{self.skipped:,} other files in the folders skipped: no pictures by their suffixes"
+        return (*map(str, self.errors), *([skipped] if self.skipped else []))
+
+
+def load_pictures(paths: Iterable[str | Path], size: tuple[int, int], progress: Progress | None = None) -> Pictures:
+    """Load many pictures, each as :func:`load_picture` does; one that cannot be read becomes an error among others.
+
+    A folder stands for the files with ``PICTURE_SUFFIXES`` in it and in the folders below, in sorted order, hidden ones
+    left out. Links to folders are followed, each folder is read once; one that cannot be read becomes an error too.
+    Memory is that of the result, ``H * W * 3`` bytes a file, and of one picture being decoded.
+    """
+    errors: list[ImageError] = []
+    files: list[Path] = []
+    skipped = 0
+    for path in map(Path, paths):
+        if not os.path.isdir(path):
+            files.append(path)
+            continue
+        (pictures,), unread, others = _walk([path])
+        if not pictures and not unread:
+            unread = [ImageError(f"{shown(path)}: no pictures in this folder ({' '.join(PICTURE_SUFFIXES)})")]
+        files += pictures
+        errors += unread
+        skipped += others
+    return _load(files, errors, skipped, size, progress)
+
+
+def load_folder(
+    folder: str | Path,
+    size: tuple[int, int],
+    classes: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> tuple[ImageSet, Pictures]:
+    """A folder with one subfolder of pictures per class, as an image set and as what came of its files.
+
+    Classes are the subfolders in sorted order, two at least, each with a picture that can be read. Where ``classes``
+    are given (those of a checkpoint), labels follow them: every subfolder must be one of them, some may be absent.
+    Files beside the subfolders and hidden ones are left out; subfolders are read as :func:`load_pictures` does. Raises
+    ImageError when the folder is not so.
+    """
+    root = Path(folder)
+    try:
+        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{shown(root)}: {reason(error)}") from error
+    for name in found:
+        if name != name.encode("utf-8", "replace").decode():  # no checkpoint could hold it
+            raise ImageError(f"{shown(root / name)}: the name of a class must be UTF-8; rename this folder")
+    if classes is None and len(found) < 2:
+        raise ImageError(
+            f"{shown(root)}: expected subfolders of pictures for two classes or more, got [{listed(found)}]"
+        )
+    if classes is not None and not (found and set(found) <= set(classes)):
+        raise ImageError(
+            f"{shown(root)}: expected subfolders named after classes of [{listed(classes)}], got [{listed(found)}]"
+        )
+    names = tuple(found if classes is None else classes)
+    of_class, unread, skipped = _walk([root / name for name in found], around=root)
+    label_of = {file: names.index(name) for name, files in zip(found, of_class, strict=True) for file in files}
+    pictures = _load(list(label_of), unread, skipped, size, progress)
+    labels = np.array([label_of[path] for path in pictures.paths], np.int64)
+    for name in found:
+        if names.index(name) not in labels:
+            place = shown(root / name)
+            reasons = (f"; {error}" for error in pictures.errors if str(error).startswith(place))
+            raise ImageError(
+                f"{place}: expected pictures of class {quoted(name, 60)}, got none to read{next(reasons, '')}"
+            )
+    return ImageSet(pictures.images, labels, names), pictures
+
+
+def _load(
+    files: Sequence[Path], errors: Iterable[ImageError], skipped: int, size: tuple[int, int], progress: Progress | None
+) -> Pictures:
+    images = np.empty((len(files), *size, 3), np.uint8)
+    read: list[Path] = []
+    met = list(errors)
+    for number, file in enumerate(files, 1):
+        try:
+            images[len(read)] = load_picture(file, size)
+            read.append(file)
+        except ImageError as error:
+            met.append(error)
+        if progress is not None:
+            progress(number, len(files))
+    return Pictures(images[: len(read)], tuple(read), tuple(met), skipped)
+
+
+def _walk(folders: Sequence[Path], around: Path | None = None) -> tuple[list[list[Path]], list[ImageError], int]:
+    """The pictures in each of these folders and below, sorted; what could not be read; how many other files there are.
+
+    Links to folders are followed. Each folder is read once, where it lies rather than where a link leads to it, and the
+    one ``around`` these never: links in circles come to an end, and one class does not take the pictures of another.
+    """
+    pictures: list[list[Path]] = [[] for _ in folders]
+    errors: list[ImageError] = []
+    skipped = 0
+    seen = set() if around is None else {_identity(around)}
+    waiting, linked = deque(enumerate(folders)), deque[tuple[int, Path]]()
+    while waiting or linked:
+        number, place = (waiting or linked).popleft()
+        try:
+            identity = _identity(place)
+            if identity in seen:
+                if place == folders[number]:
+                    errors.append(ImageError(f"{shown(place)}: the same folder as another of these"))
+                continue
+            seen.add(identity)
+            with os.scandir(place) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
+        except OSError as error:
+            errors.append(ImageError(f"{shown(place)}: {reason(error)}"))
+            continue
+        for entry in entries:
+            path = place / entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append((number, path))
+            elif entry.is_symlink() and os.path.isdir(path):
+                linked.append((number, path))
+            elif path.suffix.lower() in PICTURE_SUFFIXES:
+                pictures[number].append(path)
+            elif entry.is_symlink() and not os.path.exists(path):
+                errors.append(ImageError(f"{shown(path)}: a link that leads nowhere"))
+            else:
+                skipped += 1
+    return [sorted(files) for files in pictures], errors, skipped
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def save_folder(image_set: ImageSet, folder: str | Path) -> None:
+    """Write an image set as PNG files, one subfolder for each class, into a new folder: what ``load_folder`` reads.
+
+    The folder appears whole or not at all; raises ImageError if it exists or cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        if folder.exists():
+            raise ImageError(f"{shown(folder)}: exists already; a new folder is needed")
+        with filling(folder) as temporary:
+            for number, (pixels, label) in enumerate(zip(image_set.images, image_set.labels, strict=True)):
+                of_class = temporary / image_set.classes[label]
+                of_class.mkdir(exist_ok=True)
+                Image.fromarray(pixels).save(of_class / f"{number:05d}.png")
+    except OSError as error:
+        raise ImageError(f"{shown(folder)}: cannot be written: {reason(error)}") from error
