@@ -31,9 +31,6 @@ _OFFSET = re.compile(r"  (%\S+) = getelementptr (?:inbounds )?\w+, ptr ([%@]\S+)
 _LOAD = re.compile(r"  %\S+ = load (.+?), ptr ([%@]\S+?)(?:, align \d+)?")
 _STORE = re.compile(r"  store (?:atomic )?(<\d+ x \w+>|\w+) .*, ptr ([%@]\S+?)(?: monotonic)?, align \d+")
 _ATOMIC = re.compile(r"  %\S+ = atomicrmw add ptr (%\S+), i64 1 monotonic")
-_MASKED = re.compile(
-    r"  call void @llvm\.masked\.store\.\S+\(<(\d+) x (\w+)> .*, ptr (%\S+), i32 \d, <\d+ x i1> (.*)\)"
-)
 _COPY = re.compile(r"  call void @llvm\.memcpy\.\S+\(ptr (%\S+), ptr (%\S+), i64 (\S+), i1 false\)")
 _CALL = re.compile(r"  call void @([\w.]+)\((.*)\)")
 
@@ -63,8 +60,6 @@ class Checked(Module):
                 "@violation = dso_local global i64 0",
                 "@accesses = dso_local global i64 0",
                 f"@trash = internal global [{TRASH} x i8] zeroinitializer",
-                f"declare i{self.lanes} @llvm.cttz.i{self.lanes}(i{self.lanes}, i1)",
-                f"declare i{self.lanes} @llvm.ctlz.i{self.lanes}(i{self.lanes}, i1)",
                 *(new for number, line in enumerate(self.lines) for new in self._rewritten(number, line)),
             ]
         )
@@ -121,17 +116,7 @@ class Checked(Module):
 
     def _call(self, number: int, function: str, arguments: str) -> Iterator[str]:
         line = f"  call void @{function}({arguments})"
-        if match := _MASKED.fullmatch(line):
-            lanes, size, name = int(match[1]), _SIZES[match[2]], f"%mask{next(self.numbers)}"
-            yield f"  {name} = bitcast <{lanes} x i1> {match[4]} to i{lanes}"
-            for end in ("cttz", "ctlz"):  # lanes before the first that is set, and behind the last
-                yield f"  {name}.{end}.n = call i{lanes} @llvm.{end}.i{lanes}(i{lanes} {name}, i1 false)"
-                yield f"  {name}.{end}.w = zext i{lanes} {name}.{end}.n to i64"
-                yield f"  {name}.{end} = mul i64 {name}.{end}.w, {size}"
-            yield f"  {name}.end = sub i64 {lanes * size}, {name}.ctlz"
-            yield f"  {name}.none = icmp eq i{lanes} {name}, 0"
-            yield from self._bounded(number, line, match[3], f"{name}.end", skip=f"{name}.cttz", none=f"{name}.none")
-        elif match := _COPY.fullmatch(line):
+        if match := _COPY.fullmatch(line):
             target, source, length = match.groups()
             for pointer, reads in ((target, False), (source, True)):
                 *lines, line = self._bounded(number, line, pointer, length, reads=reads)
@@ -162,28 +147,16 @@ class Checked(Module):
         size = self.of_tables[region] if bound in ("high", "last") else 0
         return f"add (i64 ptrtoint (ptr {region} to i64), i64 {size})"
 
-    def _bounded(
-        self,
-        number: int,
-        line: str,
-        pointer: str,
-        end: str,
-        *,
-        reads: bool = False,
-        skip: str = "0",
-        none: str = "false",
-    ) -> Iterator[str]:
-        """The line, if bytes ``skip`` to ``end`` from ``pointer`` on (``none``: no bytes) are in its region."""
+    def _bounded(self, number: int, line: str, pointer: str, end: str, *, reads: bool = False) -> Iterator[str]:
+        """The line, if the bytes before ``end`` from ``pointer`` on are in its region."""
         low, high = BOUNDS[2:] if reads else BOUNDS[:2]
         region, name = self.regions.get(pointer, pointer), f"%check{next(self.numbers)}"
         self.fits = f"{name}.fits"
         yield f"  {name}.at = ptrtoint ptr {pointer} to i64"
-        yield f"  {name}.begin = add i64 {name}.at, {skip}"
         yield f"  {name}.end = add i64 {name}.at, {end}"
-        yield f"  {name}.low = icmp uge i64 {name}.begin, {self._bound(region, low)}"
+        yield f"  {name}.low = icmp uge i64 {name}.at, {self._bound(region, low)}"
         yield f"  {name}.high = icmp ule i64 {name}.end, {self._bound(region, high)}"
-        yield f"  {name}.both = and i1 {name}.low, {name}.high"
-        yield f"  {self.fits} = or i1 {name}.both, {none}"
+        yield f"  {self.fits} = and i1 {name}.low, {name}.high"
         yield f"  {name}.safe = select i1 {self.fits}, ptr {pointer}, ptr @trash"
         yield f"  {name}.old = load i64, ptr @violation"
         yield f"  {name}.new = select i1 {self.fits}, i64 {name}.old, i64 {number}"

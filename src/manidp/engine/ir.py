@@ -254,14 +254,8 @@ class Function:
     def load(self, pointer: Pointer, offset: Offset = 0) -> Vec:
         return self.make(Vec, f"load {self.vector}, ptr {self.at(pointer, offset)}, align {self.element.size}")
 
-    def store(self, value: Vec, pointer: Pointer, offset: Offset = 0, mask: Bits | None = None) -> None:
-        address = self.at(pointer, offset)
-        if mask is None:
-            self.do(f"store {self.vector} {value}, ptr {address}, align {self.element.size}")
-        else:
-            lanes = f"<{self.lanes} x i1> {mask}"
-            name = f"llvm.masked.store.v{self.lanes}{self.element.suffix}.p0"
-            self.do(f"call void @{name}({self.vector} {value}, ptr {address}, i32 {self.element.size}, {lanes})")
+    def store(self, value: Vec, pointer: Pointer, offset: Offset = 0) -> None:
+        self.do(f"store {self.vector} {value}, ptr {self.at(pointer, offset)}, align {self.element.size}")
 
     def scalar(self, pointer: Pointer, offset: Offset = 0) -> Scalar:
         return self.make(Scalar, f"load {self.element.name}, ptr {self.at(pointer, offset)}, align {self.element.size}")

@@ -54,10 +54,8 @@ class Module:
     def _declarations(self) -> list[str]:
         n, v = self.lanes, f"<{self.lanes} x float>"
         kinds = {element: f"<{n} x {element.name}>" for element in (FLOAT, self.element)}
-        masked = "declare void @llvm.masked.store"
         return [
             *(f"declare {w} @llvm.fmuladd.v{n}{e.suffix}({w}, {w}, {w})" for e, w in kinds.items()),
-            *(f"{masked}.v{n}{e.suffix}.p0({w}, ptr, i32, <{n} x i1>)" for e, w in kinds.items()),
             f"declare float @llvm.vector.reduce.fadd.v{n}f32(float, {v})",
             f"declare float @llvm.vector.reduce.fmax.v{n}f32({v})",
             "declare i64 @llvm.umin.i64(i64, i64)",

@@ -3,7 +3,7 @@
 Feature maps lie channel by channel in *phases*: with S phases, element (y, x) of a channel is found in phase
 (y mod S, x mod S) at row y // S, column x // S. A strided convolution reads S = stride, a Winograd convolution reads
 and writes S = side of its tiles of outputs, so that both load neighbouring outputs' inputs from neighbouring addresses.
-Between the planes lie gaps of zeros, which serve as the padding above and below; nothing ever writes to them.
+Between the planes lie gaps of zeros, which serve as the padding above and below; only zeros are ever written to them.
 """
 
 from __future__ import annotations

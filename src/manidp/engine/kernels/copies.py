@@ -98,7 +98,7 @@ class MoveChannels(Step):
                         for phase in range(target.phases**2):
                             y = g.load(g.at(x, start), phase * source.plane) if x else g.constant(0)
                             mask = mask_of(module, target, phase, one, 0).bits(g, block)
-                            g.store(y, g.at(into, start), phase * target.plane, mask)
+                            g.store(g.zero_unless(mask, y), g.at(into, start), phase * target.plane)
                         return []
 
                     g.loop(one.blocks, one_block)

@@ -79,7 +79,7 @@ class Element:
                 y = g.arithmetic("fadd" if op.kind == "add" else "fmul", y, g.load(place, offset))
         mask = mask_of(self.module, self.frame, phase, single(self.frame, g.lanes), 0).bits(g, block)
         if self.into:
-            g.store(y, self.into, offset, mask)
+            g.store(g.zero_unless(mask, y), self.into, offset)  # gaps are zeros anyway
         for part, _ in self.sums:
             counted = g.widen(g.spoil(y) if part == "max" else y)
             if mask is not None:
