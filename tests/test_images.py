@@ -32,7 +32,7 @@ from manidp.data.images import (
     load_sample,
     save_image_set,
 )
-from manidp.data.pictures import MAX_PICTURE_BYTES, PICTURE_SUFFIXES, load_picture
+from manidp.data.pictures import MAX_PICTURE_BYTES, PICTURE_SUFFIXES, decode_picture, load_picture
 from manidp.data.preprocessing import CIFAR10_CLASSES, CIFAR10_PREPROCESSING, Preprocessing
 from manidp.errors import ImageError
 
@@ -737,3 +737,13 @@ def test_image_set_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     with pytest.raises(ImageError, match="x: cannot be written: No space left on device"):
         save_image_set(images, tmp_path / "x")
     assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("x", b"what was there")]
+
+
+def test_a_picture_in_memory_is_read_like_a_file_within_its_own_limit(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.png", np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3))
+    content = path.read_bytes()
+    np.testing.assert_array_equal(decode_picture(content, (8, 8), 600), load_picture(path, (8, 8)))
+    with pytest.raises(ImageError, match="^expected at most 599 pixels, got 30 x 20$"):
+        decode_picture(content, (8, 8), 599)
+    with pytest.raises(ImageError, match="^not a readable JPEG"):
+        decode_picture(b"GIF", (8, 8))

@@ -54,8 +54,11 @@ class Prediction:
 
 def predict(engine: Runner, images: Any, *, budget: str | float = DEFAULT, top: int = 5) -> list[Prediction]:
     """One prediction an image, in their order; ``images`` and ``budget`` are what ``Engine.run`` takes."""
-    checkpoint = engine.checkpoint
-    result = engine.run(images, budget=budget)
+    return predictions_of(engine.checkpoint, engine.run(images, budget=budget), top)
+
+
+def predictions_of(checkpoint: Checkpoint, result: Result, top: int = 5) -> list[Prediction]:
+    """What a network's result says of each image, in their order, with the ``top`` most probable classes."""
     shares = probabilities(result.logits)
     order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
     dense, stages = ungated_macs(checkpoint.graph), kept_by_stage(result.kept)
@@ -128,6 +131,14 @@ def evaluate(
         )
         for name, engine in engines.items()
     ]
+
+
+def asked_budget(text: str) -> str | float:
+    """What users call an operating point: "45%" and "0.45" are shares of the dense multiply-adds, else a name."""
+    try:
+        return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return text
 
 
 def probabilities(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:

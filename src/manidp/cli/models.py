@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from manidp.cli import show
-from manidp.cli.options import Data, Json, check_outputs, deciding, labelled, point, suffix
+from manidp.cli.options import Data, Json, check_outputs, deciding, labelled, suffix
 from manidp.errors import ManiDPError
 from manidp.terminal import complain, say, say_json
 
@@ -97,11 +97,11 @@ def calibrate(
     from manidp.engine.engine import Engine
     from manidp.formats.checkpoint import save_checkpoint
     from manidp.hub.find import find_model
-    from manidp.predict import evaluate
+    from manidp.predict import asked_budget, evaluate
     from manidp.training.calibrate import calibrate as calibrated
 
     suffix(out, (".safetensors",))
-    shares = [share for share in map(point, budget) if isinstance(share, float)]
+    shares = [share for share in map(asked_budget, budget) if isinstance(share, float)]
     if len(shares) < len(budget):
         raise ManiDPError(f"--budget is a share of the dense multiply-adds, 35% or 0.35; got {', '.join(budget)}")
     found = find_model(model)

@@ -45,14 +45,6 @@ def help_alone(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-def point(budget: str) -> str | float:
-    """What the user calls an operating point: "45%" and "0.45" are shares of the dense multiply-adds, else a name."""
-    try:
-        return float(budget.removesuffix("%")) / 100 if budget.endswith("%") else float(budget)
-    except ValueError:
-        return budget
-
-
 def labelled(data: Path | None, models: Mapping[str, Checkpoint]) -> tuple[ImageSet, str]:
     """Labelled images of the size that all these checkpoints read, and what to call them."""
     from manidp.data.folders import load_folder

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from manidp.cli import show
-from manidp.cli.options import Budget, Data, Json, Model, Precision, Threads, check_outputs, labelled, point, suffix
+from manidp.cli.options import Budget, Data, Json, Model, Precision, Threads, check_outputs, labelled, suffix
 from manidp.terminal import complain, escaped, progress, say, say_json, steps
 
 
@@ -36,10 +36,10 @@ def classify(
     from manidp.data.images import load_sample
     from manidp.engine.engine import Engine
     from manidp.graph.macs import ungated_macs
-    from manidp.predict import predict
+    from manidp.predict import asked_budget, predict
 
     checkpoint = load_model(model)
-    at = point(budget)
+    at = asked_budget(budget)
     checkpoint.point(at)
     truth: list[str | None]
     errors: tuple[str, ...] = ()
@@ -81,10 +81,11 @@ def evaluate(
     from manidp import load_model
     from manidp.engine.engine import Engine
     from manidp.machine import describe
+    from manidp.predict import asked_budget
     from manidp.predict import evaluate as evaluated
 
     models = {name: load_model(name) for name in dict.fromkeys([model, *([beside] if beside is not None else [])])}
-    at = point(budget)
+    at = asked_budget(budget)
     models[model].point(at)
     images, description = labelled(data, models)
     engines = {name: Engine(one, threads=threads, precision=precision) for name, one in models.items()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import stat
+import threading
 import warnings
 from pathlib import Path
 
@@ -41,48 +43,93 @@ def load_picture(path: str | Path, size: tuple[int, int]) -> NDArray[np.uint8]:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("a folder, not a picture" if stat.S_ISDIR(status.st_mode) else "not a regular file")
-        if status.st_size == 0:
-            raise ImageError("an empty file")
-        if status.st_size > MAX_PICTURE_BYTES:
-            raise ImageError(f"expected at most {MAX_PICTURE_BYTES:,} bytes, got {status.st_size:,}")
-        with warnings.catch_warnings():
-            # What Pillow warns of is refused below or does no harm; a batch should not be stopped by it.
-            warnings.filterwarnings("ignore", module="PIL")
-            with Image.open(path, formats=_DECODERS) as picture:
-                return fit_picture(picture, size)
+        return _decoded(path, status.st_size, size, MAX_PICTURE_PIXELS)
     except ImageError as error:
-        raise ImageError(f"{shown(path)}: {error}") from None
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{shown(path)}: not a readable JPEG, PNG, WebP, BMP, GIF or TIFF picture") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{shown(path)}: expected at most {MAX_PICTURE_PIXELS:,} pixels, got far more") from error
+        raise ImageError(f"{shown(path)}: {error}") from error.__cause__
     except OSError as error:
         raise ImageError(f"{shown(path)}: {reason(error)}") from error
+
+
+def decode_picture(content: bytes, size: tuple[int, int], pixels: int = MAX_PICTURE_PIXELS) -> NDArray[np.uint8]:
+    """The content of a picture file, as :func:`load_picture` reads it; the message of an ImageError names no file.
+
+    pixels: the most that it may have.
+    """
+    return _decoded(io.BytesIO(content), len(content), size, pixels)
+
+
+def _decoded(file: str | Path | io.BytesIO, length: int, size: tuple[int, int], pixels: int) -> NDArray[np.uint8]:
+    """A file of ``length`` bytes as :func:`fit_picture` makes it; whatever Pillow raises becomes an ImageError."""
+    if length == 0:
+        raise ImageError("an empty file")
+    if length > MAX_PICTURE_BYTES:
+        raise ImageError(f"expected at most {MAX_PICTURE_BYTES:,} bytes, got {length:,}")
+    try:
+        with _QUIET, Image.open(file, formats=_DECODERS) as picture:
+            return fit_picture(picture, size, pixels)
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError("not a readable JPEG, PNG, WebP, BMP, GIF or TIFF picture") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"expected at most {pixels:,} pixels, got far more") from error
+    except OSError as error:
+        raise ImageError(reason(error)) from error
     except Exception as error:  # decoders meet broken files with errors of any kind
-        raise ImageError(f"{shown(path)}: broken picture: {reason(error)}") from error
+        raise ImageError(f"broken picture: {reason(error)}") from error
 
 
-def fit_picture(picture: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A PIL picture as uint8 (H, W, 3) of the given ``size`` (H, W).
+class _Quiet:
+    """Pillow's warnings are passed over: what it warns of is refused or does no harm, and must not stop a batch.
+
+    Filters of warnings are the whole process's: where several threads decode, the first one in sets them and the last
+    one out puts back what was there.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._filters = threading.Lock(), 0, warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", module="PIL")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_QUIET = _Quiet()
+if hasattr(os, "register_at_fork"):  # a thread that a child does not have may have held the lock
+    os.register_at_fork(after_in_child=_QUIET.__init__)  # type: ignore[misc]
+
+
+def fit_picture(picture: Image.Image, size: tuple[int, int], pixels: int = MAX_PICTURE_PIXELS) -> NDArray[np.uint8]:
+    """A PIL picture of at most so many ``pixels`` as uint8 (H, W, 3) of the given ``size`` (H, W).
 
     Turned upright as its EXIF orientation says; transparency lies on white; 16-bit grey keeps its high byte; of an
     animation, the first frame. Scaled with antialiasing until it just covers ``size``, then the centre is cut out: a
-    picture of exactly that size keeps every pixel. Raises ImageError for more than ``MAX_PICTURE_PIXELS`` and for
-    pixels that are no colours (numbers of 32 bits), and whatever Pillow raises where it decodes a broken file.
+    picture of exactly that size keeps every pixel. Raises ImageError for more ``pixels`` and for those that are no
+    colours (numbers of 32 bits), and whatever Pillow raises where it decodes a broken file.
     """
-    _check_pixels(picture)
+    _check_pixels(picture, pixels)
     picture.load()  # first: a TIFF is turned by this, and its EXIF orientation is then gone
     return np.array(ImageOps.fit(_rgb(_upright(picture)), (size[1], size[0]), Image.Resampling.BICUBIC))
 
 
-def _check_pixels(picture: Image.Image) -> None:
-    if picture.width * picture.height > MAX_PICTURE_PIXELS:
-        raise ImageError(f"expected at most {MAX_PICTURE_PIXELS:,} pixels, got {picture.width} x {picture.height}")
+def _check_pixels(picture: Image.Image, pixels: int) -> None:
+    if picture.width * picture.height > pixels:
+        raise ImageError(f"expected at most {pixels:,} pixels, got {picture.width} x {picture.height}")
     if isinstance(picture, TiffImageFile):
         tags = picture.tag_v2
         tile = [tags.get(ExifTags.Base[side], 1) for side in ("TileWidth", "TileLength")]
-        if math.prod(tile) > MAX_PICTURE_PIXELS:
-            raise ImageError(f"expected tiles of at most {MAX_PICTURE_PIXELS:,} pixels, got {tile[0]} x {tile[1]}")
+        if math.prod(tile) > pixels:
+            raise ImageError(f"expected tiles of at most {pixels:,} pixels, got {tile[0]} x {tile[1]}")
         bits = max(tags.get(ExifTags.Base.BitsPerSample, (1,)))
         white_is_zero = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
         if bits > 8 and (bits != 16 or white_is_zero):  # Pillow would not scale the one, nor invert the other
