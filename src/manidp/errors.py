@@ -76,6 +76,10 @@ class ImageError(ManiDPError):
     """A picture, folder or data set that cannot be read."""
 
 
+class ScoreError(ManiDPError):
+    """A source that cannot be scored, or a folder of results that belongs to another run."""
+
+
 class UnsupportedError(ManiDPError):
     """A backend met a node it cannot run; the message names the node."""
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from manidp.cli import hub, inspect, models, run, train
+from manidp.cli import hub, inspect, models, run, score, train
 from manidp.cli.options import help_alone
 from manidp.errors import ManiDPError
 from manidp.terminal import Complaints, complain, give_up_stdout, say
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 for _command in (
     run.classify, run.evaluate, models.freeze, models.calibrate, train.data, models.info, train.train, models.convert,
-    run.report, run.bench, inspect.inspect,
+    run.report, run.bench, score.score, inspect.inspect,
 ):  # fmt: skip
     app.command()(_command)
 app.add_typer(hub.app, name="hub")

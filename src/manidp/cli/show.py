@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 from manidp.terminal import complain, escaped, say, show
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from manidp.predict import Evaluation, Prediction
+    from manidp.score.run import Scored
     from manidp.training.job import Finished
     from manidp.training.state import EpochRecord
 
@@ -144,6 +147,19 @@ def _point_told(point: dict[str, Any]) -> str:
     facts: list[str] = [] if point["macs"] is None else [f"{point['macs'] / 1e6:.2f} M multiply-adds"]
     facts += [] if point["accuracy"] is None else [f"{point['accuracy']:.2%}"]
     return f"{point['name']} ({', '.join(facts)})" if facts else str(point["name"])
+
+
+def scored_line(out: Path, scored: Scored) -> str:
+    """How scoring ended, and where its time went."""
+    now = scored.images - scored.before
+    told = f"{out}: {scored.images:,} images, {scored.errors:,} of them could not be read"
+    if now == 0:
+        return f"{told}; all were there already"
+    earlier = f"{scored.before:,} were there already, " if scored.before else ""
+    return (
+        f"{told}; {earlier}{now:,} in {scored.seconds:.1f} s, {now / scored.seconds:,.0f} images/s: decoding "
+        f"{scored.decode:.1f} s of processor, engine {scored.engine:.1f} s"
+    )
 
 
 def epoch_line(record: EpochRecord) -> str:

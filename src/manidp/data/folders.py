@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,43 +125,74 @@ def _load(
 def _walk(folders: Sequence[Path], around: Path | None = None) -> tuple[list[list[Path]], list[ImageError], int]:
     """The pictures in each of these folders and below, sorted; what could not be read; how many other files there are.
 
-    Links to folders are followed. Each folder is read once, where it lies rather than where a link leads to it, and the
-    one ``around`` these never: links in circles come to an end, and one class does not take the pictures of another.
+    As :func:`pictures_below` finds them; the folder ``around`` these is never read, wherever links lead.
     """
     pictures: list[list[Path]] = [[] for _ in folders]
     errors: list[ImageError] = []
     skipped = 0
+    for number, path, said in pictures_below(folders, around):
+        if path is None:
+            skipped += 1
+        elif said is None:
+            pictures[number].append(path)
+        else:
+            errors.append(ImageError(f"{shown(path)}: {said}"))
+    return [sorted(files) for files in pictures], errors, skipped
+
+
+def pictures_below(
+    folders: Sequence[Path], around: Path | None = None
+) -> Iterator[tuple[int, Path | None, str | None]]:
+    """What lies in these folders and below: number of the folder, path, and the reason where it cannot be read.
+
+    Pictures are known by ``PICTURE_SUFFIXES``; of another file the path is None; hidden ones are left out. Links to
+    folders are followed. Each folder is read once, where it lies rather than where a link leads to it, and the one
+    ``around`` these never: links in circles come to an end, and one class does not take the pictures of another. The
+    same files come in the same order; memory is that of the names in one folder.
+    """
     seen = set() if around is None else {_identity(around)}
     waiting, linked = deque(enumerate(folders)), deque[tuple[int, Path]]()
     while waiting or linked:
         number, place = (waiting or linked).popleft()
+        pictures: list[str] = []
+        below: list[str] = []
+        links: list[str] = []
+        lost: list[str] = []
+        others = 0
         try:
             identity = _identity(place)
             if identity in seen:
                 if place == folders[number]:
-                    errors.append(ImageError(f"{shown(place)}: the same folder as another of these"))
+                    yield number, place, "the same folder as another of these"
                 continue
             seen.add(identity)
             with os.scandir(place) as listed:
-                entries = sorted(listed, key=lambda entry: entry.name)
+                for entry in listed:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        below.append(entry.name)
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                        links.append(entry.name)
+                    elif is_picture(entry.name):
+                        pictures.append(entry.name)
+                    elif entry.is_symlink() and not os.path.exists(entry.path):
+                        lost.append(entry.name)
+                    else:
+                        others += 1
         except OSError as error:
-            errors.append(ImageError(f"{shown(place)}: {reason(error)}"))
+            yield number, place, reason(error)
             continue
-        for entry in entries:
-            path = place / entry.name
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                waiting.append((number, path))
-            elif entry.is_symlink() and os.path.isdir(path):
-                linked.append((number, path))
-            elif path.suffix.lower() in PICTURE_SUFFIXES:
-                pictures[number].append(path)
-            elif entry.is_symlink() and not os.path.exists(path):
-                errors.append(ImageError(f"{shown(path)}: a link that leads nowhere"))
-            else:
-                skipped += 1
-    return [sorted(files) for files in pictures], errors, skipped
+        waiting += [(number, place / name) for name in sorted(below)]
+        linked += [(number, place / name) for name in sorted(links)]
+        yield from ((number, place / name, None) for name in sorted(pictures))
+        yield from ((number, place / name, "a link that leads nowhere") for name in sorted(lost))
+        yield from ((number, None, None) for _ in range(others))
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name ends as a picture's does."""
+    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 
 def _identity(folder: Path) -> tuple[int, int]:

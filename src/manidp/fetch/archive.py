@@ -21,7 +21,7 @@ from manidp.errors import quoted
 
 MAX_MEMBERS = 20_000
 MAX_HEADER_BYTES = 2**20
-"""Of all extended headers of a tar together, which hold long names, times, owners."""
+"""Of the extended headers before a tar's member, which hold long names, times, owners."""
 MAX_DIRECTORY_BYTES = 2 * 2**20
 """Of a zip's directory, which names all its members."""
 _BLOCK = 512
@@ -33,19 +33,19 @@ class ArchiveError(ValueError):
 
 
 def members(
-    file: io.BufferedReader, wanted: Callable[[str], bool], most: int, total: int
+    file: io.BufferedReader, wanted: Callable[[str], bool], most: int, total: int, limit: int = MAX_MEMBERS
 ) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the wanted ordinary files, in the archive's order.
 
-    ``most``: bytes read of each, the rest is left out; ``total``: bytes that the archive may have, packed or not. Time
-    and memory are bounded by that, whatever it holds. Raises ArchiveError.
+    ``most``: bytes read of each, the rest is left out; ``total``: bytes that the archive may have, packed or not;
+    ``limit``: members it may have. Time and memory are bounded by that, whatever it holds. Raises ArchiveError.
     """
     try:
         start = file.peek(6)[:6]
         if start.startswith(b"PK"):
-            yield from _zipped(file, wanted, most, total)
+            yield from _zipped(file, wanted, most, total, limit)
         else:
-            yield from _tarred(_Counted(_unpacked(file, start), total), wanted, most)
+            yield from _tarred(_Counted(_unpacked(file, start), total), wanted, most, limit)
     except ArchiveError:
         raise
     except (OSError, EOFError, ValueError, RuntimeError, MemoryError, LookupError, struct.error, zlib.error,
@@ -86,10 +86,10 @@ def _unpacked(file: io.BufferedReader, start: bytes) -> io.BufferedIOBase:
     return lzma.LZMAFile(file) if start == b"\xfd7zXZ\0" else file
 
 
-def _tarred(stream: _Counted, wanted: Callable[[str], bool], most: int) -> Iterator[tuple[str, bytes]]:
+def _tarred(stream: _Counted, wanted: Callable[[str], bool], most: int, limit: int) -> Iterator[tuple[str, bytes]]:
     said: dict[bytes, bytes] = {}  # what an extended header says of the next member
     headers = 0
-    for _ in range(MAX_MEMBERS):
+    for _ in range(limit):
         head = stream.exactly(_BLOCK)
         if not head.strip(b"\0"):
             while stream.read(2**18):  # to the end, where the checksum is
@@ -114,14 +114,14 @@ def _tarred(stream: _Counted, wanted: Callable[[str], bool], most: int) -> Itera
             size = 0
         prefix = head[345:500].partition(b"\0")[0] if head[257:263] == b"ustar\0" else b""
         path = said.get(b"path") or (prefix + b"/" if prefix else b"") + head[:100].partition(b"\0")[0]
-        said = {}
+        said, headers = {}, 0
         name = path.decode("utf-8", "surrogateescape")
         read = min(size, most) if kind in b"0\0007" and wanted(name) else 0
         content = stream.exactly(read)
         stream.skip(size + -size % _BLOCK - read)
         if kind in b"0\0007" and wanted(name):
             yield name, content
-    raise ArchiveError(f"it holds more than {MAX_MEMBERS:,} members")
+    raise ArchiveError(f"it holds more than {limit:,} members")
 
 
 def _number(field: bytes, base: int = 8) -> int:
@@ -162,13 +162,13 @@ class _Sips:
 
 
 def _zipped(
-    file: io.BufferedReader, wanted: Callable[[str], bool], most: int, total: int
+    file: io.BufferedReader, wanted: Callable[[str], bool], most: int, total: int, limit: int
 ) -> Iterator[tuple[str, bytes]]:
     sips: Any = _Sips(file)
     left = total
     with zipfile.ZipFile(sips) as archive:
-        if len(archive.infolist()) > MAX_MEMBERS:
-            raise ArchiveError(f"it holds more than {MAX_MEMBERS:,} members")
+        if len(archive.infolist()) > limit:
+            raise ArchiveError(f"it holds more than {limit:,} members")
         for member in archive.infolist():
             if member.is_dir() or not wanted(member.filename):
                 continue

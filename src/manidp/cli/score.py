@@ -1,0 +1,52 @@
+"""The command score: any number of images into Parquet."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from manidp.cli import show
+from manidp.cli.options import Budget, Json, Model, Precision, Threads
+from manidp.terminal import progress, say, say_json, steps
+
+
+def score(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of pictures; a .tar or .parquet file, a folder of such, or a pattern in quotes, '*/*.tar'."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of Parquet files: new, or of the same run.")],
+    model: Model = "manidp-res20",
+    budget: Budget = "default",
+    threads: Threads = 1,
+    precision: Precision = "float32",
+    column: Annotated[
+        str | None, typer.Option(help="Parquet: the column of image bytes. Default: the only one that can hold them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Classify any number of pictures, in bounded memory; a run that was killed goes on when it is started again.
+
+    Each picture becomes one row: key (its path in a folder; SHARD/NAME in a tar; FILE/ROW in Parquet), class,
+    probability, macs (multiply-adds), budget, error (why it could not be read; then the others are empty). Needs
+    pyarrow: pip install 'manidp[score]'.
+    """
+    from manidp.hub.find import find_model
+    from manidp.predict import asked_budget
+    from manidp.score.run import score as scored
+    from manidp.score.sources import open_source
+
+    with progress() as bars:
+        found = scored(
+            find_model(model), open_source(source, column), out, budget=asked_budget(budget), threads=threads,
+            precision=precision, progress=steps(bars, "Scoring"),
+        )  # fmt: skip
+    if as_json:
+        say_json({"out": str(out), **asdict(found)})
+    else:
+        say(show.scored_line(out, found))

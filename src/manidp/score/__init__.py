@@ -1,0 +1,1 @@
+"""Any number of images through one engine: from folders, tar shards and Parquet into Parquet."""
