@@ -11,7 +11,7 @@ import pytest
 
 from manidp import moved
 
-HEAVY = ("torch", "mindspore", "matplotlib", "llvmlite", "onnxruntime", "openvino")
+HEAVY = ("torch", "mindspore", "matplotlib", "llvmlite", "onnxruntime", "openvino", "pyarrow")
 
 
 def loaded_after(code: str) -> list[str]:
@@ -31,6 +31,7 @@ def loaded_after(code: str) -> list[str]:
         "manidp.graph",
         "manidp.training.job",
         "manidp.training.train",
+        "manidp.score.sources",
     ],
 )
 def test_base_modules_load_nothing_heavy(module: str) -> None:
