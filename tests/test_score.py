@@ -24,7 +24,8 @@ import pytest
 from PIL import Image
 
 from manidp import cli
-from manidp.data.images import Preprocessing, decode_picture
+from manidp.data.pictures import decode_picture
+from manidp.data.preprocessing import Preprocessing
 from manidp.engine.engine import Engine
 from manidp.errors import ManiDPError, ScoreError
 from manidp.formats.checkpoint import Checkpoint, Found, OperatingPoint, save_checkpoint
