@@ -22,6 +22,7 @@ from manidp.engine.kernels.convolution import Kernel, Packed, cheapest
 from manidp.engine.kernels.copies import FlattenMap, LoadImage, MoveChannels, Relayout
 from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
+from manidp.engine.kernels.matrix import Matrix
 from manidp.engine.kernels.pointwise import Pointwise, Reduce, ResetPooled
 from manidp.engine.kernels.select import Decide
 from manidp.engine.kernels.vector import VectorOp
@@ -52,7 +53,7 @@ from manidp.graph import (
 
 Array = NDArray[Any]
 
-KERNELS: tuple[Kernel, ...] = (Winograd(2), Winograd(4), Depthwise(), Direct())
+KERNELS: tuple[Kernel, ...] = (Winograd(2), Winograd(4), Depthwise(), Matrix(False), Matrix(True), Direct())
 
 
 def make_plan(
@@ -171,7 +172,8 @@ class _Planner:
 
     def _kernel(self, node: Conv) -> Kernel:
         inputs, *_ = self.graph.shapes[node.inputs[0]]
-        return cheapest(KERNELS, node, inputs, self.graph.shapes[node.name][1:], self.element, self.lanes)
+        size, gated = self.graph.shapes[node.name][1:], node.name in self.graph.wanted_by
+        return cheapest(KERNELS, node, inputs, size, self.element, self.lanes, gated=gated)
 
     def _finish(self, index: int, task: Task, phases: int, step: Callable[[Channels, Epilogue], Step]) -> None:
         """Emit the step, and the one that does the rest for channels whose gate is closed."""

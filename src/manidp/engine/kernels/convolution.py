@@ -54,6 +54,11 @@ class Kernel(ABC):
 
     skips_inputs = True  # whether it leaves out closed channels of its input, rather than read zeros there
 
+    @property
+    def skips_outputs(self) -> bool:
+        """Whether it can leave out closed channels of its output."""
+        return True
+
     @abstractmethod
     def supports(self, node: Conv, inputs: int, element: Element) -> bool:
         """Whether it can compute this convolution of so many channels of such elements."""
@@ -152,15 +157,23 @@ class Group:
 
 
 def cheapest(
-    kernels: Sequence[Kernel], node: Conv, inputs: int, size: Sequence[int], element: Element, lanes: int
+    kernels: Sequence[Kernel],
+    node: Conv,
+    inputs: int,
+    size: Sequence[int],
+    element: Element,
+    lanes: int,
+    *,
+    gated: bool = False,
 ) -> Kernel:
     """The kernel of least cost that supports the convolution; the first one of several.
 
-    inputs: channels that it reads. size: of its output. Raises UnsupportedError if there is none.
+    inputs: channels that it reads. size: of its output, whose channels a gate may close if ``gated``.
+    Raises UnsupportedError if there is none.
     """
     window_of(node)
     height, width = size
-    fitting = [kernel for kernel in kernels if kernel.supports(node, inputs, element)]
+    fitting = [k for k in kernels if k.supports(node, inputs, element) and (k.skips_outputs or not gated)]
     return min(fitting, key=lambda kernel: kernel.cost(node, height, width, lanes, element))
 
 

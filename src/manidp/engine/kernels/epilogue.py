@@ -63,9 +63,9 @@ class Element:
         self.sums = [(sums.part, g.floats.at(next(pointers), g.scaled(channel, g.lanes))) for sums in epilogue.pooled]
         self.totals: dict[str, Vec] = {}
 
-    def make(self, phase: int, block: Index, y: Vec) -> None:
-        """Do it for one vector of a phase."""
-        g, offset = self.g, phase * self.frame.plane
+    def make(self, phase: int, block: Index, y: Vec, beyond: int = 0) -> None:
+        """Do it for one vector of a phase, ``beyond`` elements behind the start; ``block``: its number in the map."""
+        g, offset = self.g, phase * self.frame.plane + beyond
         for op, place, factors in zip(self.epilogue.ops, self.maps, self.factors, strict=True):
             if isinstance(op.operand, tuple):
                 y = g.apply(*op.operand, g.spoil(y))
