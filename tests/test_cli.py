@@ -567,7 +567,7 @@ def test_help_shows_every_text_as_it_is_written(words: tuple[str, ...], capsys: 
     texts = [COMMANDS[words].help, *(getattr(parameter, "help", None) for parameter in COMMANDS[words].params)]
     for text in texts:
         assert "".join((text or "").split()) in shown
-    extras = {"bench": ["bench"], "score": ["score"], "report": ["plots"], "train": ["torch"]}
+    extras = {"bench": ["bench"], "score": ["score"], "report": ["plots"], "train": ["torch"], "prune": ["torch"]}
     assert re.findall(r"pip install 'manidp\[(\w+)\]'", " ".join(out.split())) == extras.get(" ".join(words), [])
 
 

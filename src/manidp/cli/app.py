@@ -22,8 +22,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for _command in (
-    run.classify, run.evaluate, models.freeze, models.calibrate, train.data, models.info, train.train, models.convert,
-    run.report, run.bench, score.score, inspect.inspect,
+    run.classify, run.evaluate, models.freeze, models.calibrate, train.data, models.info, train.train, train.prune,
+    models.convert, run.report, run.bench, score.score, inspect.inspect,
 ):  # fmt: skip
     app.command()(_command)
 app.add_typer(hub.app, name="hub")

@@ -6,16 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from manidp.cli.options import Json
-from manidp.errors import FrontendError, ManiDPError
-from manidp.terminal import complain, say, say_json, show
+from manidp.cli.options import Json, UserNetwork, dims, refusals
+from manidp.terminal import say, say_json, show
 
 
 def inspect(
-    network: Annotated[
-        str,
-        typer.Argument(help="Your Python file and what makes the torch module: my_net.py:make. The file is run."),
-    ],
+    network: UserNetwork,
     size: Annotated[str, typer.Option("--input", help="What the module reads: channels x height x width.")],
     as_json: Json = False,
 ) -> None:
@@ -26,18 +22,12 @@ def inspect(
     """
     from manidp.gating.inspect import inspected
 
-    parts = size.lower().split("x")
-    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and 0 < int(part) < 2**16 for part in parts):
-        raise ManiDPError(f"--input is channels x height x width, such as 3x224x224; got '{size}'")
-    try:
+    shape = dims(size)
+    with refusals():
         from manidp.torch.frontend import from_torch, random_images
         from manidp.torch.userfile import module_of
 
-        checkpoint = from_torch(module_of(network), random_images(*map(int, parts)))
-    except FrontendError as error:
-        for line in error.refused:
-            complain(line)
-        raise
+        checkpoint = from_torch(module_of(network), random_images(*shape))
     facts = inspected(checkpoint.graph)
     if as_json:
         say_json(facts, indent=2)

@@ -108,7 +108,7 @@ def calibrate(
     check_outputs([out], [found.path])
     checkpoint = found.checkpoint
     images, description = labelled(data, {model: checkpoint})
-    chosen = deciding(data, images).images[:5_000]
+    chosen = deciding(data, images, 5_000)
     for share in shares:
         checkpoint = calibrated(checkpoint, chosen, share)
     engine, names = Engine(checkpoint), {f"{model} at {one.name}": one.name for one in checkpoint.points}
@@ -145,7 +145,7 @@ def freeze(
     check_outputs([out], [found.path])
     checkpoint = found.checkpoint
     images, description = labelled(data, {model: checkpoint})
-    twin = frozen(checkpoint, deciding(data, images).images[:10_000])
+    twin = frozen(checkpoint, deciding(data, images, 10_000))
     save_checkpoint(twin, out)
     rows = evaluate({model: Engine(checkpoint), str(out): Engine(twin)}, images)
     if as_json:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manidp.errors import ManiDPError
+from manidp.errors import FrontendError, ManiDPError
 from manidp.terminal import complain, progress, steps
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from manidp.data.images import ImageSet
     from manidp.formats.checkpoint import Checkpoint
 
@@ -28,11 +32,14 @@ Budget = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="CIFAR-10's folder (its test set is used), or one with a subfolder of pictures for each class. Default: "
-        "the bundled 200 test images."
+        help="CIFAR-10's folder, or one with a subfolder of pictures for each class, or with these below train/ and "
+        "val/; the test images are used. Default: the bundled 200 test images."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+UserNetwork = Annotated[
+    str, typer.Argument(help="Your Python file and what makes the torch module: my_net.py:make. The file is run.")
+]
 Sources = Annotated[
     list[str] | None,
     typer.Option("--source", help="Folder, archive or https address of cards, searched before the bundled catalogue."),
@@ -45,10 +52,43 @@ def help_alone(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
+def dims(size: str) -> tuple[int, int, int]:
+    """ "3x224x224" -> (3, 224, 224)."""
+    parts = size.lower().split("x")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and 0 < int(part) < 2**16 for part in parts):
+        raise ManiDPError(f"--input is channels x height x width, such as 3x224x224; got '{size}'")
+    channels, height, width = map(int, parts)
+    return channels, height, width
+
+
+def three(text: str, option: str) -> tuple[float, float, float]:
+    """ "0.485,0.456,0.406", or one number for all three channels."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 3):
+        raise ManiDPError(f"{option} is one number, or three for red, green and blue: 0.485,0.456,0.406; got '{text}'")
+    red, green, blue = values * (3 // len(values))
+    return red, green, blue
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What cannot be imported is told with a line for each op, before the error itself."""
+    try:
+        yield
+    except FrontendError as error:
+        for line in error.refused:
+            complain(line)
+        raise
+
+
 def labelled(data: Path | None, models: Mapping[str, Checkpoint]) -> tuple[ImageSet, str]:
     """Labelled images of the size that all these checkpoints read, and what to call them."""
     from manidp.data.folders import load_folder
     from manidp.data.images import holds_cifar10, load_cifar10, load_sample
+    from manidp.data.labelled import parts
 
     first, *others = models
     size = models[first].preprocessing.size
@@ -61,17 +101,24 @@ def labelled(data: Path | None, models: Mapping[str, Checkpoint]) -> tuple[Image
     if holds_cifar10(data):
         return load_cifar10(data)[1], "the 10,000 CIFAR-10 test images"
     with progress() as bars:
-        images, pictures = load_folder(data, size, models[first].classes, steps(bars, "Reading"))
+        images, pictures = load_folder(parts(data)[1] or data, size, models[first].classes, steps(bars, "Reading"))
     for line in pictures.left_out:
         complain(line)
     return images, f"{len(images)} images of {data}"
 
 
-def deciding(data: Path | None, images: ImageSet) -> ImageSet:
-    """The images that decide where others measure: CIFAR-10's training images, else the labelled ones themselves."""
-    from manidp.data.images import holds_cifar10, load_cifar10
+def deciding(data: Path | None, images: ImageSet, count: int) -> NDArray[np.uint8]:
+    """At most ``count`` images that decide where others measure: training images where there are some, else the same.
 
-    return load_cifar10(data)[0] if data is not None and holds_cifar10(data) else images
+    Of CIFAR-10 the first ones, of a folder with train/ and val/ ones drawn at random, always the same.
+    """
+    from manidp.data.images import holds_cifar10, load_cifar10
+    from manidp.data.labelled import drawn_from, parts
+
+    if data is not None and holds_cifar10(data):
+        return load_cifar10(data)[0].images[:count]
+    train, test = parts(data) if data is not None else (None, None)
+    return images.images[:count] if train is None or test is None else drawn_from(train, images, count)
 
 
 def suffix(path: Path, kinds: tuple[str, ...]) -> str:

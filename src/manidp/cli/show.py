@@ -173,10 +173,15 @@ def epoch_line(record: EpochRecord) -> str:
 
 def finished_line(finished: Finished) -> str:
     """How a training ended."""
-    measured = finished.measured
+    measured, before = finished.measured, finished.before
     if measured is None:
         return f"{finished.file}: written"
+    was = f"; before, {_right(before)}" if before else ""
+    return f"{finished.file}: {_right(measured)} on {measured['data']}{was}"
+
+
+def _right(measured: dict[str, Any]) -> str:
     return (
-        f"{finished.file}: {measured['correct']} of {measured['total']} right on {measured['data']} "
-        f"({measured['correct'] / measured['total']:.2%}), {measured['mean_macs'] / 1e6:.3f} M multiply-adds an image"
+        f"{measured['correct']} of {measured['total']} right ({measured['correct'] / measured['total']:.2%}), "
+        f"{measured['mean_macs'] / 1e6:.3f} M multiply-adds an image"
     )

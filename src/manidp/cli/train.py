@@ -1,4 +1,4 @@
-"""Commands that make models: data, train."""
+"""Commands that make models: data, train, prune."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manidp.cli import show
-from manidp.cli.options import Json
+from manidp.cli.options import Json, UserNetwork, dims, refusals, three
+from manidp.errors import ManiDPError
 from manidp.terminal import complain, progress, say, say_json, steps
 
 if TYPE_CHECKING:
     from manidp.training.backend import Backend
+    from manidp.training.job import Job
 
 
 def data(
@@ -47,14 +49,35 @@ def data(
     say_json({"folder": str(folder), "holds": said}) if as_json else say(f"{folder}: {said}")
 
 
+Recipe = Annotated[Path | None, typer.Option(help="TOML file of settings; --set overrides it.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A setting, such as --set epochs=20; repeatable."),
+]
+Pictures = Annotated[
+    Path,
+    typer.Option(
+        "--data", help="CIFAR-10's folder, or one with a subfolder of pictures for each class, or with these below "
+        "train/ and val/.",
+    ),
+]  # fmt: skip
+Run = Annotated[Path, typer.Option("--out", help="Folder of the run: state, log, and in the end model.safetensors.")]
+Test = Annotated[Path | None, typer.Option(help="Test set for the final figures: a folder as for --data.")]
+Holdout = Annotated[int, typer.Option(help="Number of training images to hold out for the final figures.", min=0)]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+CpuThreads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads. Results are bit-identical only with the same number.", min=1, max=1024),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
+TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events to --out.")]
+
+
 def train(
-    data: Annotated[Path, typer.Option(help="CIFAR-10's folder, or one with a subfolder of pictures for each class.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run: state, log, and in the end model.safetensors.")],
-    recipe: Annotated[Path | None, typer.Option(help="TOML file of settings; --set overrides it.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A setting, such as --set epochs=20; repeatable."),
-    ] = None,
+    data: Pictures,
+    out: Run,
+    recipe: Recipe = None,
+    settings: Settings = None,
     start: Annotated[
         str | None, typer.Option("--from", help="Model to start from: to fine-tune it, or to add gates to a dense one.")
     ] = None,
@@ -66,18 +89,13 @@ def train(
         list[str] | None,
         typer.Option("--teacher", help="Model to distil from; needs the setting distillation. Repeatable: their mean."),
     ] = None,
-    test: Annotated[Path | None, typer.Option(help="Test set for the final figures: a folder as for --data.")] = None,
-    holdout: Annotated[
-        int, typer.Option(help="Number of training images to hold out for the final figures.", min=0)
-    ] = 0,
+    test: Test = None,
+    holdout: Holdout = 0,
     backend: Annotated[str, typer.Option(help="torch, or mindspore in an environment that has MindSpore.")] = "torch",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[
-        int | None,
-        typer.Option(help="CPU threads. Results are bit-identical only with the same number.", min=1, max=1024),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events to --out.")] = False,
+    device: Device = "cpu",
+    threads: CpuThreads = None,
+    resume: Resume = False,
+    tensorboard: TensorBoard = False,
     as_json: Json = False,
 ) -> None:
     """Train or fine-tune a network, dense or gated. Needs PyTorch: pip install 'manidp[torch]'.
@@ -85,21 +103,96 @@ def train(
     The model is that of the last epoch, not of the best one. If it misses the budget of the recipe by more than 1 %, it
     is written all the same, and the exit code is 1.
     """
-    from manidp.training.job import Finished, Job, run_job
-    from manidp.training.state import EpochRecord
+    from manidp.training.job import Job
 
     job = Job(
         data=data, out=out, recipe=recipe, settings=tuple(settings or ()), start=start, network=network, gates=gates,
         teachers=tuple(teachers or ()), test=test, holdout=holdout, device=device, threads=threads, resume=resume,
         tensorboard=tensorboard,
     )  # fmt: skip
+    _follow(job, _backend(backend), as_json)
+
+
+def prune(
+    network: UserNetwork,
+    data: Pictures,
+    budget: Annotated[
+        str,
+        typer.Option(help="Multiply-adds that an image may take on average: 0.5 or 50% of the network's, or 18.6M."),
+    ],
+    out: Run,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="The module's weights: .safetensors, or a state_dict that torch.save wrote (.pth, .pt)."),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            help="What the module reads: channels x height x width. Default: the pictures' own size where "
+            "they have one, else 3x224x224.",
+        ),
+    ] = None,
+    mean: Annotated[
+        str, typer.Option(help="What is subtracted from pixels of 0 to 1: one number, or red,green,blue.")
+    ] = "0",
+    std: Annotated[str, typer.Option(help="What they are then divided by.")] = "1",
+    recipe: Recipe = None,
+    settings: Settings = None,
+    test: Test = None,
+    holdout: Holdout = 0,
+    device: Device = "cpu",
+    threads: CpuThreads = None,
+    resume: Resume = False,
+    tensorboard: TensorBoard = False,
+    as_json: Json = False,
+) -> None:
+    """Prune a torch network of your own: import it, add gates, train them to a budget with itself as the teacher.
+
+    --out gets the gated model, model.safetensors, and the network as it was, dense.safetensors. Needs PyTorch: pip
+    install 'manidp[torch]'. If the budget is missed by more than 1 %, the exit code is 1.
+    """
+    from manidp.data.labelled import classes_of, size_of
+    from manidp.data.preprocessing import Preprocessing
+    from manidp.formats.checkpoint import save_checkpoint
+    from manidp.training.job import Job
+    from manidp.training.recipe import PRUNING, budget_of
+
+    target = f"macs_budget={budget_of(budget)}"
+    channels, *reads = dims(size) if size else (3, *size_of(data))
+    if channels != 3:
+        raise ManiDPError(f"--input begins with 3, since pictures are RGB; got '{size}'")
+    preprocessing = Preprocessing(three(mean, "--mean"), three(std, "--std"), (reads[0], reads[1]))
+    with refusals():
+        from manidp.torch.backend import Torch
+        from manidp.torch.userfile import imported
+
+        dense = imported(network, weights, preprocessing, classes_of(data))
+    job = Job(
+        data=data, out=out, recipe=recipe, settings=(target, *(settings or ())), start=dense, gates=True,
+        teachers=(dense,), test=test, holdout=holdout, device=device, threads=threads, resume=resume,
+        tensorboard=tensorboard, before=True, defaults=PRUNING,
+    )  # fmt: skip
+    _follow(job, Torch, as_json, lambda: save_checkpoint(dense.checkpoint, out / "dense.safetensors"))
+
+
+def _follow(
+    job: Job, backend: Callable[[str, int | None], Backend], as_json: bool, at_last: Callable[[], None] | None = None
+) -> None:
+    """Do the job and tell of it; ``at_last`` is done when its model is written."""
+    from manidp.training.job import Finished, run_job
+    from manidp.training.state import EpochRecord
+
     with progress() as bars:
-        for event in run_job(job, _backend(backend), steps(bars, "Training")):
+        for event in run_job(job, backend, steps(bars, "Training")):
             if isinstance(event, EpochRecord):
                 say_json(asdict(event)) if as_json else say(show.epoch_line(event))
             elif isinstance(event, Finished):
-                shown = {"file": str(event.file), "measured": event.measured, "missed": event.missed}
-                say_json(shown) if as_json else say(show.finished_line(event))
+                if at_last is not None:
+                    at_last()
+                told = {"file": str(event.file), "measured": event.measured, "missed": event.missed}
+                told |= {"before": event.before} if job.before else {}
+                say_json(told) if as_json else say(show.finished_line(event))
                 if event.missed:
                     complain(event.missed)
                     raise typer.Exit(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +34,13 @@ class Pictures:
     @property
     def left_out(self) -> tuple[str, ...]:
         """What to tell of all that is not among the images: a line for each error, one for what was skipped."""
-        skipped = f"{self.skipped:,} other files in the folders skipped: no pictures by their suffixes"
-        return (*map(str, self.errors), *([skipped] if self.skipped else []))
+        return left_out(self.errors, self.skipped)
+
+
+def left_out(errors: Iterable[ImageError], skipped: int) -> tuple[str, ...]:
+    """A line for each error, and one for files that were skipped."""
+    line = f"{skipped:,} other files in the folders skipped: no pictures by their suffixes"
+    return (*map(str, errors), *([line] if skipped else []))
 
 
 def load_pictures(paths: Iterable[str | Path], size: tuple[int, int], progress: Progress | None = None) -> Pictures:
@@ -74,18 +79,43 @@ def load_folder(
     Files beside the subfolders and hidden ones are left out; subfolders are read as :func:`load_pictures` does. Raises
     ImageError when the folder is not so.
     """
+    found = class_files(folder, classes)
+    pictures = _load(list(found.label_of), found.errors, found.skipped, size, progress)
+    return ImageSet(pictures.images, found.labels(pictures.paths, pictures.errors), found.names), pictures
+
+
+@dataclass(frozen=True)
+class ClassFiles:
+    """The files of a folder of classes, with their labels; what could not be read; how many others there are.
+
+    present: the classes that have a subfolder, some of ``names``.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+    present: tuple[str, ...]
+    label_of: Mapping[Path, int]
+    errors: tuple[ImageError, ...]
+    skipped: int
+
+    def labels(self, read: Sequence[Path], errors: Sequence[ImageError]) -> NDArray[np.int64]:
+        """Of the files ``read``; ``errors`` are of the others. Raises ImageError for a class of which none was read."""
+        labels = np.array([self.label_of[path] for path in read], np.int64)
+        there = set(labels.tolist())
+        for name in self.present:
+            if self.names.index(name) not in there:
+                place = shown(self.root / name)
+                reasons = (f"; {error}" for error in errors if str(error).startswith(place))
+                raise ImageError(
+                    f"{place}: expected pictures of class {quoted(name, 60)}, got none to read{next(reasons, '')}"
+                )
+        return labels
+
+
+def class_files(folder: str | Path, classes: Sequence[str] | None = None) -> ClassFiles:
+    """What ``load_folder`` reads, and with which labels. Raises ImageError."""
     root = Path(folder)
-    try:
-        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{shown(root)}: {reason(error)}") from error
-    for name in found:
-        if name != name.encode("utf-8", "replace").decode():  # no checkpoint could hold it
-            raise ImageError(f"{shown(root / name)}: the name of a class must be UTF-8; rename this folder")
-    if classes is None and len(found) < 2:
-        raise ImageError(
-            f"{shown(root)}: expected subfolders of pictures for two classes or more, got [{listed(found)}]"
-        )
+    found = class_folders(root) if classes is None else _subfolders(root)
     if classes is not None and not (found and set(found) <= set(classes)):
         raise ImageError(
             f"{shown(root)}: expected subfolders named after classes of [{listed(classes)}], got [{listed(found)}]"
@@ -93,16 +123,28 @@ def load_folder(
     names = tuple(found if classes is None else classes)
     of_class, unread, skipped = _walk([root / name for name in found], around=root)
     label_of = {file: names.index(name) for name, files in zip(found, of_class, strict=True) for file in files}
-    pictures = _load(list(label_of), unread, skipped, size, progress)
-    labels = np.array([label_of[path] for path in pictures.paths], np.int64)
+    return ClassFiles(root, names, tuple(found), label_of, tuple(unread), skipped)
+
+
+def class_folders(root: Path) -> list[str]:
+    """The classes of a folder: names of its subfolders, sorted, two or more. Raises ImageError."""
+    found = _subfolders(root)
+    if len(found) < 2:
+        raise ImageError(
+            f"{shown(root)}: expected subfolders of pictures for two classes or more, got [{listed(found)}]"
+        )
+    return found
+
+
+def _subfolders(root: Path) -> list[str]:
+    try:
+        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{shown(root)}: {reason(error)}") from error
     for name in found:
-        if names.index(name) not in labels:
-            place = shown(root / name)
-            reasons = (f"; {error}" for error in pictures.errors if str(error).startswith(place))
-            raise ImageError(
-                f"{place}: expected pictures of class {quoted(name, 60)}, got none to read{next(reasons, '')}"
-            )
-    return ImageSet(pictures.images, labels, names), pictures
+        if name != name.encode("utf-8", "replace").decode():  # no checkpoint could hold it
+            raise ImageError(f"{shown(root / name)}: the name of a class must be UTF-8; rename this folder")
+    return found
 
 
 def _load(

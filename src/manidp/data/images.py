@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -52,8 +52,24 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        height, width = self.images.shape[1:3]
+        return height, width
+
+    def sha256(self) -> str:
+        """Digest of pixels and labels, in lower-case hex."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def batches(self, places: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.uint8]]:
+        """uint8 (B, H, W, 3) for each array of places."""
+        return (self.images[chosen] for chosen in places)
+
     def take(self, indices: NDArray[np.int64]) -> ImageSet:
-        """The images at these places, in this order."""
+        """The images at these places, in this order; they are the ``indices`` of what is returned."""
         return ImageSet(self.images[indices], self.labels[indices], self.classes, indices)
 
     def relabelled(self, classes: Sequence[str], model: str) -> ImageSet:
@@ -62,15 +78,20 @@ class ImageSet:
         Raises ImageError, naming the classes, where there are images of a class that the model does not know, or knows
         twice.
         """
-        present = np.unique(self.labels)
-        names = [self.classes[label] for label in present]
-        unmatched = [name for name in names if list(classes).count(name) != 1]
-        if unmatched:
-            known = f"{model} knows {listed(classes)}"
-            raise ImageError(f"images are matched with a model's classes by name: {known}; got {listed(unmatched)}")
-        places = np.zeros(len(self.classes), np.int64)
-        places[present] = [classes.index(name) for name in names]
-        return replace(self, labels=places[self.labels], classes=tuple(classes))
+        return replace(self, labels=labels_into(self.labels, self.classes, classes, model), classes=tuple(classes))
+
+
+def labels_into(labels: NDArray[np.int64], own: Sequence[str], classes: Sequence[str], model: str) -> NDArray[np.int64]:
+    """Labels into ``own`` as labels into ``classes``; see ``ImageSet.relabelled``."""
+    present = np.unique(labels)
+    names = [own[label] for label in present]
+    unmatched = [name for name in names if list(classes).count(name) != 1]
+    if unmatched:
+        known = f"{model} knows {listed(classes)}"
+        raise ImageError(f"images are matched with a model's classes by name: {known}; got {listed(unmatched)}")
+    places = np.zeros(len(own), np.int64)
+    places[present] = [list(classes).index(name) for name in names]
+    return places[labels]
 
 
 # Published SHA-1 of the official binary batches: 10,000 records of a label byte and 3,072 bytes (channel, row, column).

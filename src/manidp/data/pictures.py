@@ -8,7 +8,9 @@ import os
 import stat
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,7 @@ _DECODERS = tuple(
 )
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """What a folder's pictures are known by, upper or lower case."""
+T = TypeVar("T")
 MAX_PICTURE_PIXELS = 2**26
 MAX_PICTURE_BYTES = 2**28
 
@@ -35,15 +38,22 @@ MAX_PICTURE_BYTES = 2**28
 def load_picture(path: str | Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     """A JPEG, PNG, WebP, BMP, GIF or TIFF picture as uint8 (H, W, 3) of the given ``size`` (H, W).
 
-    Made as :func:`fit_picture` makes it. Raises ImageError of one line that names the file: missing, not a regular
-    file (which is not even opened), empty, too large (``MAX_PICTURE_BYTES``, ``MAX_PICTURE_PIXELS``, checked before
-    decoding), not a picture, broken.
+    Made as :func:`fit_picture` makes it. Raises ImageError as :func:`read_picture` does.
+    """
+    return read_picture(path, lambda picture: fit_picture(picture, size))
+
+
+def read_picture(path: str | Path, make: Callable[[Image.Image], T]) -> T:
+    """What ``make`` makes of the PIL picture in a file.
+
+    Raises ImageError of one line that names the file: missing, not a regular file (which is not even opened), empty,
+    too large (``MAX_PICTURE_BYTES``, ``MAX_PICTURE_PIXELS``, checked before decoding), not a picture, broken.
     """
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("a folder, not a picture" if stat.S_ISDIR(status.st_mode) else "not a regular file")
-        return _decoded(path, status.st_size, size, MAX_PICTURE_PIXELS)
+        return _decoded(path, status.st_size, MAX_PICTURE_PIXELS, make)
     except ImageError as error:
         raise ImageError(f"{shown(path)}: {error}") from error.__cause__
     except OSError as error:
@@ -55,18 +65,18 @@ def decode_picture(content: bytes, size: tuple[int, int], pixels: int = MAX_PICT
 
     pixels: the most that it may have.
     """
-    return _decoded(io.BytesIO(content), len(content), size, pixels)
+    return _decoded(io.BytesIO(content), len(content), pixels, lambda picture: fit_picture(picture, size, pixels))
 
 
-def _decoded(file: str | Path | io.BytesIO, length: int, size: tuple[int, int], pixels: int) -> NDArray[np.uint8]:
-    """A file of ``length`` bytes as :func:`fit_picture` makes it; whatever Pillow raises becomes an ImageError."""
+def _decoded(file: str | Path | io.BytesIO, length: int, pixels: int, make: Callable[[Image.Image], T]) -> T:
+    """What is made of a file of ``length`` bytes; whatever Pillow raises becomes an ImageError."""
     if length == 0:
         raise ImageError("an empty file")
     if length > MAX_PICTURE_BYTES:
         raise ImageError(f"expected at most {MAX_PICTURE_BYTES:,} bytes, got {length:,}")
     try:
         with _QUIET, Image.open(file, formats=_DECODERS) as picture:
-            return fit_picture(picture, size, pixels)
+            return make(picture)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -112,14 +122,22 @@ if hasattr(os, "register_at_fork"):  # a thread that a child does not have may h
 def fit_picture(picture: Image.Image, size: tuple[int, int], pixels: int = MAX_PICTURE_PIXELS) -> NDArray[np.uint8]:
     """A PIL picture of at most so many ``pixels`` as uint8 (H, W, 3) of the given ``size`` (H, W).
 
+    Made RGB as :func:`rgb_picture` does, raising what that raises. Scaled with antialiasing until it just covers
+    ``size``, then the centre is cut out: a picture of exactly that size keeps every pixel.
+    """
+    return np.array(ImageOps.fit(rgb_picture(picture, pixels), (size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def rgb_picture(picture: Image.Image, pixels: int = MAX_PICTURE_PIXELS) -> Image.Image:
+    """A PIL picture of at most so many ``pixels`` in RGB, 8 bits a channel.
+
     Turned upright as its EXIF orientation says; transparency lies on white; 16-bit grey keeps its high byte; of an
-    animation, the first frame. Scaled with antialiasing until it just covers ``size``, then the centre is cut out: a
-    picture of exactly that size keeps every pixel. Raises ImageError for more ``pixels`` and for those that are no
-    colours (numbers of 32 bits), and whatever Pillow raises where it decodes a broken file.
+    animation, the first frame. Raises ImageError for more ``pixels`` and for those that are no colours (numbers of 32
+    bits), and whatever Pillow raises where it decodes a broken file.
     """
     _check_pixels(picture, pixels)
     picture.load()  # first: a TIFF is turned by this, and its EXIF orientation is then gone
-    return np.array(ImageOps.fit(_rgb(_upright(picture)), (size[1], size[0]), Image.Resampling.BICUBIC))
+    return _rgb(_upright(picture))
 
 
 def _check_pixels(picture: Image.Image, pixels: int) -> None:

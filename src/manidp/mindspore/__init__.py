@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from manidp.data.images import ImageSet
+from manidp.data.labelled import Labelled
 from manidp.data.preprocessing import CIFAR10_PREPROCESSING, Preprocessing
 from manidp.errors import MissingExtraError
 from manidp.formats.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ except ImportError as error:
 
 def train(
     start: Checkpoint | Graph,
-    data: ImageSet,
+    data: Labelled,
     recipe: Recipe,
     folder: str | Path,
     *,

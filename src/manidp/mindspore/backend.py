@@ -13,6 +13,7 @@ from mindspore import Tensor, float32, nn, ops, value_and_grad
 from numpy.typing import NDArray
 
 from manidp.data.images import ImageSet
+from manidp.data.labelled import Labelled
 from manidp.errors import TrainingError
 from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import Graph
@@ -21,7 +22,7 @@ from manidp.mindspore.convert import from_checkpoint, weights
 from manidp.mindspore.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
 from manidp.mindspore.network import Network
 from manidp.result import Result
-from manidp.training.backend import PADDING, Step, Weights, below
+from manidp.training.backend import PADDING, Step, Weights, below, drawn, pass_size
 from manidp.training.recipe import Recipe
 
 
@@ -66,7 +67,7 @@ class MindSpore:
         return weights(Network(description(graph), [0.0] * len(graph.thresholds)))
 
     def learner(
-        self, start: Checkpoint, data: ImageSet, recipe: Recipe, teachers: Sequence[Checkpoint] = ()
+        self, start: Checkpoint, data: Labelled, recipe: Recipe, teachers: Sequence[Checkpoint] = ()
     ) -> MindSporeLearner:
         """Raises TrainingError for a recipe of ``precision`` bfloat16."""
         if recipe.precision != self.precision:
@@ -77,7 +78,7 @@ class MindSpore:
 class MindSporeLearner:
     """A MindSpore network in training; see ``manidp.training.backend.Learner``."""
 
-    def __init__(self, start: Checkpoint, data: ImageSet, recipe: Recipe, teachers: Sequence[Checkpoint]) -> None:
+    def __init__(self, start: Checkpoint, data: Labelled, recipe: Recipe, teachers: Sequence[Checkpoint]) -> None:
         self.start, self.data, self.recipe = start, data, recipe
         self.size = min(recipe.batch_size, len(data))
         self.network = from_checkpoint(start, adjustable=True)
@@ -92,14 +93,17 @@ class MindSporeLearner:
         return len(self.data) // self.size
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        for pixels, labels in drawn(self.data, self.recipe, self.size, epoch):
+        data, recipe = self.data, self.recipe
+        batches = cropped(data, recipe, self.size, epoch) if isinstance(data, ImageSet) else drawn(data, recipe, epoch)
+        for pixels, labels in batches:
             yield self._batch(pixels, labels)
 
     def plain(self, count: int) -> Iterator[Batch]:
         order = np.random.default_rng(self.recipe.seed).permutation(len(self.data))[:count]
-        for start in range(0, len(order), 500):
-            chosen = order[start : start + 500]
-            yield self._batch(self.data.images[chosen], self.data.labels[chosen])
+        size = pass_size(self.data.size)
+        chosen = [order[start : start + size] for start in range(0, len(order), size)]
+        for places, pixels in zip(chosen, self.data.batches(chosen), strict=True):
+            yield self._batch(pixels, self.data.labels[places])
 
     def _batch(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> Batch:
         return Batch(Tensor(self.start.preprocessing.apply(pixels)), Tensor(labels.astype(np.int32)))
@@ -246,13 +250,13 @@ class TrainingStep(nn.Cell):
                 velocity.set_data(Tensor(momenta[parameter.name]))
 
 
-def drawn(
+def cropped(
     data: ImageSet, recipe: Recipe, size: int, epoch: int
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
     """Pixels (size, H, W, 3) and labels (size,) of an epoch's batches; see ``Learner.batches``."""
     chance = np.random.default_rng((recipe.seed, epoch))
     order = chance.permutation(len(data))
-    height, width = data.images.shape[1:3]
+    height, width = data.size
     for start in range(0, len(data) - size + 1, size):
         chosen = order[start : start + size]
         pixels = data.images[chosen]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from manidp.data.images import ImageSet
+from manidp.data.labelled import Labelled
 from manidp.data.preprocessing import CIFAR10_PREPROCESSING, Preprocessing
-from manidp.errors import MissingExtraError
+from manidp.errors import MissingExtraError, TrainingError, some
 from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import Graph
-from manidp.training.recipe import Recipe
+from manidp.training.recipe import PRUNING, Recipe, budget_of
 from manidp.training.state import EpochRecord
 from manidp.training.train import train as train_with
 
@@ -22,7 +23,7 @@ except ImportError as error:
 
 def train(
     start: Checkpoint | Graph,
-    data: ImageSet,
+    data: Labelled,
     recipe: Recipe,
     folder: str | Path,
     *,
@@ -50,4 +51,36 @@ def train(
     return train_with(
         backend, start, data, recipe, folder, gates=gates, preprocessing=preprocessing, teachers=teachers,
         resume=resume, report=report,
+    )  # fmt: skip
+
+
+def prune(
+    dense: Checkpoint,
+    data: Labelled,
+    budget: float | str,
+    folder: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    resume: bool = False,
+    report: Callable[[EpochRecord], None] | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Checkpoint:
+    """Give a trained network gates and train them to a budget, the network as it was its teacher.
+
+    dense: a network without gates, such as one of ``manidp.from_torch``. data: labelled images of its size and of its
+    classes. budget: multiply-adds that an image may take on average: 0.5 or "50%" of the network's, or "18.6M". recipe:
+    by default ``Recipe(**PRUNING)``; its own target is not used. All else is as in ``train``, which this calls; raises
+    TrainingError also for data of other classes.
+    """
+    if sorted(dense.classes) != sorted(data.classes):
+        raise TrainingError(
+            f"the network knows the classes {some(dense.classes)}, the data has {some(data.classes)}; from_torch takes "
+            "classes=, in the order of the logits"
+        )
+    recipe = replace(recipe or Recipe(**PRUNING), macs_budget=budget_of(budget), keep_rate=None)
+    teachers = [dense] if recipe.distillation else []
+    return train(
+        dense, data, recipe, folder, gates=True, teachers=teachers, resume=resume, report=report, device=device,
+        threads=threads,
     )  # fmt: skip

@@ -1,10 +1,12 @@
 """Training with PyTorch: the step, and batches drawn on the device.
 
-The data set is one tensor, and augmentation is a few indexed reads for the whole batch.
+A data set of small images is one tensor, and augmentation is a few indexed reads for the whole batch. Larger pictures
+are decoded batch by batch.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from manidp.data.images import ImageSet
+from manidp.data.labelled import Labelled, PictureFiles
 from manidp.data.preprocessing import Preprocessing
 from manidp.errors import TrainingError
 from manidp.formats.checkpoint import Checkpoint
@@ -24,7 +27,7 @@ from manidp.result import Result
 from manidp.torch.convert import network_from
 from manidp.torch.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
 from manidp.torch.network import Network, Output
-from manidp.training.backend import PADDING, Step, Weights, below, check_threads
+from manidp.training.backend import PADDING, Step, Weights, below, check_threads, drawn, pass_size
 from manidp.training.recipe import Recipe
 
 
@@ -65,7 +68,7 @@ class Torch:
         return Network(graph, seed=seed).weights()
 
     def learner(
-        self, start: Checkpoint, data: ImageSet, recipe: Recipe, teachers: Sequence[Checkpoint] = ()
+        self, start: Checkpoint, data: Labelled, recipe: Recipe, teachers: Sequence[Checkpoint] = ()
     ) -> TorchLearner:
         """Any recipe can be followed; that of torch.compile needs a C++ compiler."""
         return TorchLearner(start, data, recipe, teachers, self.device)
@@ -75,13 +78,14 @@ class TorchLearner:
     """A torch network in training; see ``manidp.training.backend.Learner``."""
 
     def __init__(
-        self, start: Checkpoint, data: ImageSet, recipe: Recipe, teachers: Sequence[Checkpoint], device: str
+        self, start: Checkpoint, data: Labelled, recipe: Recipe, teachers: Sequence[Checkpoint], device: str
     ) -> None:
         self.recipe, self.device = recipe, device
         self.network = _placed(network_from(start), device)
         self.forward = _callable(self.network, recipe)
         self.teachers = [_callable(_placed(network_from(teacher), device), recipe) for teacher in teachers]
-        self.images = _Batches(data, start.preprocessing, recipe, device)
+        how = start.preprocessing, recipe, device
+        self.images = _Batches(data, *how) if isinstance(data, ImageSet) else _FileBatches(data, *how)
         self.optimizer = torch.optim.SGD(
             _groups(self.network, recipe), lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True
         )
@@ -194,26 +198,53 @@ class TorchLearner:
         return mean
 
 
-class _Batches:
-    """The whole data set on the device, and how to draw batches from it."""
+class _Drawn:
+    """Batches of a data set, normalised, on the device."""
 
-    def __init__(self, data: ImageSet, preprocessing: Preprocessing, recipe: Recipe, device: str) -> None:
-        self.recipe, self.device = recipe, device
-        self.data = torch.from_numpy(data.images).to(device)
-        self.labels = torch.from_numpy(data.labels).to(device)
+    def __init__(self, data: Labelled, preprocessing: Preprocessing, recipe: Recipe, device: str) -> None:
+        self.recipe, self.device, self.count = recipe, device, len(data)
         self.mean = torch.tensor(preprocessing.mean, device=device)
         self.std = torch.tensor(preprocessing.std, device=device)
-        self.padded = self.data
-        if recipe.augment:
-            border = ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0))
-            self.padded = torch.from_numpy(np.pad(data.images, border, recipe.padding_mode)).to(device)
 
     def __len__(self) -> int:
-        return max(1, len(self.data) // self.recipe.batch_size)
+        return max(1, self.count // self.recipe.batch_size)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), channels last in memory."""
         return ((pixels.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+class _FileBatches(_Drawn):
+    """Of pictures in files: decoded by threads while the network computes."""
+
+    def __init__(self, data: PictureFiles, preprocessing: Preprocessing, recipe: Recipe, device: str) -> None:
+        super().__init__(data, preprocessing, recipe, device)
+        self.data = data
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return itertools.starmap(self._placed, drawn(self.data, self.recipe, epoch))
+
+    def plain(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = np.random.default_rng(self.recipe.seed).permutation(len(self.data))[:count]
+        chosen = np.split(order, range(pass_size(self.data.size), len(order), pass_size(self.data.size)))
+        labels = (self.data.labels[places] for places in chosen)
+        return map(self._placed, self.data.batches(chosen), labels)
+
+    def _placed(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        return self._normalise(torch.from_numpy(pixels).to(self.device)), torch.from_numpy(labels).to(self.device)
+
+
+class _Batches(_Drawn):
+    """The whole data set on the device, and how to draw batches from it."""
+
+    def __init__(self, data: ImageSet, preprocessing: Preprocessing, recipe: Recipe, device: str) -> None:
+        super().__init__(data, preprocessing, recipe, device)
+        self.data = torch.from_numpy(data.images).to(device)
+        self.labels = torch.from_numpy(data.labels).to(device)
+        self.padded, self.part = self.data, pass_size(data.size)
+        if recipe.augment:
+            border = ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0))
+            self.padded = torch.from_numpy(np.pad(data.images, border, recipe.padding_mode)).to(device)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled, randomly flipped and cropped; a last batch that is not full is left out."""
@@ -235,9 +266,9 @@ class _Batches:
             yield self._normalise(pixels), self.labels[chosen]
 
     def plain(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first ``count`` images of a fixed shuffle, unchanged, in batches of 500."""
+        """The first ``count`` images of a fixed shuffle, unchanged."""
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.recipe.seed))[:count]
-        for chosen in torch.split(order.to(self.device), 500):
+        for chosen in torch.split(order.to(self.device), self.part):
             yield self._normalise(self.data[chosen]), self.labels[chosen]
 
 

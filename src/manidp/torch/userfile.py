@@ -1,15 +1,30 @@
-"""A torch module that a user names on the command line: a Python file of theirs, and what in it makes the module."""
+"""A torch network that a user names on the command line: what in a Python file of theirs makes it, and its weights."""
 
 from __future__ import annotations
 
 import importlib.util
+import pickle
 import sys
 import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from manidp.errors import FrontendError
+from manidp.data.preprocessing import Preprocessing
+from manidp.errors import FrontendError, some
+from manidp.files import open_regular
+from manidp.formats.checkpoint import Found
+from manidp.torch.frontend import from_torch, random_images
+from manidp.training.provenance import digest_of
+
+_NESTED = ("state_dict", "model_state_dict", "model", "net", "ema", "weights")  # where training scripts keep weights
+_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 
 
 def module_of(where: str) -> nn.Module:
@@ -46,3 +61,78 @@ def module_of(where: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise FrontendError(f"'{attribute}' of {path} makes a {type(made).__name__}; a torch.nn.Module is needed")
     return made
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Give the module the weights of a file: ``.safetensors``, or what ``torch.save`` wrote of a ``state_dict``.
+
+    Such a file is read with ``weights_only=True``: tensors and plain data, no code. The weights may lie in it under a
+    key such as "state_dict" or "net", their names below "module.". Raises FrontendError: no such file, another kind of
+    file, or names and shapes that are not exactly the module's.
+    """
+    given = _read(path)
+    for key in _NESTED:
+        if isinstance(given, Mapping) and isinstance(given.get(key), Mapping):
+            given = given[key]
+            break
+    if not isinstance(given, Mapping) or not given or not all(isinstance(value, Tensor) for value in given.values()):
+        raise FrontendError(f"{path}: expected a state_dict, names and tensors; got {_kind(given)}")
+    named = {str(name): value for name, value in given.items()}
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in named):
+            named = {name.removeprefix(prefix): value for name, value in named.items()}
+    own = module.state_dict()
+    there = {own[name].data_ptr() for name in named if name in own}  # of two names of one tensor, one is enough
+    missing = [name for name, value in own.items() if name not in named and value.data_ptr() not in there]
+    missing = [name for name in missing if not name.endswith(".num_batches_tracked")]
+    unknown = [name for name in named if name not in own]
+    shapes = [name for name, value in own.items() if name in named and named[name].shape != value.shape]
+    found = {"missing": missing, "not the module's": unknown, "of another shape": shapes}
+    if wrong := [f"{what}: {some(names)}" for what, names in found.items() if names]:
+        raise FrontendError(f"{path}: does not fit the module; {'; '.join(wrong)}")
+    module.load_state_dict(named, strict=False)
+
+
+def _read(path: Path) -> Any:
+    try:
+        with open_regular(path) as file:
+            if path.suffix == ".safetensors":
+                return load_file(path)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise FrontendError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise FrontendError(f"{path}: not a whole safetensors file: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise FrontendError(
+            f"{path}: holds more than tensors and plain data, or is no file of torch.save; nothing in it is executed: "
+            "write one with torch.save(module.state_dict(), FILE)"
+        ) from error
+    except Exception as error:  # torch.load meets broken files with errors of any kind
+        line = str(error).partition("\n")[0]
+        raise FrontendError(f"{path}: not a whole file of torch.save: {type(error).__name__}: {line[:200]}") from error
+
+
+def _kind(given: object) -> str:
+    if isinstance(given, Mapping):
+        return f"a dict of {some(map(str, given))}" if given else "an empty dict"
+    return f"a {type(given).__name__}"
+
+
+def imported(network: str, weights: Path | None, preprocessing: Preprocessing, classes: Sequence[str]) -> Found:
+    """The module of "net.py:make" with the weights of a file as a model whose classes are these.
+
+    Raises FrontendError: what ``module_of``, ``load_weights`` and ``from_torch`` raise, and another number of logits
+    than of classes.
+    """
+    module = module_of(network)
+    if weights is not None:
+        load_weights(module, weights)
+    checkpoint = from_torch(module, random_images(3, *preprocessing.size), preprocessing=preprocessing)
+    if checkpoint.graph.num_classes != len(classes):
+        raise FrontendError(
+            f"{network} makes {checkpoint.graph.num_classes} logits, and the data has {len(classes)} classes: "
+            f"{some(classes)}"
+        )
+    checkpoint = replace(checkpoint, classes=tuple(classes))
+    return Found(network, Path(network.rpartition(":")[0]), digest_of(checkpoint)["sha256"], checkpoint)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.data.images import ImageSet
+from manidp.data.labelled import SMALL, Labelled, PictureFiles, random_places
 from manidp.errors import TrainingError
 from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import Graph
@@ -141,7 +141,7 @@ class Backend(Protocol):
         ...
 
     def learner(
-        self, start: Checkpoint, data: ImageSet, recipe: Recipe, teachers: Sequence[Checkpoint] = ()
+        self, start: Checkpoint, data: Labelled, recipe: Recipe, teachers: Sequence[Checkpoint] = ()
     ) -> Learner:
         """A learner that starts from a model's weights.
 
@@ -150,6 +150,26 @@ class Backend(Protocol):
         Raises TrainingError for what this framework cannot do of the recipe, before anything is computed.
         """
         ...
+
+
+def pass_size(size: tuple[int, int]) -> int:
+    """Images in a batch where no gradient is taken, for images of this size (H, W)."""
+    return 500 if max(size) <= SMALL else 50
+
+
+def drawn(data: PictureFiles, recipe: Recipe, epoch: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    """Pixels (B, H, W, 3) and labels (B,) of an epoch's batches of pictures in files; see ``Learner.batches``.
+
+    With ``augment``, random parts of the pictures (Inception's crops) and their mirror images, else their centres.
+    """
+    chance = np.random.default_rng((recipe.seed, epoch))
+    order = chance.permutation(len(data))
+    size = min(recipe.batch_size, len(data))
+    chosen = [order[start : start + size] for start in range(0, len(data) - size + 1, size)]
+    crops = ((places, random_places(chance, size)) for places in chosen)
+    pixels = data.crops(crops) if recipe.augment else data.batches(chosen)
+    for places, batch in zip(chosen, pixels, strict=True):
+        yield batch, data.labels[places]
 
 
 def check_threads(threads: int) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.data.images import ImageSet
+from manidp.data.labelled import Labelled
 from manidp.data.preprocessing import Preprocessing
 from manidp.result import Result
+from manidp.training.backend import pass_size
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
@@ -42,15 +43,20 @@ class Evaluation:
 
 
 def evaluate(
-    run: Callable[[NDArray[np.float32]], Result], data: ImageSet, preprocessing: Preprocessing, *, batch_size: int = 500
+    run: Callable[[NDArray[np.float32]], Result],
+    data: Labelled,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int | None = None,
 ) -> Evaluation:
     """Run every image of the set once, gates as they are; nothing is left out.
 
     run: normalised images (B, C, H, W) -> their Result, e.g. ``Learner.run``.
     """
-    correct, macs = 0, []
-    for start in range(0, len(data), batch_size):
-        result = run(preprocessing.apply(data.images[start : start + batch_size]))
-        correct += int((result.logits.argmax(1) == data.labels[start : start + batch_size]).sum())
+    correct, macs, size = 0, [], batch_size or pass_size(data.size)
+    places = [np.arange(start, min(start + size, len(data))) for start in range(0, len(data), size)]
+    for chosen, pixels in zip(places, data.batches(places), strict=True):
+        result = run(preprocessing.apply(pixels))
+        correct += int((result.logits.argmax(1) == data.labels[chosen]).sum())
         macs.append(result.macs)
     return Evaluation(correct, len(data), np.concatenate(macs))

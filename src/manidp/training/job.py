@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from manidp.data.folders import load_folder
-from manidp.data.images import ImageSet, holds_cifar10, load_cifar10
+from manidp.data.images import holds_cifar10, load_cifar10
+from manidp.data.labelled import Labelled, load_labelled, parts
 from manidp.data.preprocessing import CIFAR10_PREPROCESSING, Preprocessing
 from manidp.errors import TrainingError, shown
 from manidp.formats.checkpoint import Checkpoint, Found, save_checkpoint
@@ -35,34 +34,42 @@ from manidp.training.state import EpochRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to train, on what, from what; the fields are the options of `manidp train`."""
+    """What to train, on what, from what; the fields are the options of `manidp train`.
+
+    start, teachers: names of models, or models themselves. before: also measure what training starts from. defaults:
+    settings that hold where neither ``recipe`` nor ``settings`` say otherwise.
+    """
 
     data: Path
     out: Path
     recipe: Path | None = None
     settings: tuple[str, ...] = ()
-    start: str | None = None
+    start: str | Found | None = None
     network: str = "resnet-20"
     gates: bool = False
-    teachers: tuple[str, ...] = ()
+    teachers: tuple[str | Found, ...] = ()
     test: Path | None = None
     holdout: int = 0
     device: str = "cpu"
     threads: int | None = None
     resume: bool = False
     tensorboard: bool = False
+    before: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Finished:
     """The end of a job: the checkpoint's file, and the figures measured with it (None without a test set).
 
-    ``missed``: a line if the multiply-adds are more than 1 % beside the recipe's budget.
+    ``missed``: a line if the multiply-adds are more than 1 % beside the recipe's budget. ``before``: the same figures
+    of what training started from, for a job that asks for them.
     """
 
     file: Path
     measured: dict[str, Any] | None
     missed: str | None = None
+    before: dict[str, Any] | None = None
 
 
 def run_job(
@@ -78,8 +85,8 @@ def run_job(
     check_folder(job.out, job.resume)
     backend = make(job.device, job.threads)
     settings = _settings(job)
-    start = find_model(job.start) if job.start is not None else None
-    teachers = [find_model(name) for name in job.teachers]
+    start = _model(job.start) if job.start is not None else None
+    teachers = [_model(teacher) for teacher in job.teachers]
     parent = start.checkpoint if start else None
     preprocessing = parent.preprocessing if parent else CIFAR10_PREPROCESSING
     sets = _Sets(job, preprocessing, start)
@@ -103,6 +110,10 @@ def run_job(
         yield _finished(job, training, sets, start, teachers)
 
 
+def _model(model: str | Found) -> Found:
+    return model if isinstance(model, Found) else find_model(model)
+
+
 def _why(precision: str, backend: Backend) -> str:
     if precision != backend.precision:
         return "that of the epochs already trained"
@@ -113,17 +124,22 @@ def _finished(job: Job, training: Training, sets: _Sets, start: Found | None, te
     """Measure and save what was trained."""
     graph, preprocessing = training.graph, sets.preprocessing
     weights, missed = training.finish(), training.missed()
-    measured = None
+    measured = before = None
     if sets.test is not None:
         figures = evaluate(training.learner.run, sets.test, preprocessing).to_json(sets.test_name)
         measured = figures | {"dense_macs": ungated_macs(graph)}
+        if job.before and start is not None:
+            from manidp.engine.engine import Engine
+
+            with Engine(start.checkpoint, threads=training.backend.threads) as engine:
+                before = evaluate(engine.run, sets.test, preprocessing).to_json(sets.test_name)
     told = provenance(
         training, origin_of(start) if start else None, list(map(origin_of, teachers)), data=sets.train_name,
         measured=measured, parent=start.checkpoint if start else None,
     )  # fmt: skip
     file = job.out / MODEL
     save_checkpoint(Checkpoint(graph, weights, preprocessing, sets.train.classes, told), file)
-    return Finished(file, measured, missed)
+    return Finished(file, measured, missed, before)
 
 
 def _check(job: Job) -> None:
@@ -140,34 +156,41 @@ class _Sets:
     def __init__(self, job: Job, preprocessing: Preprocessing, start: Found | None) -> None:
         self.preprocessing = preprocessing
         self.messages: list[str] = []
-        self.test: ImageSet | None = None
+        self.test: Labelled | None = None
+        self.train: Labelled
         self.test_name = ""
+        beside: Path | None = None
         if holds_cifar10(job.data):
             self.train, self.test = load_cifar10(job.data)
             self.train_name, self.test_name = "CIFAR-10 training images", "CIFAR-10 test images"
         else:
-            self.train = self._folder(job.data, None)
+            pictures, beside = parts(job.data)
+            self.train = self._folder(pictures, None)
             self.train_name = shown(job.data.resolve().name)
         if start is not None:
             self.train = in_order_of(start.checkpoint, self.train)
             if self.train.classes != start.checkpoint.classes:
                 self.messages.append(f"the classifier starts anew: {start.name} knows other classes than the data")
-        if job.test is not None:
-            cifar10 = holds_cifar10(job.test)
-            test = load_cifar10(job.test)[1] if cifar10 else self._folder(job.test, self.train.classes)
-            self.test = test.relabelled(self.train.classes, "the training data")
-            self.test_name = "CIFAR-10 test images" if cifar10 else shown(job.test.resolve().name)
         if job.holdout:
             self.train, self.test = split(self.train, job.holdout)
             self.test_name = f"{job.holdout} held-out {self.train_name}"
+        elif job.test is not None and holds_cifar10(job.test):
+            self._test(load_cifar10(job.test)[1], "CIFAR-10 test images")
+        elif job.test is not None:
+            self._test(self._folder(parts(job.test)[1] or job.test, self.train.classes), job.test.resolve().name)
+        elif beside is not None:
+            self._test(self._folder(beside, self.train.classes), f"{self.train_name}/{beside.name}")
 
-    def _folder(self, folder: Path, classes: tuple[str, ...] | None) -> ImageSet:
-        images, pictures = load_folder(folder, self.preprocessing.size, classes)
-        self.messages += [f"left out: {line}" for line in pictures.left_out]
+    def _folder(self, folder: Path, classes: tuple[str, ...] | None) -> Labelled:
+        images, left_out = load_labelled(folder, self.preprocessing.size, classes)
+        self.messages += [f"left out: {line}" for line in left_out]
         return images
 
+    def _test(self, images: Labelled, name: str) -> None:
+        self.test, self.test_name = images.relabelled(self.train.classes, "the training data"), shown(name)
 
-def split(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
+
+def split(images: Labelled, count: int) -> tuple[Labelled, Labelled]:
     """All images but ``count``, and these: of each class in proportion, drawn at random but always the same ones.
 
     Every class keeps one image or more; raises TrainingError if that cannot be.
@@ -188,11 +211,7 @@ def split(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
         shares[open_[np.argsort(shares[open_] - exact[open_], kind="stable")[:missing]]] += 1
     held = np.sort(np.concatenate([places[:share] for places, share in zip(of_class, shares, strict=True)]))
     stay = np.setdiff1d(np.arange(len(images)), held)
-    return _subset(images, stay), _subset(images, held)
-
-
-def _subset(images: ImageSet, chosen: NDArray[np.int64]) -> ImageSet:
-    return ImageSet(images.images[chosen], images.labels[chosen], images.classes)
+    return images.take(stay), images.take(held)
 
 
 def _named(network: str, classes: int) -> Graph:
@@ -205,8 +224,8 @@ def _named(network: str, classes: int) -> Graph:
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    """The file's settings, then the single ones: later ones win."""
-    given = read_recipe(job.recipe) if job.recipe else {}
+    """Defaults, the file's settings, then the single ones: later ones win."""
+    given = dict(job.defaults) | (read_recipe(job.recipe) if job.recipe else {})
     for text in job.settings:
         given |= parse_setting(text)
     return given

@@ -7,7 +7,6 @@ Every random number comes from (seed, epoch): a run killed at any moment starts 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.data.images import ImageSet
+from manidp.data.labelled import Labelled
 from manidp.errors import TrainingError
 from manidp.files import replacing, sweep
 from manidp.formats.checkpoint import Checkpoint
@@ -54,7 +53,7 @@ class Training:
         self,
         backend: Backend,
         start: Checkpoint,
-        data: ImageSet,
+        data: Labelled,
         recipe: Recipe,
         folder: Path,
         *,
@@ -83,7 +82,7 @@ class Training:
             self.learner: Learner = backend.learner(start, data, recipe, teachers)
             self.records: list[EpochRecord] = []
             self.mean_cross_entropy = 0.0  # unknown before the first epoch: no image pays then
-            self.data_sha256 = digest_of(data)
+            self.data_sha256 = data.sha256()
             self.run = {
                 "backend": backend.name,
                 "graph": self.graph.to_json(),
@@ -277,14 +276,7 @@ class Training:
         return f"{self.state_path} holds the last good epoch" if self.state_path.exists() else "nothing was trained yet"
 
 
-def digest_of(data: ImageSet) -> str:
-    """sha256 of pixels and labels, in lower-case hex."""
-    digest = hashlib.sha256(np.ascontiguousarray(data.images).data)
-    digest.update(data.labels.astype("<i8").tobytes())
-    return digest.hexdigest()
-
-
-def check_data(start: Checkpoint, data: ImageSet) -> None:
+def check_data(start: Checkpoint, data: Labelled) -> None:
     """Raises TrainingError unless there are two images or more, of the model's size and classes."""
     if len(data) < 2:
         raise TrainingError(f"training needs at least two images; got {len(data)}")
@@ -293,10 +285,10 @@ def check_data(start: Checkpoint, data: ImageSet) -> None:
             f"the network tells the classes {brief(list(start.classes))}, in this order; the data has "
             f"{brief(list(data.classes))}"
         )
-    if start.preprocessing.size != data.images.shape[1:3]:
+    if start.preprocessing.size != data.size:
         raise TrainingError(
             f"the network reads images of {start.preprocessing.size} pixels (height, width); the data's have "
-            f"{data.images.shape[1:3]}"
+            f"{data.size}"
         )
 
 

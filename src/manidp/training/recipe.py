@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from manidp.errors import TrainingError
@@ -15,6 +17,11 @@ from manidp.graph.macs import least_and_most_macs, ungated_macs
 from manidp.training.settings import brief, check_settings
 
 MAX_BYTES = 2**20  # of a recipe file
+PRUNING: Mapping[str, Any] = MappingProxyType({
+    "epochs": 60, "learning_rate": 0.02, "ema": 0.998, "reach": 0.5, "lambda_similarity": 0.1, "distillation": 0.5,
+    "temperature": 3.0,
+})  # fmt: skip
+"""How a trained network is pruned, taught by itself, if nothing else is said; the other settings are the defaults."""
 _PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
@@ -93,6 +100,12 @@ def _number(name: str, text: str, units: dict[str, float]) -> float:
         known = ", ".join(unit for unit in units if unit)
         raise TrainingError(f"recipe: {name} must be a number, perhaps followed by {known}; got {brief(text)}")
     return float(found[1]) * units[found[2]]
+
+
+def budget_of(amount: float | str) -> float | str:
+    """What ``macs_budget`` is for "50%", "18.6M" or a number: up to 1 a share of the network's, else multiply-adds."""
+    number = _number("budget", amount, _PREFIXES | {"%": 0.01}) if isinstance(amount, str) else amount
+    return f"{100 * number:.10g}%" if number <= 1 else number
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from manidp.data.images import ImageSet
+from manidp.data.labelled import Labelled
 from manidp.data.preprocessing import Preprocessing
-from manidp.errors import CheckpointError, some
+from manidp.errors import CheckpointError, TrainingError, some
 from manidp.formats.checkpoint import Checkpoint
-from manidp.gating.place import with_gates
+from manidp.gating.place import gate
 from manidp.graph import Graph, Linear, with_classes
 from manidp.training.backend import Backend
 
 
 def graph_for(network: Graph, classes: Sequence[str], *, gates: bool) -> Graph:
-    """The network with an output for each of the classes and, with ``gates``, with gates if it has none."""
+    """The network with an output for each of the classes and, with ``gates``, with gates if it has none.
+
+    Raises TrainingError, saying why for each convolution, if no gate has a place in it.
+    """
     graph = with_classes(network, len(classes))
-    return with_gates(graph) if gates and not graph.gates else graph
+    if not gates or graph.gates:
+        return graph
+    gated = gate(graph)
+    if not gated.gates:
+        reasons = "; ".join(f"'{name}': {reason}" for name, reason in gated.ungated[:4])
+        more = f"; {len(gated.ungated) - 4} more" if len(gated.ungated) > 4 else ""
+        raise TrainingError(f"no gate has a place in this network: {reasons or 'it has no convolutions'}{more}")
+    return gated.network
 
 
 def start_of(
@@ -58,7 +68,7 @@ def inheriting(fresh: Checkpoint, parent: Checkpoint) -> Checkpoint:
     return Checkpoint(graph, mixed, fresh.preprocessing, fresh.classes)
 
 
-def in_order_of(parent: Checkpoint, data: ImageSet) -> ImageSet:
+def in_order_of(parent: Checkpoint, data: Labelled) -> Labelled:
     """The data in the order of the parent's classes where they are the same, so that its classifier can stay."""
     same = sorted(parent.classes) == sorted(data.classes)
     return data.relabelled(parent.classes, "the model") if same else data

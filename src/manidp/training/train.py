@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from manidp.data.images import ImageSet
+from manidp.data.labelled import Labelled
 from manidp.data.preprocessing import CIFAR10_PREPROCESSING, Preprocessing
 from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import Graph
@@ -21,7 +21,7 @@ from manidp.training.state import EpochRecord
 def train(
     backend: Backend,
     start: Checkpoint | Graph,
-    data: ImageSet,
+    data: Labelled,
     recipe: Recipe,
     folder: str | Path,
     *,
