@@ -40,6 +40,7 @@ from manidp.graph import (
     Select,
     Shuffle,
     Slice,
+    Squareplus,
 )
 from manidp.models import resnet
 from manidp.reference import node_values
@@ -206,6 +207,7 @@ ZOO: dict[str, Graph] = {
     "LeakyReLU, of a map and a vector": on_map_and_vector(LeakyReLU(name="x", slope=0.2)),
     "PReLU, of a map and a vector": on_map_and_vector(PReLU(name="x")),
     "ELU, of a map and a vector": on_map_and_vector(ELU(name="x", alpha=0.75)),
+    "Squareplus, of a map and a vector": on_map_and_vector(Squareplus(name="x", b=0.5)),
     "Clip, of a map": on_map(Clip(name="x", low=-0.5, high=0.75)),
     "Clip, of a vector": on_vector(Clip(name="x", low=-0.5, high=0.75)),
     **{

@@ -42,6 +42,7 @@ from manidp.graph import (
     Select,
     Shuffle,
     Slice,
+    Squareplus,
     pair,
     sides,
 )
@@ -174,6 +175,13 @@ def _prelu(to: _Writer, node: PReLU) -> None:
 @handles(ELU)
 def _elu(to: _Writer, node: ELU) -> None:
     to.op("Elu", to.inputs, alpha=node.alpha)
+
+
+@handles(Squareplus)
+def _squareplus(to: _Writer, node: Squareplus) -> None:
+    square = to.op("Mul", [*to.inputs, *to.inputs], "square")
+    root = to.op("Sqrt", [to.op("Add", [square, to.constant("b", np.float32(node.b))], "above")], "root")
+    to.op("Mul", [to.op("Add", [*to.inputs, root], "twice"), to.constant("half", np.float32(0.5))])
 
 
 @handles(Clip)

@@ -31,6 +31,7 @@ from manidp.graph import (
     Select,
     Shuffle,
     Slice,
+    Squareplus,
     pair,
     sides,
 )
@@ -128,6 +129,11 @@ def _prelu(node: PReLU, p: P, x: Array) -> Array:
 @handles(ELU)
 def _elu(node: ELU, p: P, x: Array) -> Array:
     return np.where(x > 0, x, x.dtype.type(node.alpha) * np.expm1(np.minimum(x, 0)))
+
+
+@handles(Squareplus)
+def _squareplus(node: Squareplus, p: P, x: Array) -> Array:
+    return x.dtype.type(0.5) * (x + np.sqrt(x * x + x.dtype.type(node.b)))
 
 
 @handles(Clip)

@@ -130,7 +130,7 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 METAS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "older": (lambda m: m.pop("version"), "an older manidp began, .* in another folder"),
-    "newer": (lambda m: m.update(version=3), "expected a state of version 2; got 3"),
+    "newer": (lambda m: m.update(version=4), "expected a state of version 3; got 4"),
     "no records": (lambda m: m.pop("records"), "it lacks 'records'"),
     "records": (lambda m: m.update(records={}), "damaged"),
     "record": (lambda m: m.update(records=[None]), "record 0 must hold"),
@@ -141,7 +141,7 @@ METAS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "epoch": (lambda m: m["records"][0].update(epoch=1), "record 0 is of epoch 1"),
     "json's nan": (lambda m: m["records"][0].update(loss=float("nan")), "holds NaN"),
     "huge": (lambda m: m["records"][0].update(loss=10**400), r"loss is 1000.*\(401 characters\)"),
-    "rate": (lambda m: m.update(rate=[1]), r"rate is \[1\]"),
+    "rate": (lambda m: m.update(rates={"default": [1]}), r"rate is \[1\]"),
     "run": (lambda m: m.update(run=[]), "damaged"),
     "parts of the run": (lambda m: m.update(run={"recipe": None, "data": 3}), "another run: .*another graph; another"),
     "backend": (lambda m: m["run"].update(backend="other"), r"another run: backend 'other' there, '\w+' here$"),

@@ -165,9 +165,10 @@ def scored_line(out: Path, scored: Scored) -> str:
 def epoch_line(record: EpochRecord) -> str:
     """One epoch of a training."""
     macs = f"  {record.macs / 1e6:.2f} M multiply-adds" if record.macs else ""
+    points = (f"{point} {seen['accuracy']:.2%} at {seen['macs'] / 1e6:.2f} M" for point, seen in record.points.items())
     return (
         f"epoch {record.epoch + 1:3d}  loss {record.loss:.4f}  cross entropy {record.cross_entropy:.4f}  "
-        f"train accuracy {record.accuracy:.2%}{macs}  {record.seconds:.1f} s"
+        f"train accuracy {record.accuracy:.2%}{macs}  {record.seconds:.1f} s" + "".join(f"  {one}" for one in points)
     )
 
 

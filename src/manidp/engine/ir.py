@@ -89,6 +89,7 @@ class Element:
 # what ``Function.apply`` knows
 FUNCTIONS = (
     "relu", "relu6", "hardsigmoid", "hardswish", "sigmoid", "silu", "tanh", "gelu", "mish", "clip", "leaky_relu", "elu",
+    "squareplus",
 )  # fmt: skip
 FLOAT = Element("float", "f32", 4)
 HALF = Element("half", "f16", 2)
@@ -403,6 +404,8 @@ class Function:
             return self.prelu(y, self.constant(*settings))
         if kind == "elu":
             return self.convert(self.floats._elu(self.widen(y), *settings), FLOAT, self.element, self.lanes)
+        if kind == "squareplus":
+            return self.convert(self.floats._squareplus(self.widen(y), *settings), FLOAT, self.element, self.lanes)
         if kind == "relu":
             return self.maximum(self.constant(0), y)
         if kind == "relu6":
@@ -458,6 +461,13 @@ class Function:
         exponential = self.fma(y, self.constant(0), self._exp(y))  # NaN if y is
         below = self.arithmetic("fmul", self.constant(alpha), self.arithmetic("fsub", exponential, self.constant(1)))
         return self.select(self.compare("ogt", y, self.constant(0)), y, below)
+
+    def _squareplus(self, y: Vec, b: float) -> Vec:
+        """(y + sqrt(y^2 + b)) / 2."""
+        square = self.fma(y, y, self.constant(b))
+        v = self.vector
+        root = self.make(Vec, f"call {v} @llvm.sqrt.v{self.lanes}{self.element.suffix}({v} {square})")
+        return self.arithmetic("fmul", self.constant(0.5), self.arithmetic("fadd", y, root))
 
     def _exp(self, x: Vec) -> Vec:
         """e^x for |x| <= 87 and clipped beyond: 2^n e^r, n = round(x / ln 2), a polynomial for e^r."""

@@ -56,6 +56,7 @@ class Module:
         kinds = {element: f"<{n} x {element.name}>" for element in (FLOAT, self.element)}
         return [
             *(f"declare {w} @llvm.fmuladd.v{n}{e.suffix}({w}, {w}, {w})" for e, w in kinds.items()),
+            f"declare {v} @llvm.sqrt.v{n}f32({v})",
             f"declare float @llvm.vector.reduce.fadd.v{n}f32(float, {v})",
             f"declare float @llvm.vector.reduce.fmax.v{n}f32({v})",
             "declare i64 @llvm.umin.i64(i64, i64)",

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from manidp.engine.ir import FUNCTIONS
 from manidp.errors import UnsupportedError
-from manidp.graph import ELU, Activation, Clip, Conv, Graph, LeakyReLU, Node, Pool, pair, sides
+from manidp.graph import ELU, Activation, Clip, Conv, Graph, LeakyReLU, Node, Pool, Squareplus, pair, sides
 
 if TYPE_CHECKING:
     from manidp.engine.ir import Function
@@ -105,6 +105,8 @@ def applied(node: Node) -> Applied | None:
             return "leaky_relu", (node.slope,)
         case ELU():
             return "elu", (node.alpha,)
+        case Squareplus():
+            return "squareplus", (node.b,)
     return None
 
 

@@ -27,6 +27,7 @@ from manidp.graph.ops import (
     Shape,
     Shuffle,
     Slice,
+    Squareplus,
     pair,
     sides,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "Shape",
     "Shuffle",
     "Slice",
+    "Squareplus",
     "graph_from_json",
     "pair",
     "sides",

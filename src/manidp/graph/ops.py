@@ -321,6 +321,20 @@ class ELU(Elementwise):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Squareplus(Elementwise):
+    """(x + sqrt(x^2 + b)) / 2: above 0 everywhere, about x where x is well above sqrt(b). Source: Barron 2021."""
+
+    b: float = 4.0
+
+    def shape(self, *inputs: Shape) -> Shape:
+        self._expect(2.0**-126 <= self.b <= FLOAT32_MAX, "b above 0, a normal float32", *inputs)
+        return inputs[0]
+
+    def nonnegative(self, *inputs: bool) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Clip(Elementwise):
     """min(max(x, low), high), elementwise."""
 
@@ -561,7 +575,7 @@ class Linear(Node):
 OPS: dict[str, type[Node]] = {
     kind.__name__: kind
     for kind in (
-        Input, Conv, BatchNorm, Activation, LeakyReLU, PReLU, ELU, Clip, Select, Add, Multiply, Concat, Slice, Shuffle,
-        Scatter, Pool, GlobalPool, Flatten, Linear,
+        Input, Conv, BatchNorm, Activation, LeakyReLU, PReLU, ELU, Squareplus, Clip, Select, Add, Multiply, Concat,
+        Slice, Shuffle, Scatter, Pool, GlobalPool, Flatten, Linear,
     )
 }  # fmt: skip

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from manidp.data.images import ImageSet
 from manidp.data.labelled import Labelled
 from manidp.errors import TrainingError
-from manidp.formats.checkpoint import Checkpoint
+from manidp.formats.checkpoint import DEFAULT, Checkpoint
 from manidp.graph import Graph
 from manidp.hub.bundle import description
 from manidp.mindspore.convert import from_checkpoint, weights
@@ -69,7 +69,9 @@ class MindSpore:
     def learner(
         self, start: Checkpoint, data: Labelled, recipe: Recipe, teachers: Sequence[Checkpoint] = ()
     ) -> MindSporeLearner:
-        """Raises TrainingError for a recipe of ``precision`` bfloat16."""
+        """Raises TrainingError for a recipe of ``precision`` bfloat16, or with ``points``."""
+        if recipe.points:
+            raise TrainingError("recipe: points can be trained with --backend torch only; leave them out")
         if recipe.precision != self.precision:
             raise TrainingError(f"recipe: with MindSpore precision must be {self.precision}; got {recipe.precision}")
         return MindSporeLearner(start, data, recipe, teachers)
@@ -108,14 +110,19 @@ class MindSporeLearner:
     def _batch(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> Batch:
         return Batch(Tensor(self.start.preprocessing.apply(pixels)), Tensor(labels.astype(np.int32)))
 
-    def step(self, batch: Batch, *, learning_rate: float, limit: float) -> Step:
+    def use(self, point: str) -> None:
+        assert point == DEFAULT  # a recipe with points is refused
+
+    def step(
+        self, batch: Batch, *, learning_rate: float, limit: float, points: Sequence[str] = (DEFAULT,)
+    ) -> list[Step]:
         taught = [teacher(batch.images) for teacher in self.teachers]
         mean = sum(taught[1:], taught[0]) / len(taught) if taught else ops.zeros(1)
         self.training.set_train(True)
         losses, *saliencies = self.trained(
             batch.images, batch.labels, Tensor(limit, float32), mean, Tensor(learning_rate, float32)
         )
-        return Step(losses, self._named(saliencies))
+        return [Step(losses, self._named(saliencies))]
 
     def average(self, share: float) -> None:
         for name, value in weights(self.network).items():

@@ -193,6 +193,15 @@ class _ELU(nn.Cell):
         return ops.select(x > 0, x, self.alpha * (ops.exp(ops.clamp(x, max=0)) - 1))
 
 
+class _Squareplus(nn.Cell):
+    def __init__(self, b: float) -> None:
+        super().__init__()
+        self.b = b
+
+    def construct(self, x: Tensor) -> Tensor:
+        return 0.5 * (x + ops.sqrt(x * x + self.b))
+
+
 class _Scatter(nn.Cell):
     """Channels put at their places among more, zeros elsewhere: gathered from them and one channel of zeros."""
 
@@ -361,6 +370,7 @@ _CELLS: dict[str, Callable[[_Node], nn.Cell]] = {
     "LeakyReLU": lambda node: nn.LeakyReLU(node["slope"]),
     "PReLU": lambda node: _PReLU(node["shape"][0]),
     "ELU": lambda node: _ELU(node["alpha"]),
+    "Squareplus": lambda node: _Squareplus(node["b"]),
     "Clip": lambda node: _Clip(node["low"], node["high"]),
     "Select": _select,
     "Add": lambda node: _Function(_add),

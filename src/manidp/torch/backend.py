@@ -21,14 +21,14 @@ from manidp.data.images import ImageSet
 from manidp.data.labelled import Labelled, PictureFiles
 from manidp.data.preprocessing import Preprocessing
 from manidp.errors import TrainingError
-from manidp.formats.checkpoint import Checkpoint
+from manidp.formats.checkpoint import DEFAULT, Checkpoint
 from manidp.graph import Graph
 from manidp.result import Result
 from manidp.torch.convert import network_from
 from manidp.torch.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
 from manidp.torch.network import Network, Output
 from manidp.training.backend import PADDING, Step, Weights, below, check_threads, drawn, pass_size
-from manidp.training.recipe import Recipe
+from manidp.training.recipe import Recipe, point_name
 
 
 class Torch:
@@ -89,6 +89,11 @@ class TorchLearner:
         self.optimizer = torch.optim.SGD(
             _groups(self.network, recipe), lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True
         )
+        # what differs between operating points: that of the point in use lies in the network, the others' here
+        self.own = {name: value for name, value in self.network.named_buffers() if recipe.points}
+        names = [DEFAULT, *(point_name(start.graph, float(budget)) for budget in recipe.points)]
+        self.points = {point: {name: value.clone() for name, value in self.own.items()} for point in names}
+        self.point = DEFAULT
         self.averages = {name: value.clone() for name, value in self.network.state_dict().items()} if recipe.ema else {}
 
     @property
@@ -101,29 +106,63 @@ class TorchLearner:
     def plain(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         return self.images.plain(count)
 
-    def step(self, batch: tuple[Tensor, Tensor], *, learning_rate: float, limit: float) -> Step:
+    def use(self, point: str) -> None:
+        if point == self.point:
+            return
+        own = list(self.own.values())
+        torch._foreach_copy_(list(self.points[self.point].values()), own)
+        torch._foreach_copy_(own, list(self.points[point].values()))
+        self.point = point
+
+    def step(
+        self, batch: tuple[Tensor, Tensor], *, learning_rate: float, limit: float, points: Sequence[str] = (DEFAULT,)
+    ) -> list[Step]:
         images, labels = batch
         self.network.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        with self._autocast():
-            output = self.forward(images)
-        loss, parts = self.loss(output, images, labels, limit)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        taught = self.taught(images)
+        seen: list[Step] = []
+        for point in points:  # each backward before the next forward: they share the network's statistics
+            self.use(point)
+            with self._autocast():
+                output = self.forward(images)
+            if not seen:
+                loss, parts = self.loss(output, taught, labels, limit)
+                taught = [*taught, output.logits.detach().float()]
+            else:
+                loss, parts = self.following(output, taught, labels)
+            (loss / len(points)).backward()  # type: ignore[no-untyped-call]
+            saliencies = {name: record.saliency.detach() for name, record in output.records.items()}
+            seen.append(Step(torch.stack([loss.detach(), *parts]), saliencies))
+        self.use(DEFAULT)
         self.optimizer.step()
-        saliencies = {name: record.saliency.detach() for name, record in output.records.items()}
-        return Step(torch.stack([loss.detach(), *parts]), saliencies)
+        return seen
 
-    def loss(self, output: Output, images: Tensor, labels: Tensor, limit: float) -> tuple[Tensor, list[Tensor]]:
+    @torch.no_grad()
+    def taught(self, images: Tensor) -> list[Tensor]:
+        """Each teacher's logits."""
+        with self._autocast():
+            return [teacher(images).logits.float() for teacher in self.teachers]
+
+    def following(self, output: Output, taught: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """As ``loss``, for the points that follow: distillation alone."""
+        logits = output.logits.float()
+        loss = distillation_loss(logits, torch.stack(list(taught)).mean(0), self.recipe.temperature)
+        correct = (logits.argmax(1) == labels).float().mean()
+        none = torch.zeros((), device=logits.device)
+        return loss, [F.cross_entropy(logits, labels).detach(), correct, none, none]
+
+    def loss(
+        self, output: Output, taught: Sequence[Tensor], labels: Tensor, limit: float
+    ) -> tuple[Tensor, list[Tensor]]:
         """The total, and [mean cross entropy, accuracy, sparsity, similarity] to record."""
         recipe, logits = self.recipe, output.logits.float()
         each = F.cross_entropy(logits, labels, reduction="none")
         task = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-        if self.teachers:
-            with torch.no_grad(), self._autocast():
-                taught = torch.stack([teacher(images).logits.float() for teacher in self.teachers]).mean(0)
-            follow = distillation_loss(logits, taught, recipe.temperature)
+        if taught:
+            follow = distillation_loss(logits, torch.stack(list(taught)).mean(0), recipe.temperature)
             task = (1 - recipe.distillation) * task + recipe.distillation * follow
         sparsity = similarity = torch.zeros((), device=logits.device)
         if output.records:
@@ -170,8 +209,11 @@ class TorchLearner:
         return self.network.run(images)
 
     def state(self) -> Weights:
+        self.use(DEFAULT)
         tensors = {f"network/{name}": value for name, value in self.network.state_dict().items()}
         tensors |= {f"average/{name}": value for name, value in self.averages.items()}
+        for index, values in enumerate(list(self.points.values())[1:]):
+            tensors |= {f"points/{index}/{name}": value for name, value in values.items()}
         if self.recipe.momentum > 0:
             for name, parameter in self.network.named_parameters():
                 buffer = self.optimizer.state[parameter].get("momentum_buffer")
@@ -180,9 +222,13 @@ class TorchLearner:
 
     def load(self, state: Mapping[str, NDArray[np.float32]]) -> None:
         tensors = {name: torch.from_numpy(value) for name, value in state.items()}
+        self.use(DEFAULT)
         self.network.load_state_dict(below(tensors, "network/"))
         for name, value in below(tensors, "average/").items():
             self.averages[name].copy_(value)
+        for index, values in enumerate(list(self.points.values())[1:]):
+            for name, value in below(tensors, f"points/{index}/").items():
+                values[name].copy_(value)
         momenta = below(tensors, "momentum/")
         for name, parameter in self.network.named_parameters():
             if name in momenta:

@@ -36,6 +36,7 @@ from manidp.graph import (
     Select,
     Shuffle,
     Slice,
+    Squareplus,
     pair,
     sides,
 )
@@ -239,6 +240,11 @@ def _prelu(net: Network, node: PReLU, p: P, x: Tensor) -> Tensor:
 @handles(ELU)
 def _elu(net: Network, node: ELU, p: P, x: Tensor) -> Tensor:
     return F.elu(x, node.alpha)
+
+
+@handles(Squareplus)
+def _squareplus(net: Network, node: Squareplus, p: P, x: Tensor) -> Tensor:
+    return 0.5 * (x + (x * x + node.b).sqrt())
 
 
 @handles(Clip)

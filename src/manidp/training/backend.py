@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from manidp.data.labelled import SMALL, Labelled, PictureFiles, random_places
 from manidp.errors import TrainingError
-from manidp.formats.checkpoint import Checkpoint
+from manidp.formats.checkpoint import DEFAULT, Checkpoint
 from manidp.graph import Graph
 from manidp.result import Result
 from manidp.training.recipe import Recipe
@@ -57,8 +57,21 @@ class Learner(Protocol):
         """The first ``count`` images of a fixed shuffle, unchanged, in batches of any size."""
         ...
 
-    def step(self, batch: Batch, *, learning_rate: float, limit: float) -> Step:
-        """One step of SGD down the gradient of the recipe's loss; ``limit`` is that of ``complexity_weights``."""
+    def use(self, point: str) -> None:
+        """From now on the thresholds and batch statistics of an operating point of the recipe, or "default".
+
+        All of them begin with those of the model that training starts from.
+        """
+        ...
+
+    def step(
+        self, batch: Batch, *, learning_rate: float, limit: float, points: Sequence[str] = (DEFAULT,)
+    ) -> list[Step]:
+        """One step of SGD down the gradient of the recipe's loss; ``limit`` is that of ``complexity_weights``.
+
+        What it saw at each of the points. The first follows labels and teachers, the others the mean logits of the
+        first and the teachers; the loss is the mean of theirs. The learner is left at the default point.
+        """
         ...
 
     def average(self, share: float) -> None:
@@ -92,6 +105,7 @@ class Learner(Protocol):
     def state(self) -> Weights:
         """A copy of all that steps change: ``network/NAME`` and, where the recipe has them, ``average/NAME``,
         ``momentum/NAME`` (zeros before the first step); NAME as in ``graph.parameters``, momentum of what is trained.
+        ``points/K/NAME`` is what takes the place of ``network/NAME`` at the K-th of the recipe's points.
         """
         ...
 

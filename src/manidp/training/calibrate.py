@@ -13,6 +13,7 @@ from manidp.errors import GraphError, TrainingError
 from manidp.formats.checkpoint import Checkpoint, OperatingPoint
 from manidp.graph import Concat, Graph, Node
 from manidp.graph.macs import least_and_most_macs, ungated_macs
+from manidp.training.recipe import point_name
 from manidp.training.schedule import thresholds_for_budget
 
 TOLERANCE = 0.002  # of the budget
@@ -47,7 +48,7 @@ def calibrate(checkpoint: Checkpoint, images: NDArray[Any], budget: float, name:
             f"a budget of {budget:.1%} of the dense multiply-adds cannot be met with thresholds alone: the closest is "
             f"{macs / dense:.1%}, since a channel whose score is 0 stays closed whatever the threshold"
         )
-    point = OperatingPoint(name or f"{100 * budget:.4g}%", values, macs)
+    point = OperatingPoint(name or point_name(graph, budget * dense), values, macs)
     others = [other for other in checkpoint.points if other.name != point.name]
     return replace(checkpoint, points=tuple(sorted([*others, point], key=lambda one: (one.macs or 0, one.name))))
 

@@ -24,7 +24,10 @@ def events(folder: Path) -> Iterator[Callable[[EpochRecord], None]]:
     writer = EventFileWriter(str(folder))
 
     def write(record: EpochRecord) -> None:
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in asdict(record).items()]
+        told = asdict(record)
+        for point, seen in told.pop("points").items():
+            told |= {f"{name}/{point}": value for name, value in seen.items()}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in told.items()]
         try:
             writer.add_event(Event(wall_time=time.time(), step=record.epoch, summary=Summary(value=values)))
             writer.flush()

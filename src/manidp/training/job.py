@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from manidp.data.images import holds_cifar10, load_cifar10
 from manidp.data.labelled import Labelled, load_labelled, parts
 from manidp.data.preprocessing import CIFAR10_PREPROCESSING, Preprocessing
 from manidp.errors import TrainingError, shown
-from manidp.formats.checkpoint import Checkpoint, Found, save_checkpoint
+from manidp.formats.checkpoint import DEFAULT, Checkpoint, Found, OperatingPoint, save_checkpoint
 from manidp.graph import Graph
 from manidp.graph.macs import ungated_macs
 from manidp.hub.find import find_model
@@ -124,10 +124,11 @@ def _finished(job: Job, training: Training, sets: _Sets, start: Found | None, te
     """Measure and save what was trained."""
     graph, preprocessing = training.graph, sets.preprocessing
     weights, missed = training.finish(), training.missed()
-    measured = before = None
+    points, measured, before = training.finished_points(), None, None
     if sets.test is not None:
         figures = evaluate(training.learner.run, sets.test, preprocessing).to_json(sets.test_name)
         measured = figures | {"dense_macs": ungated_macs(graph)}
+        points = tuple(_measured(training, point, sets.test) for point in points)
         if job.before and start is not None:
             from manidp.engine.engine import Engine
 
@@ -138,8 +139,16 @@ def _finished(job: Job, training: Training, sets: _Sets, start: Found | None, te
         measured=measured, parent=start.checkpoint if start else None,
     )  # fmt: skip
     file = job.out / MODEL
-    save_checkpoint(Checkpoint(graph, weights, preprocessing, sets.train.classes, told), file)
+    save_checkpoint(Checkpoint(graph, weights, preprocessing, sets.train.classes, told, points), file)
     return Finished(file, measured, missed, before)
+
+
+def _measured(training: Training, point: OperatingPoint, test: Labelled) -> OperatingPoint:
+    """The point with its accuracy and mean multiply-adds on the test set."""
+    training.learner.use(point.name)
+    figures = evaluate(training.learner.run, test, training.start.preprocessing)
+    training.learner.use(DEFAULT)
+    return replace(point, macs=float(figures.macs.mean()), accuracy=figures.accuracy)
 
 
 def _check(job: Job) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,11 +22,12 @@ from numpy.typing import NDArray
 from manidp.data.labelled import Labelled
 from manidp.errors import TrainingError
 from manidp.files import replacing, sweep
-from manidp.formats.checkpoint import Checkpoint
+from manidp.formats.checkpoint import DEFAULT, Checkpoint, OperatingPoint
 from manidp.progress import Progress
 from manidp.training.backend import Array, Backend, Learner, Weights, below
 from manidp.training.folder import LOG, MODEL, STATE, hold, holds_run
-from manidp.training.recipe import Recipe
+from manidp.training.recipe import Recipe, point_name
+from manidp.training.reopen import begun_anew, reopenable
 from manidp.training.schedule import learning_rate
 from manidp.training.settings import brief
 from manidp.training.state import EpochRecord, State, not_finite, read_state, read_tensors, write_state
@@ -33,6 +35,7 @@ from manidp.training.target import Target, mean_macs
 
 SAMPLE = 10_000  # images whose saliencies set the thresholds: the last ones of an epoch, so that they are not stale
 FOLLOW = 20  # steps after which the thresholds follow the saliencies, where a budget is to be met
+FIRST = 2_000  # images on which the points of a run begin
 CHECK = 50  # steps after which the losses are looked at
 
 
@@ -63,6 +66,8 @@ class Training:
         progress: Progress | None = None,
     ) -> None:
         recipe = recipe.resolved(start.graph)
+        if recipe.points:
+            start = reopenable(start)
         check_data(start, data)
         if (recipe.distillation > 0) != bool(teachers):
             raise TrainingError("distillation needs a teacher checkpoint and a weight above 0; only one was given")
@@ -78,7 +83,10 @@ class Training:
                 chosen = recorded.get("precision") if isinstance(recorded, dict) else None
                 recipe = replace(recipe, precision=chosen if chosen in ("bfloat16", "float32") else backend.precision)
             self.recipe = recipe
-            self.target = Target(self.graph, recipe)
+            self.points = {point_name(self.graph, float(budget)): float(budget) for budget in recipe.points}
+            self.targets = {DEFAULT: Target(self.graph, recipe)} | {
+                name: Target(self.graph, replace(recipe, macs_budget=budget)) for name, budget in self.points.items()
+            }
             self.learner: Learner = backend.learner(start, data, recipe, teachers)
             self.records: list[EpochRecord] = []
             self.mean_cross_entropy = 0.0  # unknown before the first epoch: no image pays then
@@ -92,6 +100,8 @@ class Training:
                 "origin": dict(origin or {}),
             }
             if state is None:
+                if recipe.points:
+                    self._open_points()
                 self._save()
             else:
                 self._go_on(state)
@@ -129,10 +139,18 @@ class Training:
         """
         while len(self.records) < self.recipe.epochs:
             record, saliencies = self._epoch(len(self.records))
-            if saliencies:
-                macs = mean_macs(self.graph, saliencies, self.learner.thresholds())
-                record = replace(record, macs=macs)
-                self.learner.set_thresholds(self.target.after_epoch(record.epoch, saliencies))
+            for point, seen in saliencies.items():
+                if not seen:
+                    continue
+                self.learner.use(point)
+                macs = mean_macs(self.graph, seen, self.learner.thresholds())
+                if point == DEFAULT:
+                    record = replace(record, macs=macs)
+                if point in record.points:
+                    told = {**record.points[point], "macs": macs}
+                    record = replace(record, points={**record.points, point: told})
+                self.learner.set_thresholds(self.targets[point].after_epoch(record.epoch, seen))
+            self.learner.use(DEFAULT)
             self.records.append(record)
             self._save()
             yield record
@@ -146,51 +164,108 @@ class Training:
         averaged = self.recipe.ema > 0
         if averaged:
             self.learner.take_average()
-        for _ in range(4 if self.graph.gates else 1 if averaged else 0):
-            if self.target.budget is not None:
-                self.learner.set_thresholds(self.target.at_last(self._saliencies()))
-            self._estimate_statistics()
+        for point, target in self.targets.items():
+            self.learner.use(point)
+            for _ in range(4 if self.graph.gates else 1 if averaged else 0):
+                if target.budget is not None:
+                    self.learner.set_thresholds(target.at_last(self._saliencies()))
+                self._estimate_statistics()
+        self.learner.use(DEFAULT)
         return below(self.learner.state(), "network/")
 
-    def missed(self) -> str | None:
-        """After ``finish()``: a line if the budget is missed by more than 1 % on training images, else None."""
-        if self.target.budget is None:
-            return None
-        return self.target.missed(mean_macs(self.graph, self._saliencies(), self.learner.thresholds()))
+    def finished_points(self) -> tuple[OperatingPoint, ...]:
+        """After ``finish()``: the recipe's points by their multiply-adds, which are those of training images."""
+        state, found = self.learner.state(), []
+        for index, point in enumerate(self.points):
+            found.append(OperatingPoint(point, below(state, f"points/{index}/"), self._macs(point)))
+        return tuple(sorted(found, key=lambda one: one.macs or 0.0))
 
-    def _epoch(self, epoch: int) -> tuple[EpochRecord, dict[str, NDArray[np.float32]]]:
+    def missed(self) -> str | None:
+        """After ``finish()``: a line if a budget is missed by more than 1 % on training images, else None."""
+        targets = self.targets.items() if self.targets[DEFAULT].budget is not None else ()
+        missed = [line for point, target in targets if (line := target.missed(self._macs(point)))]
+        return "; ".join(missed) or None
+
+    def _macs(self, point: str) -> float:
+        """Mean multiply-adds of training images at a point."""
+        self.learner.use(point)
+        macs = mean_macs(self.graph, self._saliencies(), self.learner.thresholds())
+        self.learner.use(DEFAULT)
+        return macs
+
+    def _open_points(self) -> None:
+        """Begin anew with channels that the start never opens, and with ``reach`` 0 find every point's thresholds."""
+        state = self.learner.state()
+        weights, averages = below(state, "network/"), below(state, "average/")
+        fresh = self.backend.fresh(self.graph, self.recipe.seed)
+        weights = begun_anew(self.graph, weights, fresh, self._saliencies(), self.recipe.seed)
+        state |= {f"network/{name}": value for name, value in weights.items()}
+        state |= {f"average/{name}": weights[name] for name in averages}
+        for index in range(len(self.points)):
+            state |= {f"points/{index}/{name}": weights[name] for name in below(state, f"points/{index}/")}
+        self.learner.load(state)
+        if self.recipe.reach == 0:
+            for point, target in self.targets.items():
+                self.learner.use(point)
+                for _ in range(3):
+                    self._estimate_statistics(FIRST)
+                    self.learner.set_thresholds(target.at_first(self._saliencies(FIRST)))
+            self.learner.use(DEFAULT)
+
+    def _sandwich(self, epoch: int) -> Iterator[tuple[str, ...]]:
+        """For each step the points to train: largest, smallest, and one of those between, each as often."""
+        chance = np.random.default_rng((self.recipe.seed, epoch))
+        ordered = sorted(self.targets, key=lambda point: -(self.targets[point].budget or 0.0))
+        ends, between = tuple(dict.fromkeys((ordered[0], ordered[-1]))), ordered[1:-1]
+        while True:
+            for index in chance.permutation(len(between)) if between else [-1]:
+                yield (*ends, between[index]) if between else ends
+
+    def _epoch(self, epoch: int) -> tuple[EpochRecord, dict[str, dict[str, NDArray[np.float32]]]]:
+        """Its record, and the saliencies of the last images that each point was trained with."""
         recipe, learner, started = self.recipe, self.learner, time.perf_counter()
         steps = learner.steps
         losses: list[Array] = []
-        sample: list[Mapping[str, Array]] = []
-        recent: list[Mapping[str, Array]] = []
+        of_points: dict[str, list[Array]] = {point: [] for point in self.targets}
+        count = min(SAMPLE // recipe.batch_size + 1, steps)
+        sample = {point: deque[Mapping[str, Array]](maxlen=count) for point in self.targets}
+        recent: dict[str, list[Mapping[str, Array]]] = {point: [] for point in self.targets}
         rate = 0.0
+        sandwich = self._sandwich(epoch)
         for step, batch in enumerate(learner.batches(epoch)):
             done = epoch * steps + step
             warmup = round(recipe.warmup_epochs * steps)
             rate = learning_rate(done, recipe.epochs * steps, peak=recipe.learning_rate, warmup=warmup)
-            seen = learner.step(batch, learning_rate=rate, limit=0.5 * self.mean_cross_entropy)
-            losses.append(seen.losses)
+            points = next(sandwich)
+            seen = learner.step(batch, learning_rate=rate, limit=0.5 * self.mean_cross_entropy, points=points)
+            losses.append(seen[0].losses)
             if step % CHECK == CHECK - 1 or step == steps - 1:
                 self._check_losses(epoch, losses, rate)
             if recipe.ema:
                 learner.average(1 - min(recipe.ema, (1 + done) / (10 + done)))
             if self.progress is not None:
                 self.progress(done + 1, recipe.epochs * steps)
-            recent.append(seen.saliencies)
-            if (steps - step) * recipe.batch_size <= SAMPLE + recipe.batch_size:
-                sample.append(seen.saliencies)
-            if len(recent) == FOLLOW:
-                if self.target.rate is not None:
-                    learner.set_thresholds(self.target.follow(self._joined(recent)))
-                recent = []
+            for point, one in zip(points, seen, strict=True):
+                of_points[point].append(one.losses)
+                recent[point].append(one.saliencies)
+                sample[point].append(one.saliencies)
+                if len(recent[point]) == FOLLOW:
+                    if self.targets[point].rate is not None:
+                        learner.use(point)
+                        learner.set_thresholds(self.targets[point].follow(self._joined(recent[point])))
+                        learner.use(DEFAULT)
+                    recent[point] = []
         loss, cross_entropy, accuracy, sparsity, similarity = learner.mean(losses).tolist()
         self.mean_cross_entropy = cross_entropy
         record = EpochRecord(
             epoch=epoch, learning_rate=rate, loss=loss, cross_entropy=cross_entropy, accuracy=accuracy,
             sparsity=sparsity, similarity=similarity, seconds=round(time.perf_counter() - started, 2),
+            points={
+                point: dict(zip(("cross_entropy", "accuracy"), learner.mean(parts).tolist()[1:3], strict=True))
+                for point, parts in of_points.items() if parts and self.points
+            },
         )  # fmt: skip
-        return record, self._joined(sample)
+        return record, {point: self._joined(list(parts)) for point, parts in sample.items()}
 
     def _check_losses(self, epoch: int, losses: list[Array], rate: float) -> None:
         """Raises TrainingError if one of the last steps' losses is not finite."""
@@ -206,10 +281,10 @@ class Training:
         names = parts[0] if parts else {}
         return {name: self.learner.read([part[name] for part in parts]) for name in names}
 
-    def _saliencies(self) -> dict[str, NDArray[np.float32]]:
-        return self._joined([self.learner.saliencies(batch) for batch in self.learner.plain(SAMPLE)])
+    def _saliencies(self, count: int = SAMPLE) -> dict[str, NDArray[np.float32]]:
+        return self._joined([self.learner.saliencies(batch) for batch in self.learner.plain(count)])
 
-    def _estimate_statistics(self) -> None:
+    def _estimate_statistics(self, count: int = 2 * SAMPLE) -> None:
         """Moving mean and variance = the plain average over batches of training images, augmented as in training.
 
         On images without augmentation they would be others: black borders of the crops raise the variance of the
@@ -217,7 +292,7 @@ class Training:
         """
         size = min(self.recipe.batch_size, len(self.data))
         for index, batch in enumerate(self.learner.batches(self.recipe.epochs)):
-            if index * size >= 2 * SAMPLE:
+            if index * size >= count:
                 break
             self.learner.observe(batch, 1 / (index + 1))
 
@@ -236,7 +311,10 @@ class Training:
                 f"{self.state_path}: damaged: it has {len(state.records)} epochs of {self.recipe.epochs}"
             )
         self.records = list(state.records)
-        self.target.rate = state.rate
+        if state.rates.keys() != self.targets.keys():
+            raise TrainingError(f"{self.state_path}: damaged: it has rates of {brief(list(state.rates))}")
+        for point, target in self.targets.items():
+            target.rate = state.rates[point]
         self.mean_cross_entropy = self.records[-1].cross_entropy if self.records else 0.0
         self.learner.load(read_tensors(self.state_path, self._tensors()))
         self._write_log()
@@ -256,8 +334,9 @@ class Training:
                 f"'{bad}' is not finite after epoch {len(self.records) - 1}; {self._last_good()}: lower the learning "
                 f"rate and start again"
             )
+        rates = {point: target.rate for point, target in self.targets.items()}
         with self._writing(self.state_path):
-            write_state(self.state_path, State(self.run, self.target.rate, tuple(self.records)), tensors)
+            write_state(self.state_path, State(self.run, rates, tuple(self.records)), tensors)
         self._write_log()
 
     def _write_log(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from manidp.errors import TrainingError
 from manidp.files import open_regular
+from manidp.formats.checkpoint import MAX_POINTS
 from manidp.graph import Graph
 from manidp.graph.macs import least_and_most_macs, ungated_macs
 from manidp.training.settings import brief, check_settings
@@ -33,6 +34,10 @@ class Recipe:
     there on; a graph with gates needs exactly one of them. ``macs_budget`` is the mean number of multiply-adds that an
     image may take, gates included: 18.6e6, "18.6M" (also k and G), or "54%" of what the network takes without its
     gates. ``keep_rate`` is a share of channels, 0.6 or "60%": each gate's threshold is set by the paper's rule for it.
+    ``points`` are more budgets that the same weights shall run at, each with its own thresholds and batch statistics.
+    Every step then trains the largest budget, the smallest, and one drawn from those between (the sandwich rule, Yu &
+    Huang 2019); the loss is the mean of the three. The largest follows labels and teachers, the others the teachers and
+    the largest, as one more teacher. With ``reach`` 0 gates that have been trained meet their budgets from the start.
     ``ema`` averages weights and statistics over steps (0: off). ``distillation`` is the share of the loss that
     follows the teachers. ``augment`` flips and crops at random; what a crop takes from beyond the border is black
     (``padding_mode`` "constant") or the image mirrored there ("reflect"). The gates' learning rate is the network's;
@@ -53,6 +58,7 @@ class Recipe:
     temperature: float = 4.0
     keep_rate: float | str | None = None
     macs_budget: float | str | None = None
+    points: tuple[float | str, ...] = ()
     reach: float = 0.65
     lambda_sparsity: float = 5e-3
     lambda_similarity: float = 1.0
@@ -73,13 +79,26 @@ class Recipe:
         recipe = self
         if isinstance(self.keep_rate, str):
             recipe = replace(recipe, keep_rate=_number("keep_rate", self.keep_rate, {"": 1.0, "%": 0.01}))
+        units = _PREFIXES | {"%": ungated_macs(graph) / 100}
         if isinstance(self.macs_budget, str):
-            units = _PREFIXES | {"%": ungated_macs(graph) / 100}
             recipe = replace(recipe, macs_budget=_number("macs_budget", self.macs_budget, units))
         check_settings(vars(recipe), Recipe, "recipe")
-        if recipe.macs_budget is not None:
-            _check_budget(graph, float(recipe.macs_budget))
-        return recipe
+        points = [_number("points", one, units) if isinstance(one, str) else float(one) for one in self.points]
+        if points and recipe.macs_budget is None:
+            raise TrainingError("recipe: points are budgets beside macs_budget, which is missing")
+        for budget in points if recipe.macs_budget is None else [float(recipe.macs_budget), *points]:
+            _check_budget(graph, budget)
+        names = [point_name(graph, budget) for budget in points]
+        if len(set(names)) < len(names) or len(names) > MAX_POINTS or recipe.macs_budget in points:
+            raise TrainingError(
+                f"recipe: points must be at most {MAX_POINTS} different budgets, other than macs_budget; got {names}"
+            )
+        return replace(recipe, points=tuple(points))
+
+
+def point_name(graph: Graph, budget: float) -> str:
+    """The name of an operating point of so many multiply-adds, unless it is given one: their share, "35%"."""
+    return f"{100 * budget / ungated_macs(graph):.4g}%"
 
 
 def _check_budget(graph: Graph, budget: float) -> None:
@@ -87,7 +106,7 @@ def _check_budget(graph: Graph, budget: float) -> None:
     if not least <= budget <= most:
         dense = ungated_macs(graph)
         raise TrainingError(
-            f"recipe: macs_budget is in multiply-adds an image, and this network can take {least / 1e6:.4g}M (all "
+            f"recipe: a budget is in multiply-adds an image, and this network can take {least / 1e6:.4g}M (all "
             f"gates closed) to {most / 1e6:.4g}M (all open; {dense / 1e6:.4g}M without gates); got {budget:g}; "
             f"write for example macs_budget={(least + most) / 2e6:.3g}M or macs_budget=60%"
         )

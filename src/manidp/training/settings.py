@@ -34,6 +34,11 @@ def check_settings(settings: Mapping[str, Any], recipe: type, where: str) -> Non
             if value not in (choices := get_args(hint)):
                 raise TrainingError(f"{where}: {name} must be {' or '.join(choices)}; got {brief(value)}")
             continue
+        if get_origin(hint) is tuple:
+            kinds = get_args(get_args(hint)[0])
+            if not isinstance(value, (list, tuple)) or not all(type(part) in (int, *kinds) for part in value):
+                raise TrainingError(f"{where}: {name} must be a list of numbers or texts; got {brief(value)}")
+            continue
         kinds = get_args(hint) or (hint,)
         if not isinstance(value, (*kinds, int) if float in kinds else kinds) or (
             isinstance(value, bool) and bool not in kinds

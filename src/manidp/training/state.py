@@ -1,8 +1,8 @@
 """What a run goes on from after an interruption: one safetensors file, written whole after every epoch.
 
 Tensors: ``network/<parameter>``, ``average/<parameter>`` where weights are averaged, ``momentum/<parameter>`` from the
-first epoch on. The header's entry ``manidp`` is JSON: ``version``, ``run`` (what tells this run from all others),
-``rate`` and ``records``. The file is read as one from outside is: anything else in it is a TrainingError.
+first epoch on, ``points/<number>/<parameter>`` where the recipe has points. The header's entry ``manidp`` is JSON: ``version``, ``run`` (what tells this run from all others),
+``rates`` and ``records``. The file is read as one from outside is: anything else in it is a TrainingError.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,13 +23,17 @@ from manidp.errors import TrainingError
 from manidp.files import open_regular, replacing
 from manidp.training.settings import brief
 
-VERSION = 2  # 1 had no version, and a run was no more than graph, recipe and number of images
+VERSION = 3  # 2 knew one operating point; 1 had no version, and a run was graph, recipe and number of images
 Tensors = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """What one epoch did. Losses are means over its images, in nats; macs is the mean over its last images."""
+    """What one epoch did. Losses are means over its images, in nats; macs is the mean over its last images.
+
+    Of a run with operating points, losses and accuracy are those of the largest, macs those of the default; ``points``:
+    for each, by name, ``cross_entropy``, ``accuracy`` and ``macs`` over the images that the epoch trained it with.
+    """
 
     epoch: int
     learning_rate: float
@@ -40,14 +44,15 @@ class EpochRecord:
     similarity: float = 0.0
     macs: float = 0.0
     seconds: float = 0.0
+    points: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class State:
-    """A run so far: ``run``, JSON data that identifies it, the keep ``rate`` in force, and the epochs' ``records``."""
+    """A run so far: ``run``, JSON data that identifies it, the points' keep ``rates``, and the epochs' ``records``."""
 
     run: dict[str, Any]
-    rate: float | None
+    rates: Mapping[str, float | None]
     records: tuple[EpochRecord, ...]
 
 
@@ -55,7 +60,7 @@ def write_state(path: Path, state: State, tensors: Tensors) -> None:
     """Write the file whole or not at all. Raises OSError."""
     plain = {name: np.asarray(value, order="C") for name, value in tensors.items()}  # it writes memory as it lies
     records = [asdict(record) for record in state.records]
-    meta = {"version": VERSION, "run": state.run, "rate": state.rate, "records": records}
+    meta = {"version": VERSION, "run": state.run, "rates": dict(state.rates), "records": records}
     with replacing(path) as file:
         file.write(serialize(plain, {"manidp": json.dumps(meta)}))
 
@@ -76,7 +81,8 @@ def read_state(path: Path) -> State:
         if not isinstance(meta["run"], dict) or not isinstance(meta["records"], list):
             raise ValueError("'run' or 'records' is something else")
         records = tuple(_record(index, record) for index, record in enumerate(meta["records"]))
-        return State(meta["run"], None if meta["rate"] is None else _number("rate", meta["rate"], 0, 2), records)
+        rates = {name: None if rate is None else _number("rate", rate, 0, 2) for name, rate in meta["rates"].items()}
+        return State(meta["run"], rates, records)
     except OSError as error:
         raise TrainingError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -124,12 +130,16 @@ def _refuse(text: str) -> NoReturn:
 
 
 def _record(index: int, record: object) -> EpochRecord:
-    names = [field.name for field in fields(EpochRecord)]
+    names = [one.name for one in fields(EpochRecord)]
     if not isinstance(record, dict) or record.keys() != set(names) or type(record["epoch"]) is not int:
         raise ValueError(f"record {index} must hold {', '.join(names)}")
     if record["epoch"] != index:
         raise ValueError(f"record {index} is of epoch {brief(record['epoch'])}")
-    return EpochRecord(epoch=index, **{name: _number(name, record[name]) for name in names[1:]})
+    points = {
+        point: {name: _number(name, value) for name, value in seen.items()} for point, seen in record["points"].items()
+    }
+    numbers = {name: _number(name, record[name]) for name in names if name not in ("epoch", "points")}
+    return EpochRecord(epoch=index, points=points, **numbers)
 
 
 def _number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.graph import Graph
-from manidp.graph.macs import least_and_most_macs, macs_per_image
+from manidp.graph.macs import least_and_most_macs, macs_per_image, ungated_macs
 from manidp.training.recipe import Recipe
 from manidp.training.schedule import (
     continuous_thresholds,
@@ -34,6 +34,15 @@ class Target:
         self.budget = None if recipe.macs_budget is None else float(recipe.macs_budget)
         self.reach = max(1, round(recipe.reach * recipe.epochs))  # epochs
         self.rate: float | None = None
+        if self.budget is not None:
+            self.full = float(least_and_most_macs(graph)[1])
+            self.aim = self.full if self.budget >= ungated_macs(graph) else self.budget  # all of the network is all
+
+    def at_first(self, saliencies: Saliencies) -> Thresholds:
+        """For the budget itself before the first epoch, on training images; none where scores are all alike."""
+        if self.budget is None or not all(np.ptp(mean) > 0 for mean in _means(saliencies).values()):
+            return {}
+        return self._at(self.aim, saliencies)
 
     def after_epoch(self, epoch: int, saliencies: Saliencies) -> Thresholds:
         """For the next epoch, on saliencies of the last images of this one."""
@@ -43,8 +52,9 @@ class Target:
             return thresholds_for_rate(saliencies, keep_rate(epoch, self.reach, self.keep_rate))
         if self.budget is None:
             return {}
-        full = float(least_and_most_macs(self.graph)[1])
-        budget = full * keep_rate(epoch, self.reach, min(1.0, self.budget / full))
+        return self._at(self.full * keep_rate(epoch, self.reach, self.aim / self.full), saliencies)
+
+    def _at(self, budget: float, saliencies: Saliencies) -> Thresholds:
         self.rate = rate_for_budget(self.graph, saliencies, budget)
         return continuous_thresholds(_means(saliencies), self.rate)
 
@@ -61,7 +71,7 @@ class Target:
         """For the budget itself, on training images; a keep rate's thresholds stay those of the last epoch."""
         if self.budget is None:
             return {}
-        return thresholds_for_budget(self.graph, saliencies, self.budget)
+        return thresholds_for_budget(self.graph, saliencies, self.aim)
 
     def missed(self, macs: float) -> str | None:
         """A line if ``macs``, the mean multiply-adds of training images, are more than 1 % beside the budget."""

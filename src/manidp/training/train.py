@@ -52,4 +52,4 @@ def train(
         if missed:
             warnings.warn(missed, stacklevel=3)
         told = provenance(training, origin, taught_by, parent=parent)
-        return Checkpoint(graph, weights, preprocessing, data.classes, told)
+        return Checkpoint(training.graph, weights, preprocessing, data.classes, told, training.finished_points())
