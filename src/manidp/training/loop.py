@@ -35,7 +35,6 @@ from manidp.training.target import Target, mean_macs
 
 SAMPLE = 10_000  # images whose saliencies set the thresholds: the last ones of an epoch, so that they are not stale
 FOLLOW = 20  # steps after which the thresholds follow the saliencies, where a budget is to be met
-FIRST = 2_000  # images on which the points of a run begin
 CHECK = 50  # steps after which the losses are looked at
 
 
@@ -87,6 +86,7 @@ class Training:
             self.targets = {DEFAULT: Target(self.graph, recipe)} | {
                 name: Target(self.graph, replace(recipe, macs_budget=budget)) for name, budget in self.points.items()
             }
+            self.sample = SAMPLE // len(self.targets)  # images on which a point's thresholds are set
             self.learner: Learner = backend.learner(start, data, recipe, teachers)
             self.records: list[EpochRecord] = []
             self.mean_cross_entropy = 0.0  # unknown before the first epoch: no image pays then
@@ -168,8 +168,8 @@ class Training:
             self.learner.use(point)
             for _ in range(4 if self.graph.gates else 1 if averaged else 0):
                 if target.budget is not None:
-                    self.learner.set_thresholds(target.at_last(self._saliencies()))
-                self._estimate_statistics()
+                    self.learner.set_thresholds(target.at_last(self._saliencies(self.sample)))
+                self._estimate_statistics(2 * self.sample)
         self.learner.use(DEFAULT)
         return below(self.learner.state(), "network/")
 
@@ -189,7 +189,7 @@ class Training:
     def _macs(self, point: str) -> float:
         """Mean multiply-adds of training images at a point."""
         self.learner.use(point)
-        macs = mean_macs(self.graph, self._saliencies(), self.learner.thresholds())
+        macs = mean_macs(self.graph, self._saliencies(self.sample), self.learner.thresholds())
         self.learner.use(DEFAULT)
         return macs
 
@@ -198,7 +198,7 @@ class Training:
         state = self.learner.state()
         weights, averages = below(state, "network/"), below(state, "average/")
         fresh = self.backend.fresh(self.graph, self.recipe.seed)
-        weights = begun_anew(self.graph, weights, fresh, self._saliencies(), self.recipe.seed)
+        weights = begun_anew(self.graph, weights, fresh, self._saliencies(self.sample), self.recipe.seed)
         state |= {f"network/{name}": value for name, value in weights.items()}
         state |= {f"average/{name}": weights[name] for name in averages}
         for index in range(len(self.points)):
@@ -207,9 +207,9 @@ class Training:
         if self.recipe.reach == 0:
             for point, target in self.targets.items():
                 self.learner.use(point)
-                for _ in range(3):
-                    self._estimate_statistics(FIRST)
-                    self.learner.set_thresholds(target.at_first(self._saliencies(FIRST)))
+                for _ in range(2):
+                    self._estimate_statistics(self.sample)
+                    self.learner.set_thresholds(target.at_first(self._saliencies(self.sample)))
             self.learner.use(DEFAULT)
 
     def _sandwich(self, epoch: int) -> Iterator[tuple[str, ...]]:
@@ -281,10 +281,10 @@ class Training:
         names = parts[0] if parts else {}
         return {name: self.learner.read([part[name] for part in parts]) for name in names}
 
-    def _saliencies(self, count: int = SAMPLE) -> dict[str, NDArray[np.float32]]:
+    def _saliencies(self, count: int) -> dict[str, NDArray[np.float32]]:
         return self._joined([self.learner.saliencies(batch) for batch in self.learner.plain(count)])
 
-    def _estimate_statistics(self, count: int = 2 * SAMPLE) -> None:
+    def _estimate_statistics(self, count: int) -> None:
         """Moving mean and variance = the plain average over batches of training images, augmented as in training.
 
         On images without augmentation they would be others: black borders of the crops raise the variance of the

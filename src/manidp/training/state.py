@@ -1,8 +1,9 @@
 """What a run goes on from after an interruption: one safetensors file, written whole after every epoch.
 
 Tensors: ``network/<parameter>``, ``average/<parameter>`` where weights are averaged, ``momentum/<parameter>`` from the
-first epoch on, ``points/<number>/<parameter>`` where the recipe has points. The header's entry ``manidp`` is JSON: ``version``, ``run`` (what tells this run from all others),
-``rates`` and ``records``. The file is read as one from outside is: anything else in it is a TrainingError.
+first epoch on, ``points/<number>/<parameter>`` where the recipe has points. The header's entry ``manidp`` is JSON:
+``version``, ``run`` (what tells this run from all others), ``rates`` and ``records``. The file is read as one from
+outside is: anything else in it is a TrainingError.
 """
 
 from __future__ import annotations
