@@ -34,6 +34,7 @@ from manidp.graph import (
     Scatter,
     Shuffle,
     Slice,
+    Squareplus,
 )
 from networks import random_weights, with_thresholds
 
@@ -62,11 +63,13 @@ class Builder:
 
 
 def activation(draw: st.DrawFn, b: Builder) -> str:
-    kind = draw(st.sampled_from((*ACTIVATIONS, "leaky_relu", "prelu", "elu")))
+    kind = draw(st.sampled_from((*ACTIVATIONS, "leaky_relu", "prelu", "elu", "squareplus")))
     if kind == "prelu":
         return b.add(PReLU)
     if kind == "leaky_relu":
         return b.add(LeakyReLU, slope=0.25)
+    if kind == "squareplus":
+        return b.add(Squareplus, b=0.5)
     return b.add(ELU, alpha=0.5) if kind == "elu" else b.add(Activation, kind=kind)
 
 

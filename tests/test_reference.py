@@ -29,6 +29,7 @@ from manidp.graph import (
     PReLU,
     Shuffle,
     Slice,
+    Squareplus,
 )
 from manidp.graph.macs import dense_macs
 from manidp.models import resnet
@@ -134,6 +135,8 @@ def test_the_other_nodes_are_what_they_are_defined_as() -> None:
     np.testing.assert_allclose(made[:, 3], np.where(x[:, 3] < 0, 3 * x[:, 3], x[:, 3]))
     made = value_of(ELU(name="node", inputs=("in0",), alpha=2.0), x)
     np.testing.assert_allclose(made, np.where(x < 0, 2 * (np.exp(x) - 1), x))
+    made = value_of(Squareplus(name="node", inputs=("in0",), b=0.25), x)
+    np.testing.assert_allclose(made * (made - x), 0.25 / 4)  # the positive root of y (y - x) = b / 4
     flat = value_of(Flatten(name="node", inputs=("in0",)), x)
     assert flat[1, 2 * 15 + 1 * 5 + 4] == x[1, 2, 1, 4]
     gamma, beta, mean, variance = rng.normal(size=(4, 4))

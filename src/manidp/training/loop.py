@@ -166,9 +166,12 @@ class Training:
             self.learner.take_average()
         for point, target in self.targets.items():
             self.learner.use(point)
-            for _ in range(4 if self.graph.gates else 1 if averaged else 0):
+            for round_ in range(4 if self.graph.gates else 1 if averaged else 0):
                 if target.budget is not None:
-                    self.learner.set_thresholds(target.at_last(self._saliencies(self.sample)))
+                    seen = self._saliencies(self.sample)
+                    if round_ and target.met(mean_macs(self.graph, seen, self.learner.thresholds())):
+                        break
+                    self.learner.set_thresholds(target.at_last(seen))
                 self._estimate_statistics(2 * self.sample)
         self.learner.use(DEFAULT)
         return below(self.learner.state(), "network/")
@@ -205,11 +208,11 @@ class Training:
             state |= {f"points/{index}/{name}": weights[name] for name in below(state, f"points/{index}/")}
         self.learner.load(state)
         if self.recipe.reach == 0:
+            self._estimate_statistics(self.sample)
+            seen = self._saliencies(self.sample)
             for point, target in self.targets.items():
                 self.learner.use(point)
-                for _ in range(2):
-                    self._estimate_statistics(self.sample)
-                    self.learner.set_thresholds(target.at_first(self._saliencies(self.sample)))
+                self.learner.set_thresholds(target.at_first(seen))
             self.learner.use(DEFAULT)
 
     def _sandwich(self, epoch: int) -> Iterator[tuple[str, ...]]:
@@ -249,12 +252,8 @@ class Training:
                 of_points[point].append(one.losses)
                 recent[point].append(one.saliencies)
                 sample[point].append(one.saliencies)
-                if len(recent[point]) == FOLLOW:
-                    if self.targets[point].rate is not None:
-                        learner.use(point)
-                        learner.set_thresholds(self.targets[point].follow(self._joined(recent[point])))
-                        learner.use(DEFAULT)
-                    recent[point] = []
+            if step % FOLLOW == FOLLOW - 1:
+                self._follow(recent)
         loss, cross_entropy, accuracy, sparsity, similarity = learner.mean(losses).tolist()
         self.mean_cross_entropy = cross_entropy
         record = EpochRecord(
@@ -266,6 +265,15 @@ class Training:
             },
         )  # fmt: skip
         return record, {point: self._joined(list(parts)) for point, parts in sample.items()}
+
+    def _follow(self, recent: Mapping[str, list[Mapping[str, Array]]]) -> None:
+        """Thresholds follow the saliencies of the last steps, which are then forgotten."""
+        for point, parts in recent.items():
+            if parts and self.targets[point].rate is not None:
+                self.learner.use(point)
+                self.learner.set_thresholds(self.targets[point].follow(self._joined(parts)))
+            parts.clear()
+        self.learner.use(DEFAULT)
 
     def _check_losses(self, epoch: int, losses: list[Array], rate: float) -> None:
         """Raises TrainingError if one of the last steps' losses is not finite."""

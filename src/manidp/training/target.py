@@ -73,6 +73,10 @@ class Target:
             return {}
         return thresholds_for_budget(self.graph, saliencies, self.aim)
 
+    def met(self, macs: float) -> bool:
+        """Whether so many multiply-adds are the budget within a fifth of a percent."""
+        return self.budget is not None and abs(macs / self.aim - 1) <= 0.002
+
     def missed(self, macs: float) -> str | None:
         """A line if ``macs``, the mean multiply-adds of training images, are more than 1 % beside the budget."""
         if self.budget is None or abs(macs / self.budget - 1) <= 0.01:
