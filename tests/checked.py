@@ -32,6 +32,7 @@ _LOAD = re.compile(r"  %\S+ = load (.+?), ptr ([%@]\S+?)(?:, align \d+)?")
 _STORE = re.compile(r"  store (?:atomic )?(<\d+ x \w+>|\w+) .*, ptr ([%@]\S+?)(?: monotonic)?, align \d+")
 _ATOMIC = re.compile(r"  %\S+ = atomicrmw add ptr (%\S+), i64 1 monotonic")
 _COPY = re.compile(r"  call void @llvm\.memcpy\.\S+\(ptr (%\S+), ptr (%\S+), i64 (\S+), i1 false\)")
+_CLEAR = re.compile(r"  call void @llvm\.memset\.\S+\(ptr (%\S+), i8 0, i64 (\d+), i1 false\)")
 _CALL = re.compile(r"  call void @([\w.]+)\((.*)\)")
 
 
@@ -116,7 +117,9 @@ class Checked(Module):
 
     def _call(self, number: int, function: str, arguments: str) -> Iterator[str]:
         line = f"  call void @{function}({arguments})"
-        if match := _COPY.fullmatch(line):
+        if match := _CLEAR.fullmatch(line):
+            yield from self._bounded(number, line, match[1], match[2])
+        elif match := _COPY.fullmatch(line):
             target, source, length = match.groups()
             for pointer, reads in ((target, False), (source, True)):
                 *lines, line = self._bounded(number, line, pointer, length, reads=reads)
@@ -179,6 +182,7 @@ def _regions(plan: Plan, workspace: int, isa: Isa) -> Iterator[tuple[int, Region
     """
     size = isa.element.size
     maps: dict[int, Region] = {}
+    gaps: dict[int, Region] = {}  # before maps
     for map_ in plan.maps.values():
         if map_.at >= 0:
             begin, end = 4 * map_.at, 4 * map_.at + map_.channels * map_.layout.channel * size
@@ -186,6 +190,9 @@ def _regions(plan: Plan, workspace: int, isa: Isa) -> Iterator[tuple[int, Region
             beyond = READ_BEYOND * isa.lanes * size
             end = max(end, maps[map_.at][1] if map_.at in maps else 0)  # some maps share their memory
             maps[map_.at] = (begin, end, begin - gap - isa.lanes * size, end + beyond)
+            if map_.gap:
+                gaps[map_.at - map_.gap] = (begin - 4 * map_.gap, begin, begin, begin)
+    yield from gaps.items()
     yield from maps.items()
     begins = sorted([*set(plan.vectors.values()), *(r[0] // 4 for r in maps.values()), plan.workspace])
     for begin, end in itertools.pairwise(begins):

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,14 +20,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checked import Checked, run_checked
-from engine_cases import Array, assert_same_result, plan_of
+from engine_cases import Array, assert_same_result, plan_of, run_program
+from manidp.engine import memory
+from manidp.engine.engine import Program
 from manidp.engine.ir import FLOAT, Function, Index, Pointer
 from manidp.engine.steps import Channels, Plan, VectorKey
 from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.gating.manidp import head
-from manidp.graph import Concat, Conv, GlobalPool, Graph, Input, Linear, Multiply
+from manidp.graph import Concat, Conv, GlobalPool, Graph, Input, Linear, Multiply, Node
 from manidp.reference import run
-from networks import random_weights, with_thresholds
+from networks import classifier, random_weights, with_thresholds
 from test_engine_random import networks
 
 ISA = (*available_isas(), *available_isas("float16"), *emulating_isas("float16"))
@@ -60,14 +63,16 @@ def gated_weights(keep: float) -> dict[str, Array]:
 def test_every_access_of_random_networks_is_in_its_region(isa: str) -> None:
     @settings(max_examples=EXAMPLES // 2, deadline=None, derandomize="MANIDP_EXAMPLES" not in os.environ,
               database=None, suppress_health_check=list(HealthCheck))  # fmt: skip
-    @given(networks(), st.integers(0, 2**16), st.sampled_from((0.0, 0.1, 0.5, 1.0)), st.booleans())
-    def law(graph: Graph, seed: int, keep: float, bytes_: bool) -> None:
+    @given(networks(), st.integers(0, 2**16), st.sampled_from((0.0, 0.1, 0.5, 1.0)), st.booleans(), st.booleans())
+    def law(graph: Graph, seed: int, keep: float, bytes_: bool, shared: bool) -> None:
         rng = np.random.default_rng(seed)
         images = rng.normal(size=(2, *graph.input.dims)).astype(np.float32)
         weights = with_thresholds(graph, random_weights(graph, seed), images, {g.name: keep for g in graph.gates})
         if bytes_:
             images = rng.integers(0, 256, (2, *graph.input.dims[1:], graph.input.dims[0]), np.uint8)
-        result, outside, accesses = run_checked(plan_of(graph, weights, isa), isa, images)
+        with mock.patch.object(memory, "SMALL", 0 if shared else memory.SMALL):
+            plan = plan_of(graph, weights, isa)
+        result, outside, accesses = run_checked(plan, isa, images)
         assert not outside
         assert accesses > 0
         if ISAS[isa].element == FLOAT and not bytes_:
@@ -110,6 +115,44 @@ def test_an_access_outside_its_region_is_reported_and_not_made(
     assert not run_checked(plan, ISA[0], IMAGES)[1]
     _, outside, _ = run_checked(change(plan), ISA[0], IMAGES, module)
     assert "load" in outside or "store" in outside
+
+
+def pyramid(blocks: int, *, dense: bool) -> Graph:
+    """Stages that halve the map and double its channels; ``dense``: every convolution adds channels to all before."""
+    nodes: list[Node] = []
+    for stage in range(4):
+        nodes.append(Conv(name=f"{stage}.down", channels=8 * 2**stage, stride=2))
+        for block in range(blocks):
+            last = nodes[-1].name
+            nodes.append(Conv(name=f"{stage}.{block}.a", channels=8 * 2**stage, kernel=1 + 2 * (block % 2),
+                              padding=block % 2))  # fmt: skip
+            if dense:
+                nodes.append(Concat(name=f"{stage}.{block}.all", inputs=(last, nodes[-1].name)))
+    return classifier(*nodes, image=Input(name="image", dims=(3, 160, 128)))
+
+
+@pytest.mark.parametrize(("blocks", "dense"), [(2, False), (12, False), (3, True), (10, True)])
+def test_a_workspace_is_little_more_than_what_must_be_held_at_one_time(
+    blocks: int, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "SMALL", 0)
+    graph = pyramid(blocks, dense=dense)
+    plan = plan_of(graph, random_weights(graph), "avx2")
+    assert 4 * plan.workspace < 2 * graph._live_bytes()
+    monkeypatch.setattr(memory, "SMALL", 2**40)
+    assert plan_of(graph, random_weights(graph), "avx2").workspace > 1.5 * plan.workspace
+
+
+def test_memory_shared_by_layouts_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = pyramid(4, dense=True)
+    weights = random_weights(graph)
+    images = np.random.default_rng(3).normal(size=(2, *graph.input.dims)).astype(np.float32)
+    made = []
+    for small in (0, 2**40):
+        monkeypatch.setattr(memory, "SMALL", small)
+        plan = plan_of(graph, weights, ISA[0])
+        made.append(run_program(Program(plan, ISAS[ISA[0]]), plan, images)[0].logits)
+    np.testing.assert_array_equal(made[0], made[1])
 
 
 def guarded(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -274,6 +274,10 @@ class Function:
         length = self.make(Index, f"mul i64 {size}, 4")
         self.do(f"call void @llvm.memcpy.p0.p0.i64(ptr {target}, ptr {source}, i64 {length}, i1 false)")
 
+    def clear(self, target: Pointer, length: int) -> None:
+        """Zeros to so many bytes."""
+        self.do(f"call void @llvm.memset.p0.i64(ptr {target}, i8 0, i64 {length}, i1 false)")
+
     # Arithmetic on vectors
 
     def convert(self, value: V, source: Element, target: Element, lanes: int) -> V:

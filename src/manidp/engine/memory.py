@@ -38,6 +38,22 @@ class Constants:
         return at
 
 
+SMALL = 2**20  # floats: maps that need no more all have memory of their own layout, whose gaps are never cleared
+
+
+@dataclass
+class _Slot:
+    """Memory for maps of one layout, one after the other: of which map first, in floats, for which steps."""
+
+    key: MapKey
+    channels: int
+    gap: int
+    size: int  # gap included
+    first: int
+    last: int
+    at: int = 0
+
+
 def place(
     graph: Graph,
     steps: Sequence[Step],
@@ -46,11 +62,11 @@ def place(
     lanes: int,
     element: Element,
     reuse: bool,
-) -> tuple[dict[MapKey, Map], dict[VectorKey, int], int]:
-    """Layout and place of every map, place of every vector, and how many floats that takes.
+) -> tuple[dict[MapKey, Map], dict[VectorKey, int], int, list[tuple[int, MapKey]]]:
+    """Layout and place of every map, place of every vector, how many floats that takes, and what is to be cleared.
 
     vectors: their sizes in floats. in_place: a map -> the one whose memory it takes, which has its own. ``reuse``: the
-    memory of maps that are no longer needed.
+    memory of maps that are no longer needed. To be cleared: (number of a step, map whose gaps must be zeros before it).
     """
     layouts = _layouts(graph, steps, lanes)
     slack = 16 * lanes  # blocks may read, never write, up to 9 vectors beyond a map and one before (docs/engine.md)
@@ -68,28 +84,74 @@ def place(
     for index, step in enumerate(steps):
         for key in step.maps():
             life.setdefault(in_place.get(key, key), [index, index])[1] = index
-    free: dict[Layout, list[tuple[int, int]]] = {}  # (channels, offset), the fewest channels first
-    places: dict[MapKey, int] = {}
-    ends: list[tuple[int, int, int, Layout]] = []  # (last step, offset, channels, layout), the earliest on top
+    free: dict[Layout, list[tuple[int, int]]] = {}  # (channels, number of a slot), the fewest channels first
+    slots: list[_Slot] = []
+    slot_of: dict[MapKey, _Slot] = {}
+    ends: list[tuple[int, int, Layout]] = []  # (last step, number of a slot, layout), the earliest on top
     for key, (first, last) in sorted(life.items(), key=lambda item: item[1]):
         while reuse and ends and ends[0][0] < first:
-            _, at, channels, layout = heapq.heappop(ends)
-            bisect.insort(free.setdefault(layout, []), (channels, at))
+            _, number, layout = heapq.heappop(ends)
+            bisect.insort(free.setdefault(layout, []), (slots[number].channels, number))
         layout, channels = layouts[key], graph.shapes[key.node][0]
-        slots = free.get(layout, [])
-        fitting = bisect.bisect_left(slots, (channels, 0))
-        if fitting < len(slots):
-            places[key] = slots.pop(fitting)[1]
+        fitting = bisect.bisect_left(free.get(layout, []), (channels, 0))
+        if fitting < len(free.get(layout, [])):
+            number = free[layout].pop(fitting)[1]
+            slots[number].last = last
         else:
-            gap = layout.plane - layout.rows * layout.pitch
-            places[key] = size + floats(gap)
-            size = places[key] + floats(channels * layout.channel)
-        heapq.heappush(ends, (last, places[key], channels, layout))
-    maps = {
-        key: Map(places.get(in_place.get(key, key), -1), graph.shapes[key.node][0], layout)
-        for key, layout in layouts.items()
-    }
-    return maps, offsets, size + slack
+            number, gap = len(slots), floats(layout.plane - layout.rows * layout.pitch)
+            slots.append(_Slot(key, channels, gap, gap + floats(channels * layout.channel), first, last))
+        slot_of[key] = slots[number]
+        heapq.heappush(ends, (last, number, layout))
+    size, shared = _lay(slots, size, share=reuse and sum(slot.size for slot in slots) > SMALL)
+    maps = {}
+    for key, layout in layouts.items():
+        slot = slot_of.get(in_place.get(key, key))
+        at, gap = (slot.at + slot.gap, slot.gap) if slot else (-1, 0)
+        maps[key] = Map(at, graph.shapes[key.node][0], layout, gap)
+    return maps, offsets, size + slack, [(slot.first, slot.key) for slot in shared]
+
+
+def _lay(slots: Sequence[_Slot], start: int, *, share: bool) -> tuple[int, list[_Slot]]:
+    """Give every slot its place from ``start`` on. Returns where the last one ends, and those whose memory is shared.
+
+    ``share``: slots that are not needed at one time may overlap. Of free places the smallest that fits is taken.
+    """
+    end, free, ends = start, list[tuple[int, int]](), list[tuple[int, int]]()  # free: (place, size), in order
+    waiting = sorted(slots, key=lambda slot: slot.first) if share else slots
+    for number, slot in enumerate(waiting):
+        while share and ends and ends[0][0] < slot.first:
+            old = waiting[heapq.heappop(ends)[1]]
+            _give_back(free, old.at, old.size)
+        fitting = min(((size, at) for at, size in free if size >= slot.size), default=None)
+        if fitting is not None:
+            size, slot.at = fitting
+            free.remove((slot.at, size))
+            if size > slot.size:
+                bisect.insort(free, (slot.at + slot.size, size - slot.size))
+        else:
+            slot.at = free.pop()[0] if free and sum(free[-1]) == end else end
+            end = slot.at + slot.size
+        heapq.heappush(ends, (slot.last, number))
+    if not share:
+        return end, []
+    bounds = sorted(waiting, key=lambda slot: slot.at)
+    shared, reach = [], start
+    for slot, following in zip(bounds, [*bounds[1:], None], strict=True):
+        if slot.at < reach or (following and following.at < slot.at + slot.size):
+            shared.append(slot)
+        reach = max(reach, slot.at + slot.size)
+    return end, shared
+
+
+def _give_back(free: list[tuple[int, int]], at: int, size: int) -> None:
+    """Add a place to the free ones, joined with its neighbours."""
+    index = bisect.bisect(free, (at, size))
+    if index < len(free) and free[index][0] == at + size:
+        size += free.pop(index)[1]
+    if index and sum(free[index - 1]) == at:
+        at, before = free.pop(index - 1)
+        index, size = index - 1, size + before
+    free.insert(index, (at, size))
 
 
 def _layouts(graph: Graph, steps: Sequence[Step], lanes: int) -> dict[MapKey, Layout]:

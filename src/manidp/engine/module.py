@@ -60,8 +60,8 @@ class Module:
             f"declare float @llvm.vector.reduce.fadd.v{n}f32(float, {v})",
             f"declare float @llvm.vector.reduce.fmax.v{n}f32({v})",
             "declare i64 @llvm.umin.i64(i64, i64)",
-            "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)",
             "declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)",
+            "declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)",
         ]
 
     def _attributes(self) -> str:

@@ -19,7 +19,7 @@ from manidp.engine.fusion import Task, gate_to_skip, tasks_of
 from manidp.engine.ir import FLOAT, Element
 from manidp.engine.kernels import linear
 from manidp.engine.kernels.convolution import Kernel, Packed, cheapest
-from manidp.engine.kernels.copies import FlattenMap, LoadImage, MoveChannels, Relayout
+from manidp.engine.kernels.copies import ClearGaps, FlattenMap, LoadImage, MoveChannels, Relayout
 from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.kernels.matrix import Matrix
@@ -93,9 +93,11 @@ class _Planner:
     def plan(self, scale: Array, shift: Array) -> Plan:
         for index, task in enumerate(self.tasks):
             self._lower(index, task)
-        maps, vectors, workspace = place(
+        maps, vectors, workspace, cleared = place(
             self.graph, self.steps, self.vectors, self.in_place, self.lanes, self.element, self.reuse
         )
+        for index, key in sorted(cleared, key=lambda item: item[0], reverse=True):
+            self.steps.insert(index, ClearGaps(key))
         most = max(shape[0] for shape in self.graph.shapes.values() if len(shape) == 3)
         return Plan(
             graph=self.graph,

@@ -84,11 +84,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Map:
-    """A feature map in the workspace: ``at`` is the offset of its first element in floats."""
+    """A feature map in the workspace, ``at`` the offset of its first element in floats, ``gap`` zeros before it."""
 
     at: int
     channels: int
     layout: Layout
+    gap: int
 
 
 Applied = tuple[str, tuple[float, ...]]  # a function as ``ir.Function.apply`` knows it, and its settings

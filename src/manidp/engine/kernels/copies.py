@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from manidp.engine.ir import FLOAT, Bool, Element, Function, Index, Offset, Piece, Pointer, Scalar
-from manidp.engine.module import BYTES, IMAGE, IMAGES, STATE, Module
+from manidp.engine.module import BYTES, IMAGE, IMAGES, STATE, WORKSPACE, Module
 from manidp.engine.steps import Channels, Layout, MapKey, Step, VectorKey
 from manidp.engine.walk import lines_of, mask_of, pieces_of, single
 
@@ -127,6 +127,44 @@ class FlattenMap(Step):
         copy = _copy(module, source.layout, source.layout.dense, module.element, FLOAT)
         everything = module.constant_at(f, module.plan.everything)
         f.call(copy, module.map_at(f, self.source), module.vector_at(f, self.target), everything, source.channels)
+
+
+@dataclass(frozen=True)
+class ClearGaps(Step):
+    """Zeros to the gaps of a map whose memory held another layout before, and to the one before its first channel."""
+
+    target: MapKey
+
+    def emit(self, module: Module, f: Function) -> None:
+        target = module.plan.maps[self.target]
+        layout, size = target.layout, module.element.size
+
+        def write(g: Function) -> None:
+            def clear(at: Pointer, elements: int) -> None:
+                if elements:
+                    g.clear(at, elements * size)
+
+            def one_channel(c: Index) -> list[Index]:
+                channel = g.at(_INTO, g.scaled(c, layout.channel))
+                for phase in range(layout.phases**2):
+                    height, width = layout.valid(phase)
+                    plane = g.at(channel, phase * layout.plane)
+                    if width < layout.pitch:
+
+                        def one_row(y: Index, plane: Pointer = plane, width: int = width) -> list[Index]:
+                            clear(g.at(plane, g.scaled(y, layout.pitch), width), layout.pitch - width)
+                            return []
+
+                        g.loop(height, one_row)
+                    clear(g.at(plane, height * layout.pitch), layout.plane - height * layout.pitch)
+                return []
+
+            g.loop(_N, one_channel)
+
+        name = module.function(("clear", layout), [_INTO, _N], write)
+        f.call(name, module.map_at(f, self.target), target.channels)
+        if target.gap:
+            f.clear(f.at(WORKSPACE, target.at - target.gap), target.gap * FLOAT.size)
 
 
 def _normalise(module: Module, channels: int, target: Layout) -> str:
