@@ -91,7 +91,7 @@ def show_markdown(text: str) -> None:
 
 
 def progress() -> Progress:
-    """Progress bars on stderr, only where a person looks on."""
+    """Progress bars on stderr, only where a person looks on; of processes that torchrun starts, the first one's."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = _console(stderr=True)
@@ -99,7 +99,7 @@ def progress() -> Progress:
     # What is printed meanwhile goes above the bar only if it goes to the same terminal.
     return Progress(
         title, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=console, transient=True,
-        disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty(),
+        disable=not console.is_terminal or os.environ.get("RANK", "0") != "0", redirect_stdout=sys.stdout.isatty(),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from manidp.training.backend import Backend
 
 FRAMEWORKS = [name for name in ("torch", "mindspore") if find_spec(name)]
 collect_ignore_glob = (
-    [] if "torch" in FRAMEWORKS else ["test_torch.py", "test_points.py"] if FRAMEWORKS else ["test_*.py"]
+    [] if "torch" in FRAMEWORKS else ["test_torch*.py", "test_points.py"] if FRAMEWORKS else ["test_*.py"]
 )
 if "mindspore" in FRAMEWORKS:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -43,6 +43,8 @@ class MindSpore:
     name = "mindspore"
     version: str = mindspore.__version__
     device = "cpu"
+    processes = 1
+    rank = 0
     precision: Literal["float32"] = "float32"
 
     def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
@@ -60,6 +62,10 @@ class MindSpore:
         """Threads of the CPU."""
         given = os.environ.get("OMP_NUM_THREADS", "")
         return int(given) if given.isdecimal() else os.cpu_count() or 1
+
+    def agree(self, content: bytes) -> bool:
+        """One process agrees with itself."""
+        return True
 
     def fresh(self, graph: Graph, seed: int) -> Weights:
         """Those of ``Network``; MindSpore's own seed is set."""

@@ -26,7 +26,8 @@ from manidp.graph import Graph
 from manidp.result import Result
 from manidp.torch.convert import network_from
 from manidp.torch.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
-from manidp.torch.network import Network, Output
+from manidp.torch.network import GateRecord, Network, Output
+from manidp.torch.processes import AllRows, Processes, together
 from manidp.training.backend import PADDING, Step, Weights, below, check_threads, drawn, pass_size
 from manidp.training.recipe import Recipe, point_name
 
@@ -34,7 +35,8 @@ from manidp.training.recipe import Recipe, point_name
 class Torch:
     """PyTorch on one device. Raises TrainingError for a device or a number of threads that cannot be.
 
-    device: cpu or cuda. threads: of the CPU, for the whole process; None: as many as PyTorch has.
+    device: cpu or cuda. threads: of the CPU, for the whole process; None: as many as PyTorch has. Processes that
+    torchrun started train together.
     """
 
     name = "torch"
@@ -47,6 +49,18 @@ class Torch:
             check_threads(threads)
             torch.set_num_threads(threads)
         self.device = device
+        self._processes = together(device)
+
+    @property
+    def processes(self) -> int:
+        return self._processes.size
+
+    @property
+    def rank(self) -> int:
+        return self._processes.rank
+
+    def agree(self, content: bytes) -> bool:
+        return self._processes.agree(content)
 
     @property
     def threads(self) -> int:
@@ -70,21 +84,35 @@ class Torch:
     def learner(
         self, start: Checkpoint, data: Labelled, recipe: Recipe, teachers: Sequence[Checkpoint] = ()
     ) -> TorchLearner:
-        """Any recipe can be followed; that of torch.compile needs a C++ compiler."""
-        return TorchLearner(start, data, recipe, teachers, self.device)
+        """Any recipe can be followed; that of torch.compile needs a C++ compiler, and one process."""
+        if self.processes > 1 and recipe.compiled:
+            raise TrainingError("recipe: compiled must be false where several processes train; got true")
+        size = min(recipe.batch_size, len(data))
+        if size % self.processes:
+            raise TrainingError(
+                f"{self.processes} processes share a batch: its size must be a multiple of it; got {size}"
+            )
+        return TorchLearner(start, data, recipe, teachers, self.device, self._processes)
 
 
 class TorchLearner:
     """A torch network in training; see ``manidp.training.backend.Learner``."""
 
     def __init__(
-        self, start: Checkpoint, data: Labelled, recipe: Recipe, teachers: Sequence[Checkpoint], device: str
+        self,
+        start: Checkpoint,
+        data: Labelled,
+        recipe: Recipe,
+        teachers: Sequence[Checkpoint],
+        device: str,
+        processes: Processes,
     ) -> None:
-        self.recipe, self.device = recipe, device
+        self.recipe, self.device, self.processes = recipe, device, processes
         self.network = _placed(network_from(start), device)
+        self.network.processes = processes
         self.forward = _callable(self.network, recipe)
         self.teachers = [_callable(_placed(network_from(teacher), device), recipe) for teacher in teachers]
-        how = start.preprocessing, recipe, device
+        how = start.preprocessing, recipe, device, processes
         self.images = _Batches(data, *how) if isinstance(data, ImageSet) else _FileBatches(data, *how)
         self.optimizer = torch.optim.SGD(
             _groups(self.network, recipe), lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True
@@ -127,7 +155,7 @@ class TorchLearner:
         for point in points:  # each backward before the next forward: they share the network's statistics
             self.use(point)
             with self._autocast():
-                output = self.forward(images)
+                output = self._whole(self.forward(images))
             if not seen:
                 loss, parts = self.loss(output, taught, labels, limit)
                 taught = [*taught, output.logits.detach().float()]
@@ -135,10 +163,20 @@ class TorchLearner:
                 loss, parts = self.following(output, taught, labels)
             (loss / len(points)).backward()  # type: ignore[no-untyped-call]
             saliencies = {name: record.saliency.detach() for name, record in output.records.items()}
-            seen.append(Step(torch.stack([loss.detach(), *parts]), saliencies))
+            seen.append(Step(self.processes.mean(torch.stack([loss.detach(), *parts])), saliencies))
         self.use(DEFAULT)
+        self.processes.average(p.grad for p in self.network.parameters() if p.grad is not None)
         self.optimizer.step()
         return seen
+
+    def _whole(self, output: Output) -> Output:
+        """This process's logits, with the records of the whole batch."""
+        if self.processes.size == 1 or not output.records:
+            return output
+        own = [part for one in output.records.values() for part in (one.saliency, one.gate, one.feature)]
+        rows: Tensor = AllRows.apply(torch.cat(own, 1), self.processes)  # type: ignore[no-untyped-call]
+        parts = iter(torch.split(rows, [part.shape[1] for part in own], 1))
+        return Output(output.logits, {name: GateRecord(*itertools.islice(parts, 3)) for name in output.records})
 
     @torch.no_grad()
     def taught(self, images: Tensor) -> list[Tensor]:
@@ -166,9 +204,9 @@ class TorchLearner:
             task = (1 - recipe.distillation) * task + recipe.distillation * follow
         sparsity = similarity = torch.zeros((), device=logits.device)
         if output.records:
-            records = output.records.values()
+            records = output.records.values()  # of the images of all processes
             saliencies = [record.saliency for record in records]
-            sparsity = sparsity_loss(saliencies, complexity_weights(each, limit))
+            sparsity = sparsity_loss(saliencies, complexity_weights(self.processes.rows(each), limit))
             similarity = similarity_loss(saliencies, [record.feature for record in records])
         total = task + recipe.lambda_sparsity * sparsity + recipe.lambda_similarity * similarity
         correct = (logits.argmax(1) == labels).float().mean()
@@ -194,7 +232,7 @@ class TorchLearner:
     @torch.no_grad()
     def saliencies(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         self.network.eval()
-        return {name: record.saliency for name, record in self.network(batch[0]).records.items()}
+        return {name: record.saliency for name, record in self._whole(self.network(batch[0])).records.items()}
 
     def thresholds(self) -> dict[str, float]:
         state = self.network.state_dict()
@@ -245,10 +283,13 @@ class TorchLearner:
 
 
 class _Drawn:
-    """Batches of a data set, normalised, on the device."""
+    """Batches of a data set, normalised, on the device: of each, this process's share."""
 
-    def __init__(self, data: Labelled, preprocessing: Preprocessing, recipe: Recipe, device: str) -> None:
-        self.recipe, self.device, self.count = recipe, device, len(data)
+    def __init__(
+        self, data: Labelled, preprocessing: Preprocessing, recipe: Recipe, device: str, processes: Processes
+    ) -> None:
+        self.recipe, self.device, self.count, self.processes = recipe, device, len(data), processes
+        self.size = min(recipe.batch_size, len(data))  # images of a batch, all processes together
         self.mean = torch.tensor(preprocessing.mean, device=device)
         self.std = torch.tensor(preprocessing.std, device=device)
 
@@ -263,15 +304,18 @@ class _Drawn:
 class _FileBatches(_Drawn):
     """Of pictures in files: decoded by threads while the network computes."""
 
-    def __init__(self, data: PictureFiles, preprocessing: Preprocessing, recipe: Recipe, device: str) -> None:
-        super().__init__(data, preprocessing, recipe, device)
+    def __init__(
+        self, data: PictureFiles, preprocessing: Preprocessing, recipe: Recipe, device: str, processes: Processes
+    ) -> None:
+        super().__init__(data, preprocessing, recipe, device, processes)
         self.data = data
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return itertools.starmap(self._placed, drawn(self.data, self.recipe, epoch))
+        return itertools.starmap(self._placed, drawn(self.data, self.recipe, epoch, self.processes.share(self.size)))
 
     def plain(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = np.random.default_rng(self.recipe.seed).permutation(len(self.data))[:count]
+        order = order[self.processes.share(len(order))]  # all have as many
         chosen = np.split(order, range(pass_size(self.data.size), len(order), pass_size(self.data.size)))
         labels = (self.data.labels[places] for places in chosen)
         return map(self._placed, self.data.batches(chosen), labels)
@@ -283,8 +327,10 @@ class _FileBatches(_Drawn):
 class _Batches(_Drawn):
     """The whole data set on the device, and how to draw batches from it."""
 
-    def __init__(self, data: ImageSet, preprocessing: Preprocessing, recipe: Recipe, device: str) -> None:
-        super().__init__(data, preprocessing, recipe, device)
+    def __init__(
+        self, data: ImageSet, preprocessing: Preprocessing, recipe: Recipe, device: str, processes: Processes
+    ) -> None:
+        super().__init__(data, preprocessing, recipe, device, processes)
         self.data = torch.from_numpy(data.images).to(device)
         self.labels = torch.from_numpy(data.labels).to(device)
         self.padded, self.part = self.data, pass_size(data.size)
@@ -295,18 +341,18 @@ class _Batches(_Drawn):
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled, randomly flipped and cropped; a last batch that is not full is left out."""
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
-        size = min(self.recipe.batch_size, len(self.data))
+        size, own = self.size, self.processes.share(self.size)
         order = torch.randperm(len(self.data), generator=generator)
         height, width = self.data.shape[1:3]
         for start in range(0, len(self) * size, size):
-            chosen = order[start : start + size].to(self.device)
+            chosen = order[start : start + size][own].to(self.device)
             if not self.recipe.augment:
                 yield self._normalise(self.data[chosen]), self.labels[chosen]
                 continue
-            corner = torch.randint(0, 2 * PADDING + 1, (2, size, 1), generator=generator).to(self.device)
-            flip = torch.randint(0, 2, (size, 1), generator=generator).to(self.device)
+            corner = torch.randint(0, 2 * PADDING + 1, (2, size, 1), generator=generator)[:, own].to(self.device)
+            flip = torch.randint(0, 2, (size, 1), generator=generator)[own].to(self.device)
             rows = corner[0] + torch.arange(height, device=self.device)
-            across = torch.arange(width, device=self.device).expand(size, width)
+            across = torch.arange(width, device=self.device).expand(len(chosen), width)
             columns = corner[1] + torch.where(flip == 1, width - 1 - across, across)
             pixels = self.padded[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
             yield self._normalise(pixels), self.labels[chosen]
@@ -314,6 +360,7 @@ class _Batches(_Drawn):
     def plain(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The first ``count`` images of a fixed shuffle, unchanged."""
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.recipe.seed))[:count]
+        order = order[self.processes.share(len(order))]  # all have as many
         for chosen in torch.split(order.to(self.device), self.part):
             yield self._normalise(self.data[chosen]), self.labels[chosen]
 

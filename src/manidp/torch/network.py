@@ -42,6 +42,7 @@ from manidp.graph import (
 )
 from manidp.graph.handlers import Handlers
 from manidp.result import Result
+from manidp.torch.processes import Processes, batch_norm
 
 BUFFERS = ("moving_mean", "moving_variance", "threshold", "mask")  # parameters that no gradient moves
 
@@ -86,6 +87,7 @@ class Network(nn.Module):
         super().__init__()
         self.graph = graph
         self.momentum = 0.1  # weight of a new batch in the moving statistics
+        self.processes = Processes()  # those that share a batch in training
         # as plain data, which torch.compile follows: what is computed in float32, and what each gate scales
         self._deciding = graph.deciding
         self._gate_of = {node.name: gate for node in graph.nodes if (gate := graph.select_of(node)) is not None}
@@ -219,6 +221,8 @@ def _conv(net: Network, node: Conv, p: P, x: Tensor) -> Tensor:
 @handles(BatchNorm)
 def _batch_norm(net: Network, node: BatchNorm, p: P, x: Tensor) -> Tensor:
     mean, variance = p["moving_mean"], p["moving_variance"]
+    if net.training and net.processes.size > 1:
+        return batch_norm(x, p["gamma"], p["beta"], (mean, variance), net.momentum, node.eps, net.processes)
     return F.batch_norm(x, mean, variance, p["gamma"], p["beta"], net.training, net.momentum, node.eps)
 
 

@@ -39,7 +39,11 @@ class Step:
 
 
 class Learner(Protocol):
-    """A network in training on one set of images."""
+    """A network in training on one set of images.
+
+    Where several processes train together, a batch is this process's share, and what a step or a network says of it is
+    of the whole batch.
+    """
 
     @property
     def steps(self) -> int:
@@ -146,6 +150,20 @@ class Backend(Protocol):
         ...
 
     @property
+    def processes(self) -> int:
+        """How many processes train together, each on its share of a batch; all hold the same network."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is; 0 alone writes and tells."""
+        ...
+
+    def agree(self, content: bytes) -> bool:
+        """Whether all processes hold the same bytes here; each waits for the others."""
+        ...
+
+    @property
     def precision(self) -> Literal["bfloat16", "float32"]:
         """What ``precision="auto"`` is here."""
         ...
@@ -171,16 +189,20 @@ def pass_size(size: tuple[int, int]) -> int:
     return 500 if max(size) <= SMALL else 50
 
 
-def drawn(data: PictureFiles, recipe: Recipe, epoch: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+def drawn(
+    data: PictureFiles, recipe: Recipe, epoch: int, own: slice = slice(None)
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
     """Pixels (B, H, W, 3) and labels (B,) of an epoch's batches of pictures in files; see ``Learner.batches``.
+
+    own: which of each batch, those alone are read.
 
     With ``augment``, random parts of the pictures (Inception's crops) and their mirror images, else their centres.
     """
     chance = np.random.default_rng((recipe.seed, epoch))
     order = chance.permutation(len(data))
     size = min(recipe.batch_size, len(data))
-    chosen = [order[start : start + size] for start in range(0, len(data) - size + 1, size)]
-    crops = ((places, random_places(chance, size)) for places in chosen)
+    chosen = [order[start : start + size][own] for start in range(0, len(data) - size + 1, size)]
+    crops = ((places, random_places(chance, size)[own]) for places in chosen)
     pixels = data.crops(crops) if recipe.augment else data.batches(chosen)
     for places, batch in zip(chosen, pixels, strict=True):
         yield batch, data.labels[places]

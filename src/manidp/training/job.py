@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -79,11 +80,19 @@ def run_job(
 
     make: device, threads -> the backend that trains, e.g. ``manidp.torch.backend.Torch``.
     Raises ManiDPError of a fitting kind before anything is written if the job cannot be done. What goes wrong later,
-    a full disk for example, is one too, and the state of the last good epoch stays.
+    a full disk for example, is one too, and the state of the last good epoch stays. Where several processes train
+    together, each does the job, and the first one alone writes and tells of it.
     """
     _check(job)
-    check_folder(job.out, job.resume)
     backend = make(job.device, job.threads)
+    if backend.rank == 0:
+        check_folder(job.out, job.resume)
+        yield from _events(job, backend, progress)
+    else:
+        deque(_events(job, backend, None), 0)
+
+
+def _events(job: Job, backend: Backend, progress: Progress | None) -> Iterator[str | EpochRecord | Finished]:
     settings = _settings(job)
     start = _model(job.start) if job.start is not None else None
     teachers = [_model(teacher) for teacher in job.teachers]
@@ -102,7 +111,9 @@ def run_job(
     ) as training:  # fmt: skip
         if recipe.precision == "auto":
             yield f"precision {training.recipe.precision}: {_why(training.recipe.precision, backend)}"
-        with events(job.out) if job.tensorboard else nullcontext() as write:
+        if backend.processes > 1:
+            yield f"{backend.processes} processes train together, each on its share of every batch"
+        with events(job.out) if job.tensorboard and backend.rank == 0 else nullcontext() as write:
             for record in training.epochs():
                 if write is not None:
                     write(record)
@@ -121,10 +132,12 @@ def _why(precision: str, backend: Backend) -> str:
 
 
 def _finished(job: Job, training: Training, sets: _Sets, start: Found | None, teachers: list[Found]) -> Finished:
-    """Measure and save what was trained."""
+    """Measure and save what was trained; of several processes the first one does."""
     graph, preprocessing = training.graph, sets.preprocessing
     weights, missed = training.finish(), training.missed()
-    points, measured, before = training.finished_points(), None, None
+    points, file, measured, before = training.finished_points(), job.out / MODEL, None, None
+    if training.backend.rank:
+        return Finished(file, measured, missed)
     if sets.test is not None:
         figures = evaluate(training.learner.run, sets.test, preprocessing).to_json(sets.test_name)
         measured = figures | {"dense_macs": ungated_macs(graph)}
@@ -138,7 +151,6 @@ def _finished(job: Job, training: Training, sets: _Sets, start: Found | None, te
         training, origin_of(start) if start else None, list(map(origin_of, teachers)), data=sets.train_name,
         measured=measured, parent=start.checkpoint if start else None,
     )  # fmt: skip
-    file = job.out / MODEL
     save_checkpoint(Checkpoint(graph, weights, preprocessing, sets.train.classes, told, points), file)
     return Finished(file, measured, missed, before)
 

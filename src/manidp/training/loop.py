@@ -7,6 +7,7 @@ Every random number comes from (seed, epoch): a run killed at any moment starts 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import time
 from collections import deque
@@ -74,7 +75,7 @@ class Training:
             _check_teacher(number, teacher, start)
         self.backend, self.start, self.data, self.folder, self.progress = backend, start, data, folder, progress
         self.graph = start.graph
-        self.lock = hold(folder)
+        self.lock = hold(folder) if backend.rank == 0 else None
         try:
             state = self._earlier(resume)
             if recipe.precision == "auto":  # decided once: another processor goes on in the precision of the first
@@ -93,12 +94,14 @@ class Training:
             self.data_sha256 = data.sha256()
             self.run = {
                 "backend": backend.name,
+                "processes": backend.processes,
                 "graph": self.graph.to_json(),
                 "recipe": asdict(recipe),
                 "data": {"images": len(data), "classes": list(data.classes), "sha256": self.data_sha256},
                 "preprocessing": asdict(start.preprocessing),
                 "origin": dict(origin or {}),
             }
+            self._agree("begin", [self.run, state and state.run, state and len(state.records)])
             if state is None:
                 if recipe.points:
                     self._open_points()
@@ -119,7 +122,8 @@ class Training:
 
     def close(self) -> None:
         """Let another process have the folder."""
-        self.lock.release()
+        if self.lock is not None:
+            self.lock.release()
 
     @property
     def state_path(self) -> Path:
@@ -306,12 +310,12 @@ class Training:
 
     def _earlier(self, resume: bool) -> State | None:
         """The state that lies in the folder; what killed saves left there is removed."""
-        for name in (STATE, LOG, MODEL):
+        for name in (STATE, LOG, MODEL) if self.backend.rank == 0 else ():
             sweep(self.folder / name)
         return read_state(self.state_path) if holds_run(self.folder, resume) else None
 
     def _go_on(self, state: State) -> None:
-        there = {"backend": "torch"} | state.run  # the only one of old, when runs did not name it
+        there = {"backend": "torch", "processes": 1} | state.run  # of old, when runs did not name them
         if found := _differences(there, json.loads(json.dumps(self.run))):
             raise TrainingError(f"{self.state_path} is of another run: {'; '.join(found)}")
         if len(state.records) > self.recipe.epochs:
@@ -343,11 +347,26 @@ class Training:
                 f"rate and start again"
             )
         rates = {point: target.rate for point, target in self.targets.items()}
+        if self.backend.processes > 1:
+            told = {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in tensors.items()}
+            self._agree(f"are after {len(self.records)} epochs", [told, rates])
+        if self.backend.rank:
+            return
         with self._writing(self.state_path):
             write_state(self.state_path, State(self.run, rates, tuple(self.records)), tensors)
         self._write_log()
 
+    def _agree(self, doing: str, content: object) -> None:
+        """Raises TrainingError unless all processes hold the same."""
+        if not self.backend.agree(json.dumps(content, sort_keys=True).encode()):
+            raise TrainingError(
+                f"the {self.backend.processes} processes {doing} with different pictures, models, settings or weights; "
+                f"all of them need the same files, the folder of the run too, and machines of one kind"
+            )
+
     def _write_log(self) -> None:
+        if self.backend.rank:
+            return
         lines = [json.dumps({"run": self.run})] + [json.dumps(asdict(record)) for record in self.records]
         with self._writing(self.log_path), replacing(self.log_path) as file:
             file.write(("\n".join(lines) + "\n").encode())
@@ -396,8 +415,8 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
     found = []
     for key, mine in here.items():
         other = there.get(key)
-        if key == "backend" and other != mine:
-            found.append(f"backend {brief(other)} there, {brief(mine)} here")
+        if key in ("backend", "processes"):
+            found += [] if other == mine else [f"{key} {brief(other)} there, {brief(mine)} here"]
         elif key == "graph" or not isinstance(other, dict):
             found += [] if other == mine else [f"another {key}"]
         else:

@@ -42,7 +42,10 @@ def provenance(
         "from": start,
         "teacher": list(teachers) or None,
         "data": {"name": data, "images": len(training.data), "sha256": training.data_sha256},
-        "training": {"device": backend.device, "threads": backend.threads, "epochs": len(training.records)},
+        "training": {
+            "device": backend.device, "threads": backend.threads, "processes": backend.processes,
+            "epochs": len(training.records),
+        },
         "measured": measured,
     } | ({"imported": parent.provenance["imported"]} if parent and "imported" in parent.provenance else {})  # fmt: skip
 
