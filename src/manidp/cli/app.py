@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 for _command in (
     run.classify, run.evaluate, models.freeze, models.calibrate, train.data, models.info, train.train, train.prune,
-    models.convert, run.report, run.bench, score.score, inspect.inspect,
+    models.convert, run.report, run.diagnose, run.bench, score.score, inspect.inspect,
 ):  # fmt: skip
     app.command()(_command)
 app.add_typer(hub.app, name="hub")

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from manidp.cli import show
-from manidp.cli.options import Budget, Data, Json, Model, Precision, Threads, check_outputs, labelled, suffix
+from manidp.cli.options import Budget, Data, Json, Model, Precision, Threads, check_outputs, deciding, labelled, suffix
 from manidp.terminal import complain, escaped, progress, say, say_json, steps
 
 
@@ -127,6 +127,40 @@ def report(
     if overview:
         draw_overview(findings, overview)
     say(f"{out}: {len(images)} images")
+
+
+def diagnose(
+    model: Annotated[str, typer.Argument(help="A gated model; as for --model of evaluate.")],
+    data: Data = None,
+    budget: Budget = "default",
+    page: Annotated[Path | None, typer.Option(help="Also write a page of it to this HTML file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what the gates' decisions are worth: accuracy with decisions frozen, shuffled, or the same for a class.
+
+    Batch statistics are estimated anew for each, with CIFAR-10 on 5,000 training images; accuracy is that on the test
+    images. Needs PyTorch: pip install 'manidp[torch]'.
+    """
+    from manidp.hub.find import find_model
+    from manidp.predict import asked_budget
+    from manidp.torch.diagnose import diagnose as diagnosed
+
+    found = find_model(model)
+    if page:
+        check_outputs([page], [found.path])
+    checkpoint = found.checkpoint.at(asked_budget(budget))
+    images, description = labelled(data, {model: checkpoint})
+    test = images.relabelled(checkpoint.classes, model)
+    with progress() as bars:
+        diagnosis = diagnosed(checkpoint, deciding(data, images, 5_000), test, steps(bars, "Changing gates"))
+    if page:
+        from manidp.report.page import write_diagnosis
+
+        write_diagnosis(diagnosis, page)
+    if as_json:
+        say_json({"model": model, "budget": budget, "data": description, **asdict(diagnosis)}, indent=2)
+    else:
+        show.diagnosed(diagnosis, model, description)
 
 
 def bench(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from manidp.predict import Evaluation, Prediction
     from manidp.score.run import Scored
+    from manidp.training.diagnosis import Diagnosis
     from manidp.training.job import Finished
     from manidp.training.state import EpochRecord
 
@@ -79,6 +80,29 @@ def evaluated(rows: Sequence[Evaluation], description: str) -> None:
             f"{row.mean_macs / 1e6:.2f}", f"{row.mean_macs / row.dense_macs:.1%}",
             f"{row.milliseconds_per_image:.3f}",
         )  # fmt: skip
+    show(table)
+
+
+def diagnosed(found: Diagnosis, model: str, description: str) -> None:
+    """How often decisions differ, and one row for each way of changing them."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    say(
+        f"{model} on {description}: {found.correct} of {found.total} right ({found.correct / found.total:.2%}), "
+        f"{found.mean_macs / 1e6:.2f} M multiply-adds an image, {found.macs_5 / 1e6:.2f} to {found.macs_95 / 1e6:.2f} "
+        f"from the 5th to the 95th percentile"
+    )
+    differ = ", ".join(f"{stage} {share:.1%}" for stage, share in found.differing_by_stage.items())
+    say(f"decisions that differ from their channel's majority: {differ}")
+    table = Table(box=SIMPLE, caption_justify="left",
+                  caption=f"batch statistics estimated anew on {found.estimated_on:,} other images")  # fmt: skip
+    table.add_column("gates")
+    for heading in ("correct", "accuracy", "mean M MACs"):
+        table.add_column(heading, justify="right")
+    for one in found.variants:
+        right = f"{one.correct} of {found.total}"
+        table.add_row(one.name, right, f"{one.correct / found.total:.2%}", f"{one.mean_macs / 1e6:.2f}")
     show(table)
 
 

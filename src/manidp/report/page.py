@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -35,6 +36,9 @@ from manidp.report.findings import (
     rate,
 )
 
+if TYPE_CHECKING:
+    from manidp.training.diagnosis import Diagnosis
+
 GALLERY = 12  # images shown at each end
 
 
@@ -49,6 +53,11 @@ def write_report(findings: Findings, path: str | Path, title: str = "Channels co
     with drawing():
         page = _page(findings, title)
     write_file(page.encode("utf-8", "replace"), path)
+
+
+def write_diagnosis(diagnosis: Diagnosis, path: str | Path, title: str = "What the gates' decisions are worth") -> None:
+    """Write the page, whole or not at all: one HTML file without scripts that loads nothing from anywhere."""
+    write_file(_document(title, _diagnosis(diagnosis, title)).encode("utf-8", "replace"), path)
 
 
 _CSS = """
@@ -108,6 +117,10 @@ def _page(findings: Findings, title: str) -> str:
         _agreement_section(findings),
         "<footer>Made by <code>manidp report</code>.</footer>",
     ]
+    return _document(title, sections)
+
+
+def _document(title: str, sections: Iterable[str]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -115,6 +128,29 @@ def _page(findings: Findings, title: str) -> str:
         + "\n".join(sections)
         + "\n</main>\n</body>\n</html>\n"
     )
+
+
+def _diagnosis(found: Diagnosis, title: str) -> list[str]:
+    variants = [
+        _row(escape(one.name), _cells((rate(one.correct, found.total), millions(one.mean_macs))))
+        for one in found.variants
+    ]
+    head = _row("Gates", _heads(("Right", "Multiply-adds an image, mean")), "col")
+    stages = [_row(escape(name), _cells((percent(share),))) for name, share in found.differing_by_stage.items()]
+    return [
+        f"<header><h1>{escape(title)}</h1><p>Labelled images: {found.total:,}. Right: "
+        f"{rate(found.correct, found.total)}. Multiply-adds an image: {millions(found.mean_macs)} on average, "
+        f"{millions(found.macs_5)} to {millions(found.macs_95)} from the 5th to the 95th percentile; "
+        f"{millions(found.dense_macs)} without gates.</p></header>",
+        "<h2>Decisions changed</h2><p>The same weights with other gates. Where frozen decisions are as good, a network "
+        "without gates would do; where the gates of another image are, they read nothing that matters.</p>",
+        f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(variants)}</tbody><caption>Batch statistics '
+        f"estimated anew for each row, on {found.estimated_on:,} other images.</caption></table></div>",
+        "<h2>Decisions that differ</h2><p>Share of decisions, over images and channels, that differ from what the "
+        "channel's decision is for most images.</p>",
+        f"<table><thead>{_row('Stage', _heads(('Differ',)), 'col')}</thead><tbody>{''.join(stages)}</tbody></table>",
+        "<footer>Made by <code>manidp diagnose</code>.</footer>",
+    ]
 
 
 def _drawn(figure: Figure, alt: str) -> str:

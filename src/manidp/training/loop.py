@@ -25,7 +25,7 @@ from manidp.errors import TrainingError
 from manidp.files import replacing, sweep
 from manidp.formats.checkpoint import DEFAULT, Checkpoint, OperatingPoint
 from manidp.progress import Progress
-from manidp.training.backend import Array, Backend, Learner, Weights, below
+from manidp.training.backend import Array, Backend, Learner, Weights, below, estimate_statistics
 from manidp.training.folder import LOG, MODEL, STATE, hold, holds_run
 from manidp.training.recipe import Recipe, point_name
 from manidp.training.reopen import begun_anew, reopenable
@@ -176,7 +176,7 @@ class Training:
                     if round_ and target.met(mean_macs(self.graph, seen, self.learner.thresholds())):
                         break
                     self.learner.set_thresholds(target.at_last(seen))
-                self._estimate_statistics(2 * self.sample)
+                self._estimate(2 * self.sample)
         self.learner.use(DEFAULT)
         return below(self.learner.state(), "network/")
 
@@ -212,7 +212,7 @@ class Training:
             state |= {f"points/{index}/{name}": weights[name] for name in below(state, f"points/{index}/")}
         self.learner.load(state)
         if self.recipe.reach == 0:
-            self._estimate_statistics(self.sample)
+            self._estimate(self.sample)
             seen = self._saliencies(self.sample)
             for point, target in self.targets.items():
                 self.learner.use(point)
@@ -296,17 +296,9 @@ class Training:
     def _saliencies(self, count: int) -> dict[str, NDArray[np.float32]]:
         return self._joined([self.learner.saliencies(batch) for batch in self.learner.plain(count)])
 
-    def _estimate_statistics(self, count: int) -> None:
-        """Moving mean and variance = the plain average over batches of training images, augmented as in training.
-
-        On images without augmentation they would be others: black borders of the crops raise the variance of the
-        stem by half, and a network that never saw its maps scaled otherwise loses three points.
-        """
+    def _estimate(self, count: int) -> None:
         size = min(self.recipe.batch_size, len(self.data))
-        for index, batch in enumerate(self.learner.batches(self.recipe.epochs)):
-            if index * size >= count:
-                break
-            self.learner.observe(batch, 1 / (index + 1))
+        estimate_statistics(self.learner, self.recipe.epochs, count, size)
 
     def _earlier(self, resume: bool) -> State | None:
         """The state that lies in the folder; what killed saves left there is removed."""
