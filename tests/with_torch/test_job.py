@@ -269,14 +269,16 @@ def test_a_run_is_known_by_the_files_of_its_models(job: Job, tmp_path: Path) -> 
 
 
 INTERRUPTED = """
-import os, signal, threading
+import os, signal, threading, time
 from manidp.cli import main
 from manidp.training.loop import Training
 epochs = Training.epochs
 def some(self):
     for number, record in enumerate(epochs(self)):
-        if number == 0:  # at some moment of the epochs to come, whatever the speed of this machine
+        if number == 0:  # comes at some moment of the epochs that follow,
             threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+        if number == 13:  # at the latest here, however slow this machine is
+            time.sleep(30)
         yield record
 Training.epochs = some
 main()
