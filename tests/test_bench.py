@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 
 import manidp
+from manidp import cli
 from manidp.bench import measure
 from manidp.bench.measure import Contender, calibrated, interleaved, random_checkpoint
 from manidp.bench.peers import PEERS, Batch, Opened, Peer
-from manidp.data.images import draw_sample, load_sample
+from manidp.data.images import ImageSet, draw_sample, load_sample
 from manidp.data.preprocessing import CIFAR10_CLASSES
 from manidp.engine.engine import Engine
 from manidp.engine.peak import multiply_add_peak
 from manidp.engine.target import ISAS, available_isas
 from manidp.errors import ManiDPError, MissingExtraError, UnsupportedError
-from manidp.formats.checkpoint import Checkpoint
+from manidp.formats.checkpoint import Checkpoint, save_checkpoint
 from manidp.gating.place import with_gates
 from manidp.graph.macs import dense_macs
 from manidp.models import resnet
@@ -29,12 +30,16 @@ from manidp.result import Result
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["dense", "gated"])
-@pytest.mark.parametrize("peer", [peer for peer in PEERS if peer.package != "torch"], ids=lambda peer: peer.name)
+@pytest.mark.parametrize(
+    "peer",
+    [peer for peer in PEERS if peer.package != "torch" and "quantised" not in peer.name],
+    ids=lambda peer: peer.name,
+)
 def test_a_peer_gives_the_engines_logits(peer: Peer, gated: bool) -> None:
     model = manidp.load_model("manidp-res20" if gated else "dense-res20")
     pixels = model.preprocessing.apply(load_sample().images[:6])
     try:
-        opened = peer.open(model, 3, 1)
+        opened = peer.open(model, 3, 1, pixels)
     except MissingExtraError as error:
         pytest.skip(str(error))
     except UnsupportedError:
@@ -51,7 +56,22 @@ def test_a_peer_gives_the_engines_logits(peer: Peer, gated: bool) -> None:
 def test_a_peer_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'manidp\[bench\]'"):
-        PEERS[0].open(manidp.load_model("dense-res20"), 1, 1)
+        PEERS[0].open(manidp.load_model("dense-res20"), 1, 1, np.zeros((1, 3, 32, 32), np.float32))
+
+
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if "quantised" in peer.name], ids=lambda peer: peer.name)
+def test_a_quantised_peer_computes_in_int8_and_nearly_agrees(peer: Peer) -> None:
+    model = small("gated")
+    pixels = model.preprocessing.apply(load_sample().images[:12])
+    try:
+        opened = peer.open(model, 6, 1, pixels[:6])
+    except MissingExtraError as error:
+        pytest.skip(str(error))
+    assert opened.precision == "int8"
+    wanted = Engine(model).run(pixels).logits
+    logits = np.concatenate([opened.run(pixels[:6]), opened.run(pixels[6:])])
+    difference = np.abs(logits - wanted).max() / np.abs(wanted).max()
+    assert 1e-3 < difference < 0.3
 
 
 def test_every_contender_takes_every_image_of_a_round_once_in_each_round() -> None:
@@ -176,6 +196,35 @@ def test_what_was_measured_can_be_rendered_and_drawn(found: Any, tmp_path: Path)
 
     draw(record, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("classes", "size", "scored"),
+    [(CIFAR10_CLASSES, (32, 32), True), (("a", "b", "c"), (32, 32), False), (CIFAR10_CLASSES, (40, 48), False)],
+)
+def test_any_pair_of_models_is_measured_without_data(
+    classes: tuple[str, ...], size: tuple[int, int], scored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks for other sizes or classes than those of the bundled images get these images, and no accuracy."""
+    graph = resnet(8, num_classes=len(classes), width=4, image=(3, *size))
+    for name, one in (("dense", graph), ("gated", with_gates(graph))):
+        save_checkpoint(replace(random_checkpoint(one), classes=classes), tmp_path / f"{name}.safetensors")
+    seen: list[Any] = []
+
+    def bench(models: Any, images: ImageSet, **options: Any) -> Any:
+        seen.append((images.size, options["scored"], [bool(model.graph.gates) for model in models.values()]))
+        return measured(models, images, **options | {"peers": ()})
+
+    measured = measure.bench
+    monkeypatch.setattr(measure, "bench", bench)
+    monkeypatch.setattr(measure, "_apart", lambda *_: ({}, {}))
+    monkeypatch.setattr(measure, "PROCESSES", 1)
+    pair = [f"--{option}={tmp_path / name}.safetensors" for option, name in (("model", "gated"), ("dense", "dense"))]
+    monkeypatch.setattr("sys.argv", ["manidp", "bench", *pair, "--threads=1", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert seen == [(size, scored, [False, True])]
 
 
 def test_more_threads_than_cores_are_refused() -> None:

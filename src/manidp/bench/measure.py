@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -29,12 +31,13 @@ from manidp.engine.engine import Engine
 from manidp.engine.peak import multiply_add_peak
 from manidp.engine.target import ISAS, available_isas
 from manidp.errors import ManiDPError, MissingExtraError, UnsupportedError
-from manidp.formats.checkpoint import Checkpoint, OperatingPoint
+from manidp.formats.checkpoint import Checkpoint, OperatingPoint, save_checkpoint
 from manidp.gating.place import with_gates
 from manidp.graph.macs import dense_macs, ungated_macs
 from manidp.machine import describe
 from manidp.models import imagenet_resnet, resnet
 
+Labels = Mapping[str, NDArray[np.int64]]  # of every image, into the classes of each model
 Say = Callable[[str], None]  # told what is being done
 PRECISIONS = ("float32", "float16")
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []  # before a peer changes it
@@ -85,21 +88,25 @@ def bench(
     growth: bool,
     say: Say,
     peers: Sequence[Peer] = PEERS,
+    calibration: NDArray[np.uint8] | None = None,
+    scored: bool = True,
 ) -> dict[str, Any]:
-    """Everything that `manidp bench` shows, as JSON data; ``models`` all read images of one size.
+    """Everything that `manidp bench` shows, as JSON data; ``models`` all read images of one size, the gated one last.
 
-    One image at a time on one thread, then batches on one thread and on ``threads``. Raises ImageError for images of
-    a class that a model does not know.
+    One image at a time on one thread, then batches on one thread and on ``threads``. calibration: pixels (N, H, W, 3)
+    with which peers choose the scales of int8; by default the first 200 of ``images``. scored: whether the labels are
+    of the models' classes: then accuracy is told, and images of a class that a model does not know are an ImageError.
     """
     skipped: dict[str, str] = {}
-    sets = {name: images.relabelled(model.classes, name) for name, model in models.items()}
+    labels = {name: images.relabelled(model.classes, name).labels for name, model in models.items()} if scored else None
+    calibration = calibration if calibration is not None else images.images[:200]
     with pinned(1):
         say("the processor's peak")
         peak = {isa: multiply_add_peak(ISAS[isa]) for _, isa in _own()}
     modes = []
     for of_batch, of_threads in dict.fromkeys([(1, 1), (batch, 1), (batch, threads)]):
         say(f"{of_batch} at a time on {of_threads}, every contender")
-        mode, reasons = _apart(models, sets, of_batch, of_threads, rounds, peak, peers)
+        mode, reasons = _apart(models, images.images, labels, calibration, of_batch, of_threads, rounds, peak, peers)
         modes.append(mode)
         skipped |= reasons
     return {
@@ -110,45 +117,54 @@ def bench(
         "modes": modes,
         "skipped": skipped,
         "single_images": _single_images(models, images, say),
-        "start_up": _start_up(say),
+        "start_up": _start_up(list(models.values())[-1], say),
         "growth": [_grown(name, peak, rounds, skipped, say) for name in GROWN] if growth else [],
     }
 
 
 def _apart(
-    models: Mapping[str, Checkpoint], sets: Mapping[str, ImageSet], batch: int, threads: int, rounds: int,
-    peak: Mapping[str, float], peers: Sequence[Peer],
+    models: Mapping[str, Checkpoint], images: NDArray[np.uint8], labels: Labels | None,
+    calibration: NDArray[np.uint8], batch: int, threads: int, rounds: int, peak: Mapping[str, float],
+    peers: Sequence[Peer],
 ) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
     """``_mode`` in a process of its own: some peers count their cores once and for all, at their first use."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         try:
-            return process.submit(_mode, models, sets, batch, threads, rounds, peak, peers).result()
+            return process.submit(
+                _mode, models, images, labels, calibration, batch, threads, rounds, peak, peers
+            ).result()
         except BrokenProcessPool as error:
             raise ManiDPError(f"the process that measured {batch} at a time on {threads} threads has died") from error
 
 
 def _mode(
-    models: Mapping[str, Checkpoint], sets: Mapping[str, ImageSet], batch: int, threads: int, rounds: int,
-    peak: Mapping[str, float], peers: Sequence[Peer],
+    models: Mapping[str, Checkpoint], images: NDArray[np.uint8], labels: Labels | None,
+    calibration: NDArray[np.uint8], batch: int, threads: int, rounds: int, peak: Mapping[str, float],
+    peers: Sequence[Peer],
 ) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
     """The figures, and who could not be measured and why."""
     skipped: dict[str, str] = {}
-    total = len(next(iter(sets.values())))
+    total = len(images)
     batch = min(batch, total)
-    once = {model.preprocessing: model.preprocessing.apply(sets[name].images) for name, model in models.items()}
-    pixels = {name: once[model.preprocessing] for name, model in models.items()}
+    pixels, scales = _read(models, images), _read(models, calibration)
     a_round = min(total // batch, max(100 // batch, 5)) * batch
     with pinned(threads):
-        contenders = list(_contenders(models, _own(), peers, batch, threads, skipped))
+        contenders = list(_contenders(models, _own(), peers, batch, threads, scales, skipped))
         times = interleaved(contenders, pixels, batch, a_round, rounds, threads)
-        rows = _rows(contenders, times, models, pixels, sets, batch, threads, peak)
+        rows = _rows(contenders, times, models, pixels, labels, batch, threads, peak)
         figures = {"batch": batch, "threads": threads, "rounds": rounds, "images_a_round": a_round}
         return {**figures, "rows": [asdict(row) for row in rows]}, skipped
 
 
+def _read(models: Mapping[str, Checkpoint], images: NDArray[np.uint8]) -> dict[str, Batch]:
+    """The images as each model reads them; one array for those that read them alike."""
+    once = {model.preprocessing: model.preprocessing.apply(images) for model in models.values()}
+    return {name: once[model.preprocessing] for name, model in models.items()}
+
+
 def _contenders(
     models: Mapping[str, Checkpoint], own: Sequence[tuple[str, str]], peers: Sequence[Peer], batch: int, threads: int,
-    skipped: dict[str, str],
+    scales: Mapping[str, Batch], skipped: dict[str, str],
 ) -> Iterator[Contender]:  # fmt: skip
     """The engine in its ``own`` ways, then every peer that is installed; ``skipped`` takes the reasons of others."""
     for name, model in models.items():
@@ -161,7 +177,7 @@ def _contenders(
         for peer in peers:
             try:
                 pin(threads)
-                opened = peer.open(model, batch, threads)
+                opened = peer.open(model, batch, threads, scales[name])
                 opened.run(np.zeros((batch, *model.graph.input.dims), dtype=np.float32))
             except (MissingExtraError, UnsupportedError) as error:
                 skipped[f"{peer.name}, {name}"] = str(error)
@@ -215,7 +231,7 @@ def interleaved(
 
 def _rows(
     contenders: Sequence[Contender], times: Sequence[NDArray[np.float64]], models: Mapping[str, Checkpoint],
-    pixels: Mapping[str, Batch], sets: Mapping[str, ImageSet] | None, batch: int, threads: int,
+    pixels: Mapping[str, Batch], labels: Labels | None, batch: int, threads: int,
     peak: Mapping[str, float],
 ) -> Iterator[Row]:  # fmt: skip
     truth = {name: Engine(model, threads=threads).run(pixels[name]) for name, model in models.items()}
@@ -235,7 +251,7 @@ def _rows(
         isa = contender.runtime.removeprefix("manidp ")
         yield Row(
             contender.runtime, contender.model, contender.computes, contender.precision,
-            None if sets is None else int((answers == sets[contender.model].labels).sum()), len(own), macs,
+            None if labels is None else int((answers == labels[contender.model]).sum()), len(own), macs,
             median, lower, upper,
             macs / median * 1e3 / (peak.get(isa, fastest) * threads),
             float(np.abs(logits - wanted.logits).max() / np.abs(wanted.logits).max()),
@@ -260,6 +276,8 @@ def _single_images(models: Mapping[str, Checkpoint], images: ImageSet, say: Say)
             engine = Engine(model)
             pixels = model.preprocessing.apply(images.images[:1000])
             macs = engine.run(pixels).macs
+            if np.ptp(macs) == 0:  # gates that are not trained: no image costs more than another
+                continue
             times = np.empty((15, len(pixels)))
             for passes in times:
                 for i in range(len(pixels)):
@@ -277,14 +295,15 @@ def _single_images(models: Mapping[str, Checkpoint], images: ImageSet, say: Say)
 
 
 _FIRST_IMAGE = """
+import sys
 import time
 started = time.perf_counter()
 import manidp
 imported = time.perf_counter()
-engine = manidp.load("manidp-res20")
+engine = manidp.load(sys.argv[1])
 loaded = time.perf_counter()
-from manidp.data.images import load_sample
-engine.run(load_sample().images[:1])
+import numpy as np
+engine.run(np.zeros((1, *engine.checkpoint.preprocessing.size, 3), np.uint8))
 try:  # not ru_maxrss: that begins with what the parent held
     with open("/proc/self/status") as status:
         resident = next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
@@ -297,14 +316,18 @@ print(imported - started, loaded - imported, resident)
 PROCESSES = 7  # of which the start is timed
 
 
-def _start_up(say: Say) -> dict[str, float]:
+def _start_up(model: Checkpoint, say: Say) -> dict[str, float]:
     """Medians of fresh processes: seconds to import, to load, from process start to result; resident MiB."""
     say("fresh processes")
     runs = []
-    for _ in range(PROCESSES):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", _FIRST_IMAGE], capture_output=True, text=True, check=True)
-        runs.append([time.perf_counter() - started, *map(float, done.stdout.split())])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.safetensors")
+        save_checkpoint(model, file)
+        for _ in range(PROCESSES):
+            started = time.perf_counter()
+            command = [sys.executable, "-c", _FIRST_IMAGE, str(file)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            runs.append([time.perf_counter() - started, *map(float, done.stdout.split())])
     whole, imported, loaded, resident = np.median(runs, axis=0).tolist()
     return {"import_seconds": imported, "load_seconds": loaded, "start_to_result_seconds": whole,
             "resident_mebibytes": resident}  # fmt: skip
@@ -329,8 +352,8 @@ def _grown(name: str, peak: Mapping[str, float], rounds: int, skipped: dict[str,
     gated = calibrated(random_checkpoint(with_gates(graph)), pixels, KEEP_RATE)
     models = {f"{name} dense": dense, f"{name} gated": gated}
     with pinned(1):
-        contenders = list(_contenders(models, _own()[:1], PEERS[:1], 1, 1, skipped))
         both = dict.fromkeys(models, pixels)
+        contenders = list(_contenders(models, _own()[:1], PEERS[:1], 1, 1, both, skipped))
         times = interleaved(contenders, both, 1, len(pixels), rounds, 1)
         rows = list(_rows(contenders, times, models, both, None, 1, 1, peak))
     return {"network": name, "keep_rate": KEEP_RATE, "dense_macs": ungated_macs(graph), "images": len(pixels),

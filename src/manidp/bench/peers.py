@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
 from numpy.typing import NDArray
 
@@ -36,10 +38,14 @@ class Opened:
 
 @dataclass(frozen=True)
 class Peer:
-    """``open(checkpoint, batch, threads)`` opens a model for batches of that size; ``package`` is where it is from."""
+    """``open(checkpoint, batch, threads, calibration)`` opens a model for batches of that size.
+
+    calibration: normalised images (N, C, H, W), with which those that compute in int8 choose their scales. ``package``
+    is where the peer is from.
+    """
 
     name: str
-    open: Callable[[Checkpoint, int, int], Opened]
+    open: Callable[[Checkpoint, int, int, Batch], Opened]
     package: str
 
 
@@ -56,43 +62,88 @@ def _onnx(checkpoint: Checkpoint, batch: int | None = None) -> bytes:
     with _extra("onnx"):
         from manidp.onnx import onnx_model
     model = onnx_model(checkpoint)
-    if batch is not None:
-        for value in (*model.graph.input, *model.graph.output):
-            value.type.tensor_type.shape.dim[0].dim_value = batch
+    return model.SerializeToString() if batch is None else _of_batch(model, batch)
+
+
+def _of_batch(model: Any, batch: int) -> bytes:
+    """The model with a fixed batch size."""
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
     data: bytes = model.SerializeToString()
     return data
 
 
-def _onnxruntime(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
+def _int8(checkpoint: Checkpoint, batch: int, calibration: Batch) -> bytes:
+    """The model as ONNX Runtime quantises it: int8 weights, one scale a channel, and int8 maps, one scale each (QDQ).
+
+    Where the CPU lacks VNNI, weights have 7 bits, as ONNX Runtime advises: the sums of its kernels would overflow.
+    """
+    with _extra("onnxruntime"):
+        from onnx import load_model_from_string
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.parts = iter(np.array_split(calibration, -(-len(calibration) // 20)))
+
+        def get_next(self) -> dict[str, Batch] | None:
+            part = next(self.parts, None)
+            return None if part is None else {"image": part}
+
+    features = llvm.get_host_cpu_features()
+    narrow = not any(features.get(name, False) for name in ("avx512vnni", "avxvnni"))
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source, folded, made = (str(Path(folder, f"{name}.onnx")) for name in ("source", "folded", "made"))
+        Path(source).write_bytes(_onnx(checkpoint))
+        quant_pre_process(source, folded, skip_symbolic_shape=True)  # batch norms go into convolutions
+        quantize_static(
+            folded, made, Reader(), quant_format=QuantFormat.QDQ, activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8, per_channel=True, reduce_range=narrow,
+        )  # fmt: skip
+        model = load_model_from_string(Path(made).read_bytes())
+    return _of_batch(model, batch)
+
+
+def _onnxruntime(
+    checkpoint: Checkpoint, batch: int, threads: int, calibration: Batch, precision: str = "float32"
+) -> Opened:
+    """``precision``: float32 or int8."""
     with _extra("onnxruntime"):
         import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(_onnx(checkpoint, batch), options, providers=["CPUExecutionProvider"])
-    return Opened(lambda images: np.asarray(session.run(["logits"], {"image": images})[0]))
+    model = _int8(checkpoint, batch, calibration) if precision == "int8" else _onnx(checkpoint, batch)
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return Opened(lambda images: np.asarray(session.run(["logits"], {"image": images})[0]), precision)
 
 
-def _openvino(checkpoint: Checkpoint, batch: int, threads: int, precision: str | None = None) -> Opened:
-    """``precision``: f32, or None for what OpenVINO chooses itself."""
+def _openvino(
+    checkpoint: Checkpoint, batch: int, threads: int, calibration: Batch, precision: str | None = None
+) -> Opened:
+    """``precision``: f32, int8, or None for what OpenVINO chooses itself. In int8 the model is ONNX Runtime's."""
     with _extra("openvino"):
         import openvino
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
                                 "ENABLE_CPU_PINNING": False}  # fmt: skip
     if precision is not None:
-        settings["INFERENCE_PRECISION_HINT"] = precision
+        settings["INFERENCE_PRECISION_HINT"] = "f32"  # of what is not in int8
+    model = _int8(checkpoint, batch, calibration) if precision == "int8" else _onnx(checkpoint, batch)
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(_onnx(checkpoint, batch)), "CPU", settings)
+    compiled = core.compile_model(core.read_model(model), "CPU", settings)
     request = compiled.create_infer_request()
 
     def run(images: Batch) -> Batch:
         request.infer([images], share_inputs=True)
         return np.array(request.get_output_tensor(0).data)
 
-    return Opened(run, compiled.get_property("INFERENCE_PRECISION_HINT").to_string().replace("f32", "float32"))
+    hint = compiled.get_property("INFERENCE_PRECISION_HINT").to_string().replace("f32", "float32")
+    return Opened(run, "int8" if precision == "int8" else hint)
 
 
-def _ncnn(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
+def _ncnn(checkpoint: Checkpoint, batch: int, threads: int, calibration: Batch) -> Opened:
     """Takes one image at a time; of a batch, each thread takes its own, which is faster than all on each image."""
     if checkpoint.graph.gates:
         raise UnsupportedError("its converter does not know all operations of a gate")
@@ -127,7 +178,7 @@ def _ncnn(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
     return Opened(lambda images: np.concatenate([*pool.map(one_after_the_other, np.array_split(images, shares))]))
 
 
-def _torch(checkpoint: Checkpoint, batch: int, threads: int) -> Opened:
+def _torch(checkpoint: Checkpoint, batch: int, threads: int, calibration: Batch) -> Opened:
     with _extra("torch"):
         from manidp.torch.inference import compiled
     return Opened(compiled(checkpoint, threads))
@@ -139,4 +190,6 @@ PEERS = (
     Peer("ncnn", _ncnn, "ncnn"),
     Peer("torch.compile", _torch, "torch"),
     Peer("OpenVINO, its default", _openvino, "openvino"),
+    Peer("ONNX Runtime, quantised", partial(_onnxruntime, precision="int8"), "onnxruntime"),
+    Peer("OpenVINO, quantised", partial(_openvino, precision="int8"), "openvino"),
 )

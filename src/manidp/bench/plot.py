@@ -25,6 +25,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     mode = found["modes"][0]
     for row in mode["rows"]:
+        if row["correct"] is None:
+            continue
         accuracy = 100 * row["correct"] / row["total"]
         colour = COLOURS[row["computes"]]
         left.plot(row["median"], accuracy, "o", color=colour)

@@ -90,12 +90,9 @@ def labelled(data: Path | None, models: Mapping[str, Checkpoint]) -> tuple[Image
     from manidp.data.images import holds_cifar10, load_cifar10, load_sample
     from manidp.data.labelled import parts
 
-    first, *others = models
-    size = models[first].preprocessing.size
-    for name in others:
-        came = models[name].preprocessing.size
-        if came != size:
-            raise ManiDPError(f"both models must read pictures of one size (H, W): {first} {size}, {name} {came}")
+    first, size = _one_size(models)
+    if data is None and size != load_sample(1).size:
+        raise ManiDPError(f"the bundled test images are 32x32, {first} reads {size[0]}x{size[1]}; give --data FOLDER")
     if data is None:
         return load_sample(), "200 bundled CIFAR-10 test images"
     if holds_cifar10(data):
@@ -105,6 +102,31 @@ def labelled(data: Path | None, models: Mapping[str, Checkpoint]) -> tuple[Image
     for line in pictures.left_out:
         complain(line)
     return images, f"{len(images)} images of {data}"
+
+
+def resized(models: Mapping[str, Checkpoint]) -> tuple[ImageSet, str]:
+    """50 bundled images at the size that these checkpoints read, and what to call them."""
+    import numpy as np
+    from PIL import Image
+
+    from manidp.data.images import ImageSet, load_sample
+    from manidp.data.pictures import fit_picture
+
+    _, size = _one_size(models)
+    sample = load_sample(50)
+    images = np.stack([fit_picture(Image.fromarray(image), size) for image in sample.images])
+    return ImageSet(images, sample.labels, sample.classes), f"50 bundled images as {size[0]}x{size[1]}"
+
+
+def _one_size(models: Mapping[str, Checkpoint]) -> tuple[str, tuple[int, int]]:
+    """The first model's name, and the size that all read."""
+    first, *others = models
+    size = models[first].preprocessing.size
+    for name in others:
+        came = models[name].preprocessing.size
+        if came != size:
+            raise ManiDPError(f"both models must read pictures of one size (H, W): {first} {size}, {name} {came}")
+    return first, size
 
 
 def deciding(data: Path | None, images: ImageSet, count: int) -> NDArray[np.uint8]:

@@ -11,7 +11,19 @@ from typing import Annotated
 import typer
 
 from manidp.cli import show
-from manidp.cli.options import Budget, Data, Json, Model, Precision, Threads, check_outputs, deciding, labelled, suffix
+from manidp.cli.options import (
+    Budget,
+    Data,
+    Json,
+    Model,
+    Precision,
+    Threads,
+    check_outputs,
+    deciding,
+    labelled,
+    resized,
+    suffix,
+)
 from manidp.terminal import complain, escaped, progress, say, say_json, steps
 
 
@@ -181,10 +193,13 @@ def bench(
 ) -> None:
     """Compare the speed and accuracy of the engine and other runtimes, on the same models and images.
 
-    The runtimes take turns. Those that are not installed are left out: pip install 'manidp[bench]'.
+    The runtimes take turns. Those that are not installed are left out: pip install 'manidp[bench]'. Quantised ones
+    choose their scales on training images where --data has some. Without --data, networks that are not for CIFAR-10 get
+    bundled images of their size, and no accuracy is told.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads of one library must not disturb the next
     from manidp.bench.measure import bench as measured
+    from manidp.data.preprocessing import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
     from manidp.hub.find import find_model
     from manidp.machine import describe
 
@@ -193,12 +208,15 @@ def bench(
         suffix(plot, (".png", ".svg"))
     check_outputs([path for path in (out, plot) if path], [one.path for one in read.values()])
     models = {name: one.checkpoint for name, one in read.items()}
-    images, description = labelled(data, models)
+    known = all(set(CIFAR10_CLASSES) <= set(one.classes) for one in models.values())
+    scored = data is not None or (known and models[model].preprocessing.size == CIFAR10_PREPROCESSING.size)
+    images, description = labelled(data, models) if scored else resized(models)
     with progress() as bars:
         task = bars.add_task("", total=None)
         found = measured(
             models, images, threads=threads or int(describe()["cores"]), batch=batch, rounds=rounds, growth=growth,
-            say=lambda doing: bars.update(task, description=escaped(doing)),
+            say=lambda doing: bars.update(task, description=escaped(doing)), scored=scored,
+            calibration=deciding(data, images, 500) if data is not None else None,
         )  # fmt: skip
     found = {"data": description} | found
     if out:
