@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from manidp.cli import hub, inspect, models, run, score, train
+from manidp.cli import hub, inspect, models, run, score, serve, train
 from manidp.cli.options import help_alone
 from manidp.errors import ManiDPError
 from manidp.terminal import Complaints, complain, give_up_stdout, say
@@ -24,6 +24,7 @@ app = typer.Typer(
 for _command in (
     run.classify, run.evaluate, models.freeze, models.calibrate, train.data, models.info, train.train, train.prune,
     models.convert, run.report, run.diagnose, run.bench, score.score, inspect.inspect,
+    serve.serve,
 ):  # fmt: skip
     app.command()(_command)
 app.add_typer(hub.app, name="hub")

@@ -1,0 +1,142 @@
+"""uvicorn's HTTP connection with what it lacks: bounds for headers, slow clients and pipelines, and a polite end."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from manidp.serve.limits import Limits
+
+PIPELINE = 16  # requests that may wait behind the one being answered
+LINGER = 2.0  # seconds in which a client may still send what nobody reads, to get its answer
+
+
+class Connection(HttpToolsProtocol):
+    """One connection. ``limits`` is set by the server that makes a subclass of its own."""
+
+    limits: Limits
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._head = 0  # bytes since the last request ended
+        self._in_body = False
+        self._leaving = False
+        self._timer: asyncio.TimerHandle | None = self.loop.call_later(self.limits.header_seconds, self._too_slow)
+        super().connection_made(_Lingering(transport, self))  # type: ignore[arg-type]
+        if len(self.connections) > self.limits.connections:
+            self._end(b"503 Service Unavailable", b"too many connections; try again", b"retry-after: 1\r\n", False)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._leaving:
+            return
+        if not self._in_body:
+            if self._timer is None:
+                self._timer = self.loop.call_later(self.limits.header_seconds, self._too_slow)
+            self._head += len(data)
+        super().data_received(data)
+        if not self._in_body and self._head > self.limits.header and not self._leaving:
+            self._end(b"431 Request Header Fields Too Large", b"the headers are too long")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_body:  # else a trailer, which nobody asked for
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        self._in_body = True
+        if self._leaving:
+            return
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > self.limits.header:
+            self._end(b"431 Request Header Fields Too Large", b"the headers are too long")
+        elif len(self.pipeline) >= PIPELINE:
+            self.transport.abort()
+            self._leaving = True
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._leaving:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_body, self._head = False, 0
+        if not self._leaving:
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._in_body and self.cycle.response_complete:  # answered before the request ended: it is not waited for
+            self.transport.close()
+
+    def shutdown(self) -> None:
+        if self._head == 0 or self._in_body:  # else headers are on their way: answered, then closed
+            super().shutdown()
+        else:
+            self.timeout_keep_alive = 0
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()  # a client that does not read its answer
+        else:
+            super().timeout_keep_alive_handler()
+
+    def linger(self, transport: asyncio.Transport) -> None:
+        """Close: at once if the request was read, else after the client has had time to see its answer."""
+        if self._leaving or transport.is_closing():
+            return
+        self._leaving = True
+        self._stop_timer()
+        self._unset_keepalive_if_required()
+        if self._in_body and transport.can_write_eof():
+            transport.write_eof()
+            transport.resume_reading()
+        else:
+            transport.close()
+        self.loop.call_later(LINGER, transport.abort)
+
+    def _end(self, status: bytes, message: bytes, header: bytes = b"", linger: bool = True) -> None:
+        content = b'{"error":"' + message + b'"}'
+        self.transport.write(
+            b"HTTP/1.1 " + status + b"\r\ncontent-type: application/json\r\ncontent-length: "
+            + str(len(content)).encode() + b"\r\nconnection: close\r\n" + header + b"\r\n" + content
+        )  # fmt: skip
+        self._in_body = linger  # what follows is not read
+        self.transport.close()
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        if self._head:
+            self._end(b"408 Request Timeout", b"the headers took too long")
+        else:
+            self.transport.close()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class _Lingering:
+    """A transport whose ``close`` is the connection's, and to which nothing is written after it."""
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+        self._transport, self._connection = transport, connection
+
+    def close(self) -> None:
+        self._connection.linger(self._transport)
+
+    def write(self, data: bytes) -> None:
+        if not self._connection._leaving:
+            self._transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._connection._leaving or self._transport.is_closing()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
