@@ -11,7 +11,7 @@ OTHER ?= python3.13
 CORE := $(addprefix tests/test_,checkpoint.py ckpt.py engine.py files.py graph.py hub.py images.py macs.py reference.py \
 	static.py terminal.py)
 
-.PHONY: help run test check fuzz data model cards table figure support test-mindspore test-torch test-python clean
+.PHONY: help run test check api fuzz data model cards table figure support test-mindspore test-torch test-python clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -89,6 +89,12 @@ support: $(VENV)/.dev .venv-mindspore/.ready  ## Write docs/support.md, which ba
 
 fuzz: $(VENV)/.dev  ## Try many more mutants of every kind of file than the tests do: FIRST=0 MUTANTS=20000
 	PYTHONPATH=tests nice $(VENV)/bin/python -m hostile.campaign $(FIRST) $(MUTANTS)
+
+api: $(VENV)/.dev  ## Try the server's description against the server, with schemathesis
+	$(VENV)/bin/python -m pip install --quiet 'schemathesis>=4'
+	set -e; $(MANIDP) serve --port 8765 --no-log & server=$$!; trap 'kill $$server' EXIT; \
+	until curl --silent --fail http://127.0.0.1:8765/v2/health/ready; do sleep 1; kill -0 $$server; done; \
+	$(VENV)/bin/schemathesis run http://127.0.0.1:8765/openapi.json
 
 test-mindspore: .venv-mindspore/.ready  ## The tests that need MindSpore, in its own environment (numpy < 2)
 	.venv-mindspore/bin/python -m pytest tests/with_mindspore tests/training

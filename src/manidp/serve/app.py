@@ -131,9 +131,7 @@ def _deadline(value: object, started: float) -> float | None:
         return None
     number = _number(value)
     if not 1 <= number <= LONGEST_DEADLINE:
-        raise RefusedError(
-            422, f"deadline_ms must be a number of milliseconds, 1 to {LONGEST_DEADLINE:,}"
-        )
+        raise RefusedError(422, f"deadline_ms must be a number of milliseconds, 1 to {LONGEST_DEADLINE:,}")
     return started + number / 1000
 
 

@@ -93,7 +93,7 @@ class Rate:
     _sum: float = 0.0
     _at: float = 0.0
 
-    def add(self, images: int, now: float) -> None:
+    def add(self, images: float, now: float) -> None:
         """So many have come."""
         self._sum = self._sum * math.exp(min(0.0, self._at - now) / self.span) + images
         self._at = max(self._at, now)

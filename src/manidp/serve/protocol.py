@@ -164,7 +164,7 @@ def _listed(data: object, kind: str) -> NDArray[Any]:
     try:
         values = np.array(flat, np.float64)
     except OverflowError:
-        values = np.array([np.inf])
+        raise RefusedError(400, "the tensor holds numbers that are not finite (or exceed FP32)") from None
     if kind == "UINT8" and (values.min() < 0 or values.max() > 255):
         raise RefusedError(400, "numbers of UINT8 are from 0 to 255")
     with np.errstate(over="ignore"):

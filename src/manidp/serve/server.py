@@ -13,6 +13,7 @@ import uvicorn
 from manidp.errors import ManiDPError
 from manidp.serve.app import Service, make_app
 from manidp.serve.connection import Connection
+from manidp.terminal import say_json
 
 SWITCH = 0.0005  # seconds between looks at who wants the interpreter: the engine's thread must not wait for handlers
 
@@ -59,9 +60,8 @@ def serve(service: Service, host: str, port: int) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the log of requests tells what there is to tell
     server = _Server(config, service)
     service.on_fault = lambda: setattr(server, "should_exit", True)
-    if service.log:
-        host_, port_ = listening.getsockname()[:2]
-        service.log.line(event="listening", host=host_, port=port_, model=service.name)
+    at, number = listening.getsockname()[:2]
+    say_json({"event": "listening", "host": at, "port": number, "model": service.name})
     switch = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH)
     try:
@@ -70,7 +70,7 @@ def serve(service: Service, host: str, port: int) -> None:
         sys.setswitchinterval(switch)
         listening.close()
         if service.log:
-            service.log.line(event="stopped")
             service.log.close()
+        say_json({"event": "stopped"})
     if service.fault is not None:
         raise service.fault
