@@ -19,7 +19,6 @@ from manidp.result import Result
 
 if TYPE_CHECKING:
     from manidp.data.images import ImageSet
-    from manidp.engine.engine import Engine
 
 
 class Runner(Protocol):
@@ -28,6 +27,16 @@ class Runner(Protocol):
     @property
     def checkpoint(self) -> Checkpoint:
         """The network that runs."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Threads of the CPU that it runs on."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """Of maps and convolutions."""
         ...
 
     def run(self, images: Any, *, budget: str | float = ...) -> Result:
@@ -100,7 +109,7 @@ class Evaluation:
 
 
 def evaluate(
-    engines: Mapping[str, Engine], images: ImageSet, budgets: Mapping[str, str | float] | None = None
+    engines: Mapping[str, Runner], images: ImageSet, budgets: Mapping[str, str | float] | None = None
 ) -> list[Evaluation]:
     """Accuracy, mean multiply-adds and time of each engine; they take turns over the whole set.
 

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
     from manidp.data.images import ImageSet
     from manidp.formats.checkpoint import Checkpoint
+    from manidp.predict import Runner
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A bundled model, a checkpoint file, or the name of a card on the hub.")
 ]
 Threads = Annotated[int, typer.Option(help="Number of threads; they work on different images.", min=1)]
-Precision = Annotated[str, typer.Option(help="float32; or float16, where the CPU supports it.")]
+Precision = Annotated[str, typer.Option(help="float32; or float16, where the CPU supports it; with torch, bfloat16.")]
 Budget = Annotated[
     str,
     typer.Option(help="Operating point: a name that `info` lists, or a share of the dense multiply-adds: 45% or 0.45."),
@@ -44,6 +45,25 @@ Sources = Annotated[
     list[str] | None,
     typer.Option("--source", help="Folder, archive or https address of cards, searched before the bundled catalogue."),
 ]
+
+
+Backend = Annotated[str, typer.Option(help="What runs the model: engine, or torch, which computes every channel.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda; with the engine, cpu.")]
+
+
+def opened(checkpoint: Checkpoint, backend: str, device: str, precision: str, threads: int) -> Runner:
+    """The checkpoint, ready to run where the user says."""
+    if backend == "torch":
+        from manidp.torch.inference import TorchEngine
+
+        return TorchEngine(checkpoint, device=device, precision=precision, threads=threads)
+    if backend != "engine":
+        raise ManiDPError(f"--backend is engine or torch; got {backend}")
+    if device != "cpu":
+        raise ManiDPError(f"the engine runs on cpu, not on {device}; add --backend torch")
+    from manidp.engine.engine import Engine
+
+    return Engine(checkpoint, threads=threads, precision=precision)
 
 
 def help_alone(context: typer.Context) -> None:

@@ -12,8 +12,10 @@ import typer
 
 from manidp.cli import show
 from manidp.cli.options import (
+    Backend,
     Budget,
     Data,
+    Device,
     Json,
     Model,
     Precision,
@@ -21,6 +23,7 @@ from manidp.cli.options import (
     check_outputs,
     deciding,
     labelled,
+    opened,
     resized,
     suffix,
 )
@@ -36,6 +39,8 @@ def classify(
     threads: Threads = 1,
     precision: Precision = "float32",
     budget: Budget = "default",
+    backend: Backend = "engine",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Classify pictures; show multiply-adds and the share of channels kept in each stage.
@@ -46,7 +51,6 @@ def classify(
     from manidp import load_model
     from manidp.data.folders import load_pictures
     from manidp.data.images import load_sample
-    from manidp.engine.engine import Engine
     from manidp.graph.macs import ungated_macs
     from manidp.predict import asked_budget, predict
 
@@ -66,7 +70,7 @@ def classify(
         assert bundled.indices is not None
         images, truth = bundled.images, [bundled.classes[label] for label in bundled.labels]
         names = [f"test image {index}" for index in bundled.indices]
-    predictions = predict(Engine(checkpoint, threads=threads, precision=precision), images, budget=at)
+    predictions = predict(opened(checkpoint, backend, device, precision, threads), images, budget=at)
     rows = [show.row(*one) for one in zip(names, truth, predictions, strict=True)]
     if as_json:
         say_json({"model": model, "images": rows, "errors": errors}, indent=2)
@@ -87,11 +91,12 @@ def evaluate(
     threads: Threads = 1,
     precision: Precision = "float32",
     budget: Budget = "default",
+    backend: Backend = "engine",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure accuracy, mean multiply-adds and latency on labelled images; without --data, on the bundled 200."""
     from manidp import load_model
-    from manidp.engine.engine import Engine
     from manidp.machine import describe
     from manidp.predict import asked_budget
     from manidp.predict import evaluate as evaluated
@@ -100,10 +105,19 @@ def evaluate(
     at = asked_budget(budget)
     models[model].point(at)
     images, description = labelled(data, models)
-    engines = {name: Engine(one, threads=threads, precision=precision) for name, one in models.items()}
+    engines = {name: opened(one, backend, device, precision, threads) for name, one in models.items()}
     rows = evaluated(engines, images, {model: at})
     if as_json:
-        say_json({"data": description, "machine": describe(), "models": [asdict(row) for row in rows]}, indent=2)
+        say_json(
+            {
+                "data": description,
+                "machine": describe(),
+                "backend": backend,
+                "device": device,
+                "models": [asdict(row) for row in rows],
+            },
+            indent=2,
+        )
     else:
         show.evaluated(rows, description)
 

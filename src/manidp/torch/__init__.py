@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from manidp.data.labelled import Labelled
 from manidp.data.preprocessing import CIFAR10_PREPROCESSING, Preprocessing
@@ -15,10 +16,23 @@ from manidp.training.recipe import PRUNING, Recipe, budget_of
 from manidp.training.state import EpochRecord
 from manidp.training.train import train as train_with
 
+if TYPE_CHECKING:
+    from manidp.torch.inference import TorchEngine
+
 try:
     import torch as _torch  # noqa: F401
 except ImportError as error:
     raise MissingExtraError("this needs PyTorch; install it with: pip install 'manidp[torch]'") from error
+
+
+def load(
+    name: str | Path, *, device: str = "cpu", precision: str = "float32", threads: int | None = None
+) -> TorchEngine:
+    """As ``manidp.load``, to run with PyTorch on a device; options are those of ``TorchEngine``."""
+    from manidp.hub.find import find_model
+    from manidp.torch.inference import TorchEngine
+
+    return TorchEngine(find_model(name).checkpoint, device=device, precision=precision, threads=threads)
 
 
 def train(

@@ -24,7 +24,7 @@ from manidp.errors import TrainingError
 from manidp.formats.checkpoint import DEFAULT, Checkpoint
 from manidp.graph import Graph
 from manidp.result import Result
-from manidp.torch.convert import network_from
+from manidp.torch.convert import check_device, network_from
 from manidp.torch.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
 from manidp.torch.network import GateRecord, Network, Output
 from manidp.torch.processes import AllRows, Processes, together
@@ -43,8 +43,7 @@ class Torch:
     version = torch.__version__
 
     def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
-        if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-            raise TrainingError(f"device must be cpu, or cuda where PyTorch finds a GPU; got {device}")
+        check_device(device, TrainingError)
         if threads is not None:
             check_threads(threads)
             torch.set_num_threads(threads)

@@ -1,7 +1,10 @@
-"""From a checkpoint to a torch network; ``Network.weights`` is the way back."""
+"""From a checkpoint to a torch network, and where it may run; ``Network.weights`` is the way back."""
 
 from __future__ import annotations
 
+import torch
+
+from manidp.errors import ManiDPError
 from manidp.formats.checkpoint import Checkpoint
 from manidp.torch.network import Network
 
@@ -11,3 +14,12 @@ def network_from(checkpoint: Checkpoint) -> Network:
     network = Network(checkpoint.graph)
     network.load(checkpoint.weights)
     return network.eval()
+
+
+def check_device(device: str, error: type[ManiDPError] = ManiDPError) -> None:
+    """Raises ``error`` for a device that is neither cpu nor cuda, or cuda where PyTorch finds no GPU."""
+    if device not in ("cpu", "cuda"):
+        raise error(f"device must be cpu or cuda; got {device!r:.80}")
+    if device == "cuda" and not torch.cuda.is_available():
+        built = "" if torch.version.cuda else f", and this PyTorch, {torch.__version__}, is built without CUDA"
+        raise error(f"device cuda: PyTorch finds no GPU here{built}; use cpu")

@@ -1,17 +1,102 @@
-"""A checkpoint through torch.compile, as fast as torch runs it on a CPU: what the engine is compared with."""
+"""A checkpoint run by torch: on a GPU, or compiled for a CPU to compare the engine with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from manidp.formats.checkpoint import Checkpoint
-from manidp.torch.convert import network_from
-from manidp.torch.network import Output
+from manidp.engine.inputs import Images, batch_of
+from manidp.errors import ImageError, ManiDPError
+from manidp.formats.checkpoint import DEFAULT, Checkpoint
+from manidp.result import Result
+from manidp.torch.convert import check_device, network_from
+from manidp.torch.network import Network, Output
+from manidp.training.backend import check_threads, pass_size
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+class TorchEngine:
+    """A checkpoint, ready to run on a device: takes what ``Engine`` takes, and gives the same results.
+
+    Every channel is computed, and closed ones are multiplied by 0: a GPU gains nothing by skipping them one image at a
+    time. device: cpu or cuda. precision: "float32" (without TF32), or "bfloat16" for maps and convolutions. threads: of
+    the CPU, for the whole process; None: as many as PyTorch has. Raises ManiDPError for options that cannot be.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, device: str = "cpu", precision: str = "float32", threads: int | None = None
+    ) -> None:
+        check_device(device)
+        if precision not in PRECISIONS:
+            raise ManiDPError(f"precision of torch is {' or '.join(PRECISIONS)}; got {precision!r:.80}")
+        if threads is not None:
+            check_threads(threads)
+            torch.set_num_threads(threads)
+        self.checkpoint, self.graph, self.device, self.precision = checkpoint, checkpoint.graph, device, precision
+        self._networks: dict[str, Network] = {}  # of the operating points that have been asked for
+        self._network(DEFAULT)
+
+    @property
+    def threads(self) -> int:
+        """Threads of the CPU."""
+        return torch.get_num_threads()
+
+    def _network(self, budget: str | float) -> Network:
+        point = self.checkpoint.point(budget)
+        if point.name not in self._networks:
+            network = network_from(self.checkpoint.at(budget)).to(self.device)
+            self._networks[point.name] = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self._networks[point.name]
+
+    @torch.no_grad()
+    def run(self, images: Images, *, budget: str | float = DEFAULT) -> Result:
+        """As ``Engine.run``."""
+        network, preprocessing = self._network(budget), self.checkpoint.preprocessing
+        batch = batch_of(images, self.graph.input.dims)
+        wide = sum(self.graph.gate_channels.values())
+        logits = [np.empty((0, self.graph.num_classes), np.float32)]
+        gates = [np.empty((0, wide), np.float32)]
+        size = pass_size(preprocessing.size)
+        with _exact(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            for start in range(0, len(batch), size):
+                part = batch[start : start + size]
+                planes = preprocessing.apply(part) if part.dtype == np.uint8 else part
+                if not np.isfinite(planes).all():
+                    raise ImageError("images hold numbers that are not finite (or exceed float32)")
+                tensor = torch.from_numpy(planes).to(self.device).contiguous(memory_format=torch.channels_last)
+                output = network(tensor)
+                logits.append(output.logits.float().cpu().numpy())
+                if wide:
+                    records = [output.records[name].gate for name in self.graph.gate_channels]
+                    gates.append(torch.cat(records, 1).float().cpu().numpy())
+        joined = np.concatenate(logits)
+        if not np.isfinite(joined).all():
+            bad = np.flatnonzero(~np.isfinite(joined).all(axis=1))
+            raise ManiDPError(f"the logits of images {bad.tolist()} are not finite: values overflow {self.precision}")
+        values = np.concatenate(gates) if wide else np.empty((len(joined), 0), np.float32)
+        return Result(self.graph, joined, values)
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """Products of float32 in float32: by default a GPU rounds those of convolutions to TF32."""
+    backends: Any = torch.backends
+    kinds = [backends.cudnn.conv, backends.cuda.matmul]
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
 
 
 def compiled(checkpoint: Checkpoint, threads: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
