@@ -11,7 +11,7 @@ OTHER ?= python3.13
 CORE := $(addprefix tests/test_,checkpoint.py ckpt.py engine.py files.py graph.py hub.py images.py macs.py reference.py \
 	static.py terminal.py)
 
-.PHONY: help run test check api fuzz data model cards table figure support test-mindspore test-torch test-python clean
+.PHONY: help run test check api screenshot fuzz data model cards table figure support test-mindspore test-torch test-python clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -95,6 +95,9 @@ api: $(VENV)/.dev  ## Try the server's description against the server, with sche
 	set -e; $(MANIDP) serve --port 8765 --no-log & server=$$!; trap 'kill $$server' EXIT; \
 	until curl --silent --fail http://127.0.0.1:8765/v2/health/ready; do sleep 1; kill -0 $$server; done; \
 	$(VENV)/bin/schemathesis run http://127.0.0.1:8765/openapi.json
+
+screenshot: $(VENV)/.dev  ## Take the README's picture of the server's page; needs Debian's chromium
+	$(VENV)/bin/python docs/make_screenshot.py
 
 test-mindspore: .venv-mindspore/.ready  ## The tests that need MindSpore, in its own environment (numpy < 2)
 	.venv-mindspore/bin/python -m pytest tests/with_mindspore tests/training

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import math
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from importlib import resources
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from numpy.typing import NDArray
+from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from manidp.data.images import load_sample
 from manidp.data.pictures import decode_picture
 from manidp.engine.engine import Engine
 from manidp.errors import CheckpointError, ImageError, quoted
@@ -36,6 +40,16 @@ from manidp.serve.metrics import CONTENT_TYPE, Metrics
 
 OPTIONS = ("budget", "deadline_ms", "top", "channels")
 LONGEST_DEADLINE = 600_000  # milliseconds
+PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+}
 ASIDE = 2**16  # bytes of a document that is read in a thread, so that others are answered meanwhile
 
 
@@ -62,6 +76,7 @@ class Service:
         self.held = Held(self.limits.held)
         self.threads = ThreadPoolExecutor(self.engine.threads, "decode")
         self.dense = ungated_macs(self.engine.graph)
+        self.samples = {str(number): _png(image) for number, image in enumerate(load_sample(describe.SAMPLES).images)}
         self.recent: deque[float] = deque(maxlen=1000)
         self.metrics.watch("queue_images", "Images that wait for the engine", lambda: self._batcher_says("queued"))
         self.metrics.watch("held_bytes", "Bytes of requests in memory", lambda: self.held.bytes)
@@ -186,6 +201,19 @@ def _json(content: Any, status: int = 200) -> Response:
     return Response(json.dumps(content, separators=(",", ":")), status, media_type="application/json")
 
 
+def _page(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
+    async def page() -> Response:
+        return Response(content, media_type=kind, headers=PAGE_HEADERS)
+
+    return page
+
+
+def _png(image: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
 def _told(service: Service, answer: Answer, top: int, channels: bool) -> dict[str, Any]:
     pictures: list[dict[str, Any]] = []
     for one in predictions_of(service.engine.checkpoint, answer.result, top):
@@ -270,8 +298,20 @@ def make_app(service: Service) -> FastAPI:
                 {"name": one.name, "macs": one.macs, "accuracy": one.accuracy, "on_dial": one.name in chosen}
                 for one in (checkpoint.default_point, *checkpoint.points)
             ],
+            "samples": len(service.samples),
             "limits": {"body": limits.body, "pictures": limits.pictures, "pixels": limits.pixels},
         })  # fmt: skip
+
+    @app.get("/v1/samples/{number}", **told.samples)
+    async def samples(request: Request) -> Response:
+        number = request.path_params["number"]
+        if number not in service.samples:
+            raise RefusedError(404, f"test images are 0 to {len(service.samples) - 1}")
+        return Response(service.samples[number], media_type="image/png")
+
+    for path, (name, kind) in PAGE.items():
+        content = resources.files("manidp.serve").joinpath("page", name).read_bytes()
+        app.add_api_route(path, _page(content, kind), include_in_schema=False)
 
     @app.get("/v1/status", **told.status)
     async def status() -> Response:

@@ -16,6 +16,7 @@ ABOUT = (
     "Classifies pictures with a network that decides for each of them which channels to compute. Under load the server "
     "goes to cheaper operating points before it refuses requests; each answer says which one was used."
 )
+SAMPLES = 12  # bundled test images that are shown
 JSON = "application/json"
 KINDS = ("image/jpeg", "image/png", "image/webp", "image/bmp", "image/gif", "image/tiff")
 Schema = dict[str, Any]
@@ -121,9 +122,17 @@ class Described:
         point = _object({"name": TEXT, "macs": _or_null(NUMBER), "accuracy": _or_null(NUMBER), "on_dial": YES})
         answer = _object({
             "name": TEXT, "classes": _list(TEXT), "size": _list(COUNT), "dense_macs": COUNT, "target_ms": NUMBER,
-            "points": _list(point), "limits": _object(dict.fromkeys(("body", "pictures", "pixels"), COUNT)),
+            "points": _list(point), "samples": COUNT,
+            "limits": _object(dict.fromkeys(("body", "pictures", "pixels"), COUNT)),
         })  # fmt: skip
         return _route("The model, its operating points and the limits", "classify", answer, ())
+
+    @cached_property
+    def samples(self) -> dict[str, Any]:
+        told = _route("A bundled test image", "classify", "image/png", (404,))
+        number = {"type": "string", "enum": [str(number) for number in range(SAMPLES)]}
+        told["openapi_extra"]["parameters"] = [{"name": "number", "in": "path", "required": True, "schema": number}]
+        return told
 
     @cached_property
     def status(self) -> dict[str, Any]:
