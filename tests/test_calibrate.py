@@ -9,7 +9,7 @@ from manidp.formats.checkpoint import Checkpoint
 from manidp.gating.place import with_gates
 from manidp.graph.macs import ungated_macs
 from manidp.models import resnet
-from manidp.training.calibrate import calibrate
+from manidp.training.calibrate import calibrate, confidence_for
 from networks import Array, checkpoint_of, random_weights, with_thresholds
 
 RNG = np.random.default_rng(3)
@@ -60,3 +60,20 @@ def test_a_network_without_gates_is_refused() -> None:
     graph = resnet(8, image=(3, 16, 16))
     with pytest.raises(GraphError, match="only gates with thresholds"):
         calibrate(checkpoint_of(graph, random_weights(graph)), IMAGES, 0.5)
+
+
+def test_a_cascades_confidence_spends_its_budget_and_no_more(checkpoint: Checkpoint) -> None:
+    dense, cascade = ungated_macs(checkpoint.graph), ("cheap", "default")
+    made = calibrate(checkpoint, IMAGES, 0.3, name="cheap")
+    spent = []
+    with Engine(made) as engine:
+        for budget in (0.4, 0.5, 0.6):
+            least = confidence_for(made, IMAGES, cascade, budget)
+            result = engine.run(IMAGES, cascade=cascade, confidence=least)
+            spent.append(result.macs.mean() / dense)
+            assert spent[-1] <= budget
+            assert spent[-1] > budget - 1.2 / len(IMAGES)  # one image more would exceed it
+    assert spent[0] < spent[1]
+    assert confidence_for(made, IMAGES, cascade, 3.0) == 1.0
+    with pytest.raises(TrainingError, match="its cheap point, cheap, does not exceed"):
+        confidence_for(made, IMAGES, cascade, 0.2)

@@ -567,7 +567,14 @@ def test_help_shows_every_text_as_it_is_written(words: tuple[str, ...], capsys: 
     texts = [COMMANDS[words].help, *(getattr(parameter, "help", None) for parameter in COMMANDS[words].params)]
     for text in texts:
         assert "".join((text or "").split()) in shown
-    extras = {"bench": ["bench"], "score": ["score"], "report": ["plots"], "train": ["torch"], "prune": ["torch"]}
+    extras = {
+        "bench": ["bench"],
+        "score": ["score"],
+        "report": ["plots"],
+        "train": ["torch"],
+        "prune": ["torch"],
+        "diagnose": ["torch"],
+    }
     assert re.findall(r"pip install 'manidp\[(\w+)\]'", " ".join(out.split())) == extras.get(" ".join(words), [])
 
 

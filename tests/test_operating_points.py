@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from manidp.engine.engine import Engine
-from manidp.errors import CheckpointError
+from manidp.errors import CheckpointError, ManiDPError
 from manidp.formats.checkpoint import Checkpoint, OperatingPoint
 from manidp.gating.place import with_gates
 from manidp.graph import Activation, BatchNorm, Conv, GlobalPool, Graph, Input, Linear
+from manidp.result import probabilities
 from networks import checkpoint_of, random_weights, with_thresholds
 
 IMAGES = np.random.default_rng(1).normal(size=(8, 3, 8, 8)).astype(np.float32)
@@ -41,6 +43,11 @@ def pointed() -> Checkpoint:
     return replace(checkpoint_of(graph, weights), points=tuple(points))
 
 
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(pointed())
+
+
 def test_each_budget_is_the_network_of_its_point_from_16_threads_at_once() -> None:
     checkpoint = pointed()
     names = ["default", *(point.name for point in checkpoint.points)]
@@ -51,6 +58,43 @@ def test_each_budget_is_the_network_of_its_point_from_16_threads_at_once() -> No
         for name, result in zip(asked, pool.map(lambda name: engine.run(IMAGES, budget=name), asked), strict=True):
             np.testing.assert_array_equal(result.logits, wanted[name].logits, err_msg=name)
             np.testing.assert_array_equal(result.gate_values, wanted[name].gate_values, err_msg=name)
+
+
+def test_a_cascade_runs_the_dear_point_on_what_the_cheap_one_is_unsure_of_and_counts_both(engine: Engine) -> None:
+    cheap, dear = (engine.run(IMAGES, budget=name) for name in ("p1", "p14"))
+    least = float(np.sort(cheap.confidence)[5])
+    both = engine.run(IMAGES, cascade=("p1", "p14"), confidence=least)
+    none, all_ = (engine.run(IMAGES, cascade=("p1", "p14"), confidence=c) for c in (0.0, 1.0))
+    on = both.went_on
+    assert on is not None
+    assert on.sum() == 5
+    np.testing.assert_array_equal(on, cheap.confidence < least)
+    np.testing.assert_array_equal(both.logits, np.where(on[:, None], dear.logits, cheap.logits))
+    np.testing.assert_array_equal(both.gate_values, np.where(on[:, None], dear.gate_values, cheap.gate_values))
+    np.testing.assert_array_equal(both.macs, cheap.macs + np.where(on, dear.macs, 0))
+    np.testing.assert_array_equal(none.macs, cheap.macs)
+    np.testing.assert_array_equal(all_.macs, cheap.macs + dear.macs)
+    np.testing.assert_array_equal(cheap.confidence, probabilities(cheap.logits).max(1))
+    assert cheap.went_on is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cascade": ("p1", "p2")},
+        {"confidence": 0.5},
+        {"cascade": ("p1",), "confidence": 0.5},
+        {"cascade": ("p1", "p2"), "confidence": 1.5},
+        {"cascade": ("p1", "p2"), "confidence": float("nan")},
+        {"cascade": ("p1", "p2"), "confidence": 0.5, "budget": "p3"},
+    ],
+    ids=str,
+)
+def test_a_cascade_is_two_points_and_a_confidence(engine: Engine, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ManiDPError, match="a cascade is two operating points and a confidence of"):
+        engine.run(IMAGES, **wrong)
+    with pytest.raises(CheckpointError, match="'p99'"):
+        engine.run(IMAGES, cascade=("p1", "p99"), confidence=0.5)
 
 
 def test_an_unknown_budget_names_the_known_ones_and_the_engine_goes_on() -> None:

@@ -70,6 +70,7 @@ WORKING: dict[str, dict[str, list[str]]] = {
               "settings": ["epochs=1", "batch_size=4", "precision=float32", "learning_rate=0.01"]},
     "convert": {"source": ["m.safetensors"], "out": ["new.ckpt"], "thresholds": ["new.npy"]},
     "report": {"out": ["new.html"], "model": ["m.safetensors"], "beside": ["dense.safetensors"], "data": ["set"]},
+    "diagnose": {"model": ["m.safetensors"], "data": ["set"]},
     "bench": {"model": ["m.safetensors"], "dense": ["dense.safetensors"], "data": ["set"]},
     "inspect": {"network": ["net.py:make"], "size": ["3x32x32"]},
     "hub": {},
@@ -141,7 +142,7 @@ def compiled(checkpoint: Checkpoint, make: Any = engine.Engine, **options: Any) 
 
 
 def prepare(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "train":
+    if name in ("train", "diagnose"):
         pytest.importorskip("torch.nn", reason="training needs PyTorch: pip install 'manidp[torch]'")
     if name == "report":
         charts = pytest.importorskip(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from manidp.formats.checkpoint import DEFAULT, Checkpoint
 from manidp.graph.macs import ungated_macs
-from manidp.result import Result
+from manidp.result import Result, probabilities
 
 if TYPE_CHECKING:
     from manidp.data.images import ImageSet
@@ -39,8 +39,15 @@ class Runner(Protocol):
         """Of maps and convolutions."""
         ...
 
-    def run(self, images: Any, *, budget: str | float = ...) -> Result:
-        """What the network makes of the images at an operating point."""
+    def run(
+        self,
+        images: Any,
+        *,
+        budget: str | float = ...,
+        cascade: tuple[str | float, str | float] | None = ...,
+        confidence: float | None = ...,
+    ) -> Result:
+        """What the network makes of the images at an operating point, or at one or two of a cascade."""
         ...
 
 
@@ -61,9 +68,21 @@ class Prediction:
     kept: Mapping[str, float]
 
 
-def predict(engine: Runner, images: Any, *, budget: str | float = DEFAULT, top: int = 5) -> list[Prediction]:
-    """One prediction an image, in their order; ``images`` and ``budget`` are what ``Engine.run`` takes."""
-    return predictions_of(engine.checkpoint, engine.run(images, budget=budget), top)
+def predict(
+    engine: Runner,
+    images: Any,
+    *,
+    budget: str | float = DEFAULT,
+    cascade: tuple[str | float, str | float] | None = None,
+    confidence: float | None = None,
+    top: int = 5,
+) -> list[Prediction]:
+    """One prediction an image, in their order; all but ``top`` is what ``Engine.run`` takes.
+
+    Of a cascade ``macs`` are those of both passes, ``kept`` is that of the last.
+    """
+    result = engine.run(images, budget=budget, cascade=cascade, confidence=confidence)
+    return predictions_of(engine.checkpoint, result, top)
 
 
 def predictions_of(checkpoint: Checkpoint, result: Result, top: int = 5) -> list[Prediction]:
@@ -93,7 +112,7 @@ class Evaluation:
 
     ``correct`` of ``total`` images are right. ``mean_macs``: multiply-adds an image, gates included; ``dense_macs``:
     the same without gates. ``milliseconds_per_image``: images one at a time on each of ``threads`` threads, median of
-    ``rounds`` passes over the set.
+    ``rounds`` passes over the set. ``went_on``: share of the images that the dear point of a cascade saw, None without.
     """
 
     model: str
@@ -106,24 +125,31 @@ class Evaluation:
     threads: int
     precision: str
     budget: str | float
+    went_on: float | None = None
 
 
 def evaluate(
-    engines: Mapping[str, Runner], images: ImageSet, budgets: Mapping[str, str | float] | None = None
+    engines: Mapping[str, Runner],
+    images: ImageSet,
+    budgets: Mapping[str, str | float] | None = None,
+    cascades: Mapping[str, tuple[str | float, str | float, float]] | None = None,
 ) -> list[Evaluation]:
     """Accuracy, mean multiply-adds and time of each engine; they take turns over the whole set.
 
-    engines: by the name of the model. budgets: operating points other than the default, by the same names. Classes are
-    matched by name: raises ImageError for images of a class that a model does not know.
+    engines: by the name of the model. budgets: operating points other than the default, by the same names; cascades:
+    cheap point, dear point and confidence, where an engine shall run two. Classes are matched by name: raises
+    ImageError for images of a class that a model does not know.
     """
-    budgets = budgets or {}
+    budgets, cascades = budgets or {}, cascades or {}
+    how: dict[str, dict[str, Any]] = {name: {"budget": budgets.get(name, DEFAULT)} for name in engines}
+    how |= {name: {"cascade": (low, high), "confidence": least} for name, (low, high, least) in cascades.items()}
     labels = {name: images.relabelled(engine.checkpoint.classes, name).labels for name, engine in engines.items()}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     results: dict[str, Result] = {}
     for _ in range(9 if len(images) <= 1000 else 3):
         for name, engine in engines.items():
             started = time.perf_counter()
-            results[name] = engine.run(images.images, budget=budgets.get(name, DEFAULT))
+            results[name] = engine.run(images.images, **how[name])
             seconds[name].append(time.perf_counter() - started)
     return [
         Evaluation(
@@ -136,7 +162,8 @@ def evaluate(
             rounds=len(seconds[name]),
             threads=engine.threads,
             precision=engine.precision,
-            budget=budgets.get(name, DEFAULT),
+            budget=" then ".join(map(str, cascades[name][:2])) if name in cascades else budgets.get(name, DEFAULT),
+            went_on=None if (on := results[name].went_on) is None else float(on.mean()),
         )
         for name, engine in engines.items()
     ]
@@ -148,13 +175,6 @@ def asked_budget(text: str) -> str | float:
         return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return text
-
-
-def probabilities(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Softmax over the classes: (B, classes) -> (B, classes), rows add up to 1."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    shares: NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
-    return shares
 
 
 def kept_by_stage(kept: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.float64]]:

@@ -20,11 +20,15 @@ class Result:
     """What a network says about a batch of B images, and what it spent on each.
 
     logits: (B, classes). gate_values: (B, channels of all gates), gate after gate, 0 where a channel is closed.
+    Of a cascade both are those of the last pass that an image had; ``went_on`` (B,) bool: which images had two, and
+    ``macs_before`` (B,): the multiply-adds of their first, 0 for the others. Both are None for a single pass.
     """
 
     graph: Graph
     logits: Array
     gate_values: Array
+    went_on: NDArray[np.bool_] | None = None
+    macs_before: NDArray[np.int64] | None = None
 
     @cached_property
     def gates(self) -> dict[str, Array]:
@@ -40,5 +44,19 @@ class Result:
 
     @cached_property
     def macs(self) -> NDArray[np.int64]:
-        """(B,) multiply-adds of each image, gates included."""
-        return np.broadcast_to(macs_per_image(self.graph, self.kept), len(self.logits)).copy()
+        """(B,) multiply-adds of each image, gates included, of both passes of a cascade."""
+        last = np.broadcast_to(macs_per_image(self.graph, self.kept), len(self.logits)).copy()
+        return last if self.macs_before is None else last + self.macs_before
+
+    @cached_property
+    def confidence(self) -> NDArray[np.float64]:
+        """(B,) probability of the most probable class, 0..1."""
+        most: NDArray[np.float64] = probabilities(self.logits).max(axis=1)
+        return most
+
+
+def probabilities(logits: Array) -> NDArray[np.float64]:
+    """Softmax over the classes: (B, classes) -> (B, classes), rows add up to 1."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    shares: NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
+    return shares

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from manidp.cli import show
-from manidp.cli.options import Data, Json, check_outputs, deciding, labelled, suffix
+from manidp.cli.options import Cascade, Data, Json, asked_cascade, check_outputs, deciding, labelled, suffix
 from manidp.errors import ManiDPError
 from manidp.terminal import complain, say, say_json
 
@@ -81,16 +81,22 @@ def convert(
 
 def calibrate(
     model: Annotated[str, typer.Argument(help="A gated model; as for --model of evaluate.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint to write: a .safetensors file.")],
     budget: Annotated[
         list[str], typer.Option(help="Share of the dense multiply-adds, 35% or 0.35; may be given several times.")
     ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The checkpoint to write: a .safetensors file.")
+    ] = None,
+    cascade: Cascade = None,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
     """Add operating points to a gated model without training: thresholds under which it takes other budgets.
 
-    The images of --data decide; with CIFAR-10, 5,000 training images decide, and the test images measure.
+    With --cascade nothing is written: it says the confidence with which two operating points together take the budget.
+    The images of --data decide; with CIFAR-10, 5,000 training images decide, and the test images measure. A model is
+    surer of images that it was trained on, so that others then take more than the budget: hold some out (train
+    --holdout), and give them as --data.
     """
     from dataclasses import replace
 
@@ -99,16 +105,31 @@ def calibrate(
     from manidp.hub.find import find_model
     from manidp.predict import asked_budget, evaluate
     from manidp.training.calibrate import calibrate as calibrated
+    from manidp.training.calibrate import confidence_for
 
-    suffix(out, (".safetensors",))
     shares = [share for share in map(asked_budget, budget) if isinstance(share, float)]
     if len(shares) < len(budget):
         raise ManiDPError(f"--budget is a share of the dense multiply-adds, 35% or 0.35; got {', '.join(budget)}")
+    if (out is None) == (cascade is None) or (cascade is not None and len(shares) > 1):
+        raise ManiDPError("give --out for a checkpoint with more points, or --cascade with one --budget")
     found = find_model(model)
-    check_outputs([out], [found.path])
     checkpoint = found.checkpoint
+    if out is not None:
+        suffix(out, (".safetensors",))
+        check_outputs([out], [found.path])
     images, description = labelled(data, {model: checkpoint})
     chosen = deciding(data, images, 5_000)
+    if out is None:
+        both = asked_cascade(cascade or "")
+        confidence = confidence_for(checkpoint, chosen, both, shares[0])
+        rows = evaluate({model: Engine(checkpoint)}, images, cascades={model: (*both, confidence)})
+        if as_json:
+            said = {"confidence": confidence, "data": description, "models": [asdict(row) for row in rows]}
+            say_json(said, indent=2)
+        else:
+            show.evaluated(rows, description)
+            say(f"--cascade {cascade} --confidence {confidence:.6g}: {rows[0].went_on:.1%} of the images went on")
+        return
     for share in shares:
         checkpoint = calibrated(checkpoint, chosen, share)
     engine, names = Engine(checkpoint), {f"{model} at {one.name}": one.name for one in checkpoint.points}

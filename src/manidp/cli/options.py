@@ -30,6 +30,14 @@ Budget = Annotated[
     str,
     typer.Option(help="Operating point: a name that `info` lists, or a share of the dense multiply-adds: 45% or 0.45."),
 ]
+Cascade = Annotated[
+    str | None,
+    typer.Option(metavar="CHEAP,DEAR", help="Two operating points: the dear one sees what the cheap one is unsure of."),
+]
+Confidence = Annotated[
+    float | None,
+    typer.Option(help="With --cascade: images go on where the most probable class has less, 0..1.", min=0, max=1),
+]
 Data = Annotated[
     Path | None,
     typer.Option(
@@ -70,6 +78,16 @@ def help_alone(context: typer.Context) -> None:
     """A group without a command shows its help."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+def asked_cascade(text: str) -> tuple[str | float, str | float]:
+    """ "25%,default" -> the two operating points."""
+    from manidp.predict import asked_budget
+
+    points = [asked_budget(part.strip()) for part in text.split(",")]
+    if len(points) != 2:
+        raise ManiDPError(f"--cascade is two operating points, the cheap one first: 25%,default; got '{text}'")
+    return points[0], points[1]
 
 
 def dims(size: str) -> tuple[int, int, int]:

@@ -14,12 +14,15 @@ from manidp.cli import show
 from manidp.cli.options import (
     Backend,
     Budget,
+    Cascade,
+    Confidence,
     Data,
     Device,
     Json,
     Model,
     Precision,
     Threads,
+    asked_cascade,
     check_outputs,
     deciding,
     labelled,
@@ -27,6 +30,7 @@ from manidp.cli.options import (
     resized,
     suffix,
 )
+from manidp.errors import ManiDPError
 from manidp.terminal import complain, escaped, progress, say, say_json, steps
 
 
@@ -39,6 +43,8 @@ def classify(
     threads: Threads = 1,
     precision: Precision = "float32",
     budget: Budget = "default",
+    cascade: Cascade = None,
+    confidence: Confidence = None,
     backend: Backend = "engine",
     device: Device = "cpu",
     as_json: Json = False,
@@ -55,8 +61,9 @@ def classify(
     from manidp.predict import asked_budget, predict
 
     checkpoint = load_model(model)
-    at = asked_budget(budget)
-    checkpoint.point(at)
+    at, both = asked_budget(budget), asked_cascade(cascade) if cascade else None
+    for point in both or (at,):
+        checkpoint.point(point)
     truth: list[str | None]
     errors: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -70,7 +77,8 @@ def classify(
         assert bundled.indices is not None
         images, truth = bundled.images, [bundled.classes[label] for label in bundled.labels]
         names = [f"test image {index}" for index in bundled.indices]
-    predictions = predict(opened(checkpoint, backend, device, precision, threads), images, budget=at)
+    runner = opened(checkpoint, backend, device, precision, threads)
+    predictions = predict(runner, images, budget=at, cascade=both, confidence=confidence)
     rows = [show.row(*one) for one in zip(names, truth, predictions, strict=True)]
     if as_json:
         say_json({"model": model, "images": rows, "errors": errors}, indent=2)
@@ -91,6 +99,8 @@ def evaluate(
     threads: Threads = 1,
     precision: Precision = "float32",
     budget: Budget = "default",
+    cascade: Cascade = None,
+    confidence: Confidence = None,
     backend: Backend = "engine",
     device: Device = "cpu",
     as_json: Json = False,
@@ -102,11 +112,15 @@ def evaluate(
     from manidp.predict import evaluate as evaluated
 
     models = {name: load_model(name) for name in dict.fromkeys([model, *([beside] if beside is not None else [])])}
-    at = asked_budget(budget)
-    models[model].point(at)
+    at, both = asked_budget(budget), asked_cascade(cascade) if cascade else None
+    for point in both or (at,):
+        models[model].point(point)
+    if (both is None) != (confidence is None):
+        raise ManiDPError("--cascade and --confidence need each other; `manidp calibrate --cascade` chooses one")
     images, description = labelled(data, models)
     engines = {name: opened(one, backend, device, precision, threads) for name, one in models.items()}
-    rows = evaluated(engines, images, {model: at})
+    cascades = {model: (*both, confidence)} if both and confidence is not None else {}
+    rows = evaluated(engines, images, {model: at}, cascades)
     if as_json:
         say_json(
             {

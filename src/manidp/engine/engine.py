@@ -19,6 +19,7 @@ import llvmlite.binding as llvm
 import numpy as np
 from numpy.typing import NDArray
 
+from manidp.engine.cascade import cascaded
 from manidp.engine.inputs import Images, batch_of
 from manidp.engine.module import Module
 from manidp.engine.planner import make_plan
@@ -237,12 +238,25 @@ class Engine:
     def __reduce__(self) -> tuple[partial[Engine], tuple[Checkpoint]]:
         return self._again, (self.checkpoint,)
 
-    def run(self, images: Images, *, budget: str | float = DEFAULT) -> Result:
+    def run(
+        self,
+        images: Images,
+        *,
+        budget: str | float = DEFAULT,
+        cascade: tuple[str | float, str | float] | None = None,
+        confidence: float | None = None,
+    ) -> Result:
         """Logits, gates, kept channels and multiply-adds of each image.
 
         ``budget``: an operating point of the checkpoint, by its name, or as the share of the dense multiply-adds that
         may be spent (0..1]: the most expensive point within it. Different threads may ask for different ones at once.
         Raises CheckpointError for an unknown budget, listing those known.
+
+        ``cascade``: two operating points in place of a budget, the cheap one first; the dear one sees the images of
+        which the cheap one gives its most probable class less than ``confidence`` (0..1). ``Result.went_on`` says
+        which, and the multiply-adds of both passes are counted. Nothing of the first pass is used again: statistics
+        and thresholds differ. ``manidp.training.calibrate.confidence_for`` chooses a confidence for a mean budget.
+        Raises ManiDPError for a cascade that is no pair, or without a confidence, or with a budget.
 
         ``images``: uint8 (B, H, W, C), which are normalised as the checkpoint says, or float (B, C, H, W), already
         normalised; arrays of NumPy or tensors of any framework. Or the path of a picture, or a PIL picture, fitted as
@@ -252,8 +266,17 @@ class Engine:
         runner = self._runner
         if runner is None:
             raise ManiDPError("this engine is closed; load the model anew")
-        constants = self._constants(runner, budget)
+        if cascade is None and confidence is None:
+            constants = self._constants(runner, budget)
+            return self._pass(runner, batch_of(images, self.graph.input.dims), constants)
+
+        def run(batch: NDArray[Any], point: str | float) -> Result:
+            return self._pass(runner, batch, self._constants(runner, point))
+
         batch = batch_of(images, self.graph.input.dims)
+        return cascaded(run, self.checkpoint, batch, cascade, confidence, budget)
+
+    def _pass(self, runner: _Runner, batch: NDArray[Any], constants: _Address) -> Result:
         results, finite = np.empty((0, runner.result_size), np.float32), True
         if len(batch):
             results, finite = runner.run(batch, constants)

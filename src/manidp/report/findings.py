@@ -14,9 +14,8 @@ from manidp.data.images import ImageSet
 from manidp.errors import ManiDPError
 from manidp.formats.checkpoint import Checkpoint
 from manidp.graph.macs import ungated_macs
-from manidp.predict import probabilities
 from manidp.progress import Progress
-from manidp.result import Result
+from manidp.result import Result, probabilities
 
 BATCH = 100  # images a call
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from manidp.engine.cascade import cascaded
 from manidp.engine.inputs import Images, batch_of
 from manidp.errors import ImageError, ManiDPError
 from manidp.formats.checkpoint import DEFAULT, Checkpoint
@@ -55,11 +56,24 @@ class TorchEngine:
             self._networks[point.name] = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self._networks[point.name]
 
-    @torch.no_grad()
-    def run(self, images: Images, *, budget: str | float = DEFAULT) -> Result:
+    def run(
+        self,
+        images: Images,
+        *,
+        budget: str | float = DEFAULT,
+        cascade: tuple[str | float, str | float] | None = None,
+        confidence: float | None = None,
+    ) -> Result:
         """As ``Engine.run``."""
-        network, preprocessing = self._network(budget), self.checkpoint.preprocessing
+        if cascade is None and confidence is None:
+            self._network(budget)
+            return self._pass(batch_of(images, self.graph.input.dims), budget)
         batch = batch_of(images, self.graph.input.dims)
+        return cascaded(self._pass, self.checkpoint, batch, cascade, confidence, budget)
+
+    @torch.no_grad()
+    def _pass(self, batch: NDArray[Any], budget: str | float) -> Result:
+        network, preprocessing = self._network(budget), self.checkpoint.preprocessing
         wide = sum(self.graph.gate_channels.values())
         logits = [np.empty((0, self.graph.num_classes), np.float32)]
         gates = [np.empty((0, wide), np.float32)]

@@ -53,6 +53,35 @@ def calibrate(checkpoint: Checkpoint, images: NDArray[Any], budget: float, name:
     return replace(checkpoint, points=tuple(sorted([*others, point], key=lambda one: (one.macs or 0, one.name))))
 
 
+def confidence_for(
+    checkpoint: Checkpoint, images: NDArray[Any], cascade: tuple[str | float, str | float], budget: float
+) -> float:
+    """The confidence below which images go on from the cheap point of a cascade to the dear one, for a mean budget.
+
+    images: as ``Engine.run`` takes them; pictures that the model was not trained on, of which a model is less sure, and
+    none to test with. budget: share of the dense network's multiply-adds that an image may take on average in both
+    passes, 0..1; the confidence is the greatest that keeps to it on these images. Raises TrainingError for a budget
+    that the cheap point alone exceeds.
+    """
+    cheap, dear = cascade
+    first, second = [], []
+    with Engine(checkpoint) as engine:
+        for start in range(0, len(images), BATCH):
+            first.append(engine.run(images[start : start + BATCH], budget=cheap))
+            second.append(engine.run(images[start : start + BATCH], budget=dear).macs)
+    spent = float(np.concatenate([result.macs for result in first]).sum()) if first else 0.0
+    left = budget * ungated_macs(checkpoint.graph) * len(images) - spent
+    if not first or left < 0:
+        raise TrainingError(
+            f"a cascade's budget is a share of the dense multiply-adds that its cheap point, {cheap}, does not exceed, "
+            f"and needs images to choose on; got {budget:.1%} and {len(images)} images"
+        )
+    sure = np.concatenate([result.confidence for result in first])
+    order = np.argsort(sure, kind="stable")
+    count = int(np.searchsorted(np.cumsum(np.concatenate(second)[order]), left, side="right"))
+    return float(sure[order[count]]) if count < len(order) else 1.0
+
+
 def _thresholds(
     checkpoint: Checkpoint, images: NDArray[Any], target: float
 ) -> tuple[dict[str, NDArray[np.float32]], float]:
