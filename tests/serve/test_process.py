@@ -17,7 +17,7 @@ import pytest
 import tritonclient.http as triton
 
 from manidp.formats.checkpoint import save_checkpoint
-from manidp.predict import probabilities
+from manidp.result import probabilities
 from serve.served import IMAGES, engine, png, process, small_model
 
 OPTIONS = "--name", "small", "--threads", 2, "--target", 10_000, "--timeout", 2, "--max-connections", 20, "--grace", 0.5

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from manidp.predict import probabilities
+from manidp.result import probabilities
 from manidp.serve.limits import Limits, RefusedError
 from manidp.serve.protocol import format_infer, parse_infer
 from serve.served import IMAGES, engine, small_model

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from manidp.errors import quoted, short
 from manidp.formats.checkpoint import Checkpoint
-from manidp.predict import probabilities
-from manidp.result import Result
+from manidp.result import Result, probabilities
 from manidp.serve.bodies import json_of
 from manidp.serve.limits import Limits, RefusedError
 
