@@ -17,8 +17,8 @@ def cascaded(
     run: Callable[[NDArray[Any], str | float], Result],
     checkpoint: Checkpoint,
     batch: NDArray[Any],
-    cascade: object,
-    confidence: object,
+    cascade: tuple[str | float, str | float] | None,
+    confidence: float | None,
     budget: str | float = DEFAULT,
 ) -> Result:
     """What ``run``, of images and an operating point, makes of a batch in a cascade; see ``Engine.run``.
@@ -28,13 +28,13 @@ def cascaded(
     """
     pair = isinstance(cascade, (tuple, list)) and len(cascade) == 2
     number = isinstance(confidence, (int, float)) and not isinstance(confidence, bool) and 0 <= confidence <= 1
-    if not pair or not number or budget != DEFAULT:
+    if cascade is None or confidence is None or not pair or not number or budget != DEFAULT:
         raise ManiDPError(
             f"a cascade is two operating points and a confidence of 0..1, without a budget, for example "
             f"run(images, cascade=('25%', 'default'), confidence=0.9); got cascade={cascade!r:.60}, "
             f"confidence={confidence!r:.40}, budget={budget!r:.40}"
         )
-    cheap, dear = (checkpoint.point(point).name for point in cascade)  # type: ignore[attr-defined]
+    cheap, dear = (checkpoint.point(point).name for point in cascade)
     first = run(batch, cheap)
     on = first.confidence < confidence
     second = run(batch[on], dear)
