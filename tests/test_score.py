@@ -33,7 +33,7 @@ from manidp.gating.place import with_gates
 from manidp.graph import Activation, BatchNorm, Conv, GlobalPool, Graph, Input, Linear
 from manidp.hub.find import find_model
 from manidp.predict import predict
-from manidp.score import run
+from manidp.score import scorer
 from manidp.score.run import Scored, score
 from manidp.score.sources import ROWS, open_source
 
@@ -388,7 +388,7 @@ def test_an_image_that_cannot_be_computed_spoils_no_other(
             raise ManiDPError("the logits of images [0] are not finite")
         return predict(engine, images, **options)
 
-    monkeypatch.setattr(run, "predict", overflowing)
+    monkeypatch.setattr(scorer, "predict", overflowing)
     rows, told = scored(model, folder(tmp_path / "pictures", PICTURES), tmp_path / "out")
     assert told.errors == 1
     assert {row["key"] for row in rows if row["error"]} == {"y/007.png"}

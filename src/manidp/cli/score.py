@@ -28,23 +28,40 @@ def score(
     column: Annotated[
         str | None, typer.Option(help="Parquet: the column of image bytes. Default: the only one that can hold them.")
     ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Score on Ray's workers: of the cluster of RAY_ADDRESS, or on this machine.")
+    ] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Score on the workers of the Ray cluster at this address; local: a new one here.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of Ray's workers. Default: processors / --threads.", min=1)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Classify any number of pictures, in bounded memory; a run that was killed goes on when it is started again.
 
     Each picture becomes one row: key (its path in a folder; SHARD/NAME in a tar; FILE/ROW in Parquet), class,
     probability, macs (multiply-adds), budget, error (why it could not be read; then the others are empty). Needs
-    pyarrow: pip install 'manidp[score]'.
+    pyarrow: pip install 'manidp[score]'; --ray needs Ray: pip install 'manidp[score,ray]'.
     """
     from manidp.hub.find import find_model
     from manidp.predict import asked_budget
+    from manidp.score.run import Way, here
     from manidp.score.run import score as scored
     from manidp.score.sources import open_source
 
+    way: Way = here
+    if ray or ray_address is not None:
+        from manidp.score.cluster import on_ray
+
+        way = on_ray(ray_address, workers)
+    elif workers is not None:
+        raise typer.BadParameter("workers are Ray's; give --ray too", param_hint="--workers")
     with progress() as bars:
         found = scored(
             find_model(model), open_source(source, column), out, budget=asked_budget(budget), threads=threads,
-            precision=precision, progress=steps(bars, "Scoring"),
+            precision=precision, progress=steps(bars, "Scoring"), way=way,
         )  # fmt: skip
     if as_json:
         say_json({"out": str(out), **asdict(found)})

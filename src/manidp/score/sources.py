@@ -95,7 +95,8 @@ def open_source(path: str, column: str | None = None) -> Source:
         total += size
     if not count:
         raise ScoreError(f"{shown(path)}: {_NOTHING}")
-    return Source(path, kind, shards, column, digest.hexdigest(), count if kind == "folder" else total)
+    shards = tuple(map(os.path.abspath, shards))
+    return Source(os.path.abspath(path), kind, shards, column, digest.hexdigest(), count if kind == "folder" else total)
 
 
 def _size(path: str) -> int:
