@@ -31,6 +31,17 @@ pytestmark = [
 COUNT = ROWS + 50
 
 
+def test_an_address_where_nobody_listens_is_told_at_once(tmp_path: Path) -> None:
+    from manidp.data.folders import save_folder
+    from manidp.data.images import load_sample
+    from manidp.score.cluster import on_ray
+
+    save_folder(load_sample(10), tmp_path / "pictures")
+    source = open_source(str(tmp_path / "pictures"))
+    with pytest.raises(ScoreError, match=r"Ray cannot be had at 127\.0\.0\.1:1: Connection refused"):
+        score(find_model("manidp-res20"), source, tmp_path / "out", way=on_ray("127.0.0.1:1"))
+
+
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
     import ray

@@ -9,6 +9,7 @@ is one.
 from __future__ import annotations
 
 import os
+import socket
 from collections import deque
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from manidp.score.run import Plan, Tell, Todo, Way
 from manidp.score.scorer import Spent
 from manidp.score.sources import Unit
 
+CONNECT = 10.0  # seconds to reach a cluster
 DEATHS = 3  # of workers on one unit, after which it is given up
 
 
@@ -56,8 +58,9 @@ def _spread(ray: Any, address: str | None, workers: int | None, plan: Plan, todo
     ours = not ray.is_initialized()
     if ours:
         try:
+            _reach(address or os.environ.get("RAY_ADDRESS"))
             ray.init(address=address, log_to_driver=False, logging_level="error")
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             raise ScoreError(f"Ray cannot be had at {address or 'its default address'}: {reason(error)}") from error
     try:
         count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)) // plan.threads)
@@ -65,6 +68,13 @@ def _spread(ray: Any, address: str | None, workers: int | None, plan: Plan, todo
     finally:
         if ours:
             ray.shutdown()
+
+
+def _reach(address: str | None) -> None:
+    """Raises OSError where nobody listens at HOST:PORT: Ray itself would try for ever."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=CONNECT).close()
 
 
 class _Spreading:
