@@ -570,6 +570,7 @@ def test_help_shows_every_text_as_it_is_written(words: tuple[str, ...], capsys: 
     extras = {
         "bench": ["bench"],
         "score": ["score"],
+        "serve": ["serve"],
         "report": ["plots"],
         "train": ["torch"],
         "prune": ["torch"],
