@@ -126,16 +126,15 @@ def assert_layers(
     What lies between the planes, the padding of all convolutions, must still be zero.
     """
     values = node_values(graph, weights, image[None])
+    opened = np.concatenate([*(values[gate][0] > 0 for gate in graph.gate_channels), [True]])
     for key, map_ in plan.maps.items():
         if map_.at < 0:
             continue
         name, layout = key.node, map_.layout
-        wanted_by = graph.wanted_by.get(name)
-        zeroed_by = graph.zeroed_by.get(name)
         computed = np.ones(map_.channels, dtype=bool)
-        for gate in (wanted_by, zeroed_by):
-            if gate is not None:
-                computed &= values[gate][0] > 0
+        for numbers in (graph.wanted.get(name), graph.zeroed.get(name)):
+            if numbers is not None:
+                computed &= opened[numbers]
         elements = workspace[map_.at :].view(f"f{element.size}")
         channels = elements[: map_.channels * layout.channel].reshape(map_.channels, layout.channel)
         made = np.empty((map_.channels, layout.height, layout.width), dtype=np.float32)

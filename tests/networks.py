@@ -178,6 +178,19 @@ def shufflenet() -> Graph:
     return with_gates(graph, ["first"])
 
 
+def shuffled() -> Graph:
+    """ShuffleNetV1's chain: one gate for a convolution and the depthwise one behind its shuffled channels."""
+    graph = classifier(
+        Conv(name="stem", channels=6),
+        Conv(name="wide", channels=12, kernel=1, padding=0),
+        Activation(name="relu"),
+        Shuffle(name="mixed", groups=3),
+        Conv(name="depthwise", channels=12, groups=12, stride=2),
+        Conv(name="narrow", channels=6),
+    )
+    return with_gates(graph, ["wide"])
+
+
 _KINDS: tuple[ActivationKind, ...] = get_args(ActivationKind)
 
 ZOO: dict[str, Graph] = {
@@ -268,6 +281,7 @@ ZOO: dict[str, Graph] = {
     "Squeeze and excite, gated": squeeze_and_excite(),
     "Inception, gated": inception(),
     "ShuffleNetV2, gated": shufflenet(),
+    "ShuffleNetV1, gated": shuffled(),
 }  # fmt: skip
 
 

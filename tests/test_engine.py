@@ -23,7 +23,7 @@ from manidp.engine.kernels.direct import Direct
 from manidp.engine.kernels.winograd import MATRICES, Winograd
 from manidp.engine.module import Module
 from manidp.engine.planner import make_plan
-from manidp.engine.steps import Plan
+from manidp.engine.steps import Plan, VectorKey
 from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.errors import ManiDPError, UnsupportedError
 from manidp.gating.manidp import head
@@ -45,7 +45,7 @@ from manidp.graph import (
 from manidp.graph.macs import macs_per_image
 from manidp.models import resnet
 from manidp.reference import run
-from networks import checkpoint_of, random_weights, with_thresholds
+from networks import ZOO, checkpoint_of, images_for, random_weights, some_open, with_thresholds
 from test_reference import GOLDEN, read_ckpt
 
 ISA = available_isas()
@@ -224,26 +224,30 @@ def test_a_saliency_exactly_on_the_threshold_is_closed(isa: str) -> None:
     np.testing.assert_array_equal(result.gates["gate"][0], [0, images[0, 1, 0, 0], 0.5 + images[0, 1, 0, 0], 0, 3.0])
 
 
+@pytest.mark.parametrize(
+    "graph", [GRAPH, ZOO["Inception, gated"], ZOO["ShuffleNetV2, gated"], ZOO["ShuffleNetV1, gated"]]
+)
 @pytest.mark.parametrize("isa", ISA + HALF_ISA)
-def test_weights_of_closed_channels_are_never_read(isa: str, weights: dict[str, Array], images: Array) -> None:
+def test_weights_of_closed_channels_are_never_read(isa: str, graph: Graph) -> None:
     """Put NaN into every weight that the first image's gates make superfluous: nothing changes."""
-    one = images[:1]
-    plan = plan_of(GRAPH, weights, isa)
+    weights, one = some_open(graph), images_for(graph)[:1]
+    plan = plan_of(graph, weights, isa)
     result, _ = run_program(Program(plan, ISAS[isa]), plan, one)
+    opened = np.concatenate([*(result.kept[gate][0] for gate in graph.gate_channels), [True]])
     poisoned = dict(weights)
     count = 0
-    for node in GRAPH.nodes:
-        if isinstance(node, Conv):
+    for node in graph.nodes:
+        if isinstance(node, Conv) and node.groups == 1:
             weight = weights[f"{node.name}.weight"].copy()
-            made, read = GRAPH.wanted_by.get(node.name), GRAPH.zeroed_by.get(node.inputs[0])
-            if made:
-                weight[~result.kept[made][0]] = np.nan
-            if read:
-                weight[:, ~result.kept[read][0]] = np.nan
+            made, read = graph.wanted.get(node.name), graph.zeroed.get(node.inputs[0])
+            if made is not None:
+                weight[~opened[made]] = np.nan
+            if read is not None:
+                weight[:, ~opened[read]] = np.nan
             poisoned[f"{node.name}.weight"] = weight
             count += np.isnan(weight).sum()
-    assert count > 20_000
-    plan = plan_of(GRAPH, poisoned, isa)
+    assert count > (20_000 if graph is GRAPH else 10)
+    plan = plan_of(graph, poisoned, isa)
     again, _ = run_program(Program(plan, ISAS[isa]), plan, one)
     np.testing.assert_array_equal(again.logits, result.logits)
 
@@ -251,7 +255,7 @@ def test_weights_of_closed_channels_are_never_read(isa: str, weights: dict[str, 
 class SkipsOneTooMany(Module):
     def lists(self, f, channels):  # type: ignore[no-untyped-def]
         kept, below, number = super().lists(f, channels)
-        if channels.gate == "stage_2.1.mb1" and not channels.closed:
+        if channels.kept == VectorKey("stage_2.1.mb1", "list") and not channels.closed:
             number = f.minus(number, 1)
         return kept, below, number
 
@@ -278,7 +282,7 @@ def without_residual(plan: Plan) -> Plan:
 
 def with_a_weight_changed(plan: Plan) -> Plan:
     constants = plan.constants.copy()
-    used = next(step for step in plan.steps if isinstance(step, Convolve) and step.outputs.gate is None)
+    used = next(step for step in plan.steps if isinstance(step, Convolve) and step.outputs.kept is None)
     constants[used.packed.weights + 1] += 0.1
     return replace(plan, constants=constants)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine_cases import check
+from engine_cases import Array, check
 from manidp.engine.target import available_isas, emulating_isas
 from manidp.gating.place import with_gates
 from manidp.graph import (
@@ -36,6 +36,7 @@ from manidp.graph import (
     Slice,
     Squareplus,
 )
+from manidp.reference import node_values, value_of
 from networks import random_weights, with_thresholds
 
 CHANNELS = (1, 2, 3, 7, 15, 16, 17, 33)
@@ -176,3 +177,26 @@ def test_random_networks_do_what_the_reference_does(isa: str) -> None:
         check(graph, weights, images, isa)
 
     law()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(networks(), st.integers(0, 2**16), st.sampled_from((0.1, 0.5, 0.8)))
+def test_what_the_graph_says_of_closed_channels_is_true_of_the_reference(graph: Graph, seed: int, keep: float) -> None:
+    """Closed channels that nobody wants hold rubbish, those said to be zero are zero: the logits are the same."""
+    chance = np.random.default_rng(seed)
+    images = chance.normal(size=(1, *graph.input.dims))
+    weights = with_thresholds(graph, random_weights(graph, seed), images, dict.fromkeys(graph.gate_channels, keep))
+    meant = node_values(graph, weights, images)
+    opened = np.concatenate([*(meant[gate][0] > 0 for gate in graph.gate_channels), [True]])
+    values: dict[str, Array] = {}
+    for node in graph.nodes:
+        own = {key: weights[f"{node.name}.{key}"] for key in node.parameters(*graph.input_shapes(node))}
+        value = value_of(node, own, *([values[source] for source in node.inputs] or [images]))
+        unwanted, closed = (
+            ~opened[by.get(node.name, np.full(len(value[0]), -1))] for by in (graph.wanted, graph.zeroed)
+        )
+        value = value.copy()
+        value[:, unwanted] = chance.normal(scale=1e6)
+        assert not value[:, closed & ~unwanted].any(), node
+        values[node.name] = value
+    np.testing.assert_allclose(values[graph.output], meant[graph.output], rtol=1e-9, atol=1e-9)

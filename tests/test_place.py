@@ -19,6 +19,7 @@ from manidp.graph import (
     Multiply,
     Node,
     Pool,
+    Shuffle,
     Slice,
 )
 from manidp.graph.macs import gate_macs, node_macs, ungated_macs
@@ -113,6 +114,46 @@ def test_operands_of_a_concatenation_have_gates_of_their_own() -> None:
     )
     assert list(gate(graph).gates.values()) == [("a",), ("b",)]
     assert gate(graph).network.by_name["both"].inputs == ("mb1.gated", "mb2.gated")
+
+
+def test_a_chain_goes_on_behind_shuffled_channels() -> None:
+    graph = network(
+        Conv(name="a.wide", channels=24, kernel=1, padding=0, groups=3),
+        BatchNorm(name="bn"),
+        Activation(name="act"),
+        Shuffle(name="mixed", groups=3),
+        Conv(name="a.depthwise", channels=24, groups=24),
+        Conv(name="a.narrow", channels=12, kernel=1, padding=0, groups=3),
+    )
+    gated = gate(graph)
+    assert gated.gates["a.mb1"] == ("a.wide", "a.depthwise")
+    network_, origin = gated.network, Shuffle(name="x", groups=3).origin((24, 1, 1))
+    assert network_.wanted["a.wide"][origin].tolist() == network_.gate_numbers["a.mb1"].tolist()
+    assert network_.wanted_by["a.depthwise"] == "a.mb1" and "a.wide" not in network_.wanted_by
+
+
+def test_each_closed_channel_is_followed_through_what_moves_adds_and_multiplies_it() -> None:
+    graph = gate(
+        network(
+            Conv(name="a", inputs=("first",), channels=8),
+            Conv(name="b", inputs=("first",), channels=6),
+            Concat(name="both", inputs=("a", "b")),
+            Shuffle(name="mixed", groups=2),
+            Slice(name="part", start=2, stop=9),
+            Activation(name="act"),
+            Add(name="twice", inputs=("part", "act")),
+            Conv(name="c", inputs=("part",), channels=7),
+            Multiply(name="product", inputs=("c", "act")),
+        )
+    ).network
+    both = [*graph.gate_numbers["mb1"], *graph.gate_numbers["mb2"]]
+    assert graph.zeroed["both"].tolist() == both
+    mixed = [both[c] for pair in zip(range(7), range(7, 14), strict=True) for c in pair]
+    assert graph.zeroed["mixed"].tolist() == mixed
+    for name in ("part", "act", "twice"):
+        assert graph.zeroed[name].tolist() == mixed[2:9]
+    assert graph.zeroed["product"].tolist() == graph.gate_numbers["mb3"].tolist()
+    assert not {"both", "mixed", "part"} & graph.zeroed_by.keys()
 
 
 def test_channels_that_are_the_logits_stay() -> None:

@@ -10,6 +10,8 @@ import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from manidp.graph import Add, BatchNorm, Conv, Elementwise, Graph, Multiply, Node, Pool
 
 POINTWISE = (BatchNorm, Elementwise, Add, Multiply)
@@ -41,6 +43,14 @@ def tasks_of(graph: Graph) -> list[Task]:
 def gate_to_skip(graph: Graph, task: Task) -> str | None:
     """The gate whose closed channels the start of a task need not compute."""
     return graph.select_of(task.start) or graph.wanted_by.get(task.start.name)
+
+
+def _deciding(graph: Graph, task: Task) -> list[str]:
+    """The gates that must have decided before the task starts."""
+    gate, wanted = gate_to_skip(graph, task), graph.wanted.get(task.start.name)
+    if gate is not None or wanted is None:
+        return [gate] if gate is not None else []
+    return [name for name, numbers in graph.gate_numbers.items() if np.isin(numbers, wanted).any()]
 
 
 def _fused(graph: Graph) -> list[Task]:
@@ -84,8 +94,7 @@ def _ordered(graph: Graph, tasks: list[Task]) -> list[Task]:
     readers: list[list[int]] = [[] for _ in tasks]
     missing: list[int] = []
     for index, task in enumerate(tasks):
-        gate = gate_to_skip(graph, task)
-        sources = [source for node in task.nodes for source in node.inputs] + ([gate] if gate else [])
+        sources = [source for node in task.nodes for source in node.inputs] + _deciding(graph, task)
         needed = {makes[source] for source in sources} - {index}
         missing.append(len(needed))
         for other in needed:

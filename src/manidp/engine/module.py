@@ -116,10 +116,10 @@ class Module:
 
     def lists(self, f: Function, channels: Channels) -> tuple[Pointer, Pointer, Index]:
         """The int32 numbers of the channels, how many of them lie below each channel, how many there are."""
-        if channels.gate is None:
+        if channels.kept is None:
             everything = self.constant_at(f, self.plan.everything)
             return everything, everything, Index(channels.count)
-        kept = self.vector_at(f, VectorKey(channels.gate, "list"))
+        kept = self.vector_at(f, channels.kept)
         below = f.at(kept, channels.count)
         number = f.index(below, channels.count)
         if channels.closed:

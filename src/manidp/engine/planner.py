@@ -1,6 +1,6 @@
 """From a graph and its weights to a plan: what to run, in which order, on which channels, and where everything lies.
 
-Which channels a step may leave out comes from ``Graph.wanted_by`` and ``Graph.zeroed_by`` alone. Of the kernels that
+Which channels a step may leave out comes from ``Graph.wanted`` and ``Graph.zeroed`` alone. Of the kernels that
 support a convolution, the cheapest is taken.
 """
 
@@ -24,7 +24,7 @@ from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.kernels.matrix import Matrix
 from manidp.engine.kernels.pointwise import Pointwise, Reduce, ResetPooled
-from manidp.engine.kernels.select import Decide
+from manidp.engine.kernels.select import Decide, ListChannels
 from manidp.engine.kernels.vector import VectorOp
 from manidp.engine.kernels.winograd import Winograd
 from manidp.engine.memory import Constants, place
@@ -84,6 +84,7 @@ class _Planner:
         self.phases: dict[str, int] = {}  # of each map as its step stores it
         self.copied: set[MapKey] = set()
         self.in_place: dict[MapKey, MapKey] = {}  # a map -> the one whose memory it takes, which has its own
+        self.listed: dict[bytes, VectorKey] = {}  # numbers of what governs a value's channels -> list of those kept
         self.pooled: dict[VectorKey, VectorKey] = {}  # partial sums of a value -> the vector that holds them
         self.tasks = tasks_of(graph)
         self.last_read = {
@@ -162,7 +163,7 @@ class _Planner:
         rows = kernel.pack(weight, self.element)
         at = self.constants.add(rows, self.element, owner)
         packed = Packed(at, rows.shape[1], self.constants.add(bias, owner=owner))
-        inputs = Channels(self.graph.shapes[node.inputs[0]][0], self.graph.zeroed_by.get(node.inputs[0]))
+        inputs = self._channels(node.inputs[0], "read")
         phases_in, phases_out = kernel.phases(node)
         source = self._read(node.inputs[0], phases_in)
         self._finish(
@@ -174,7 +175,7 @@ class _Planner:
 
     def _kernel(self, node: Conv) -> Kernel:
         inputs, *_ = self.graph.shapes[node.inputs[0]]
-        size, gated = self.graph.shapes[node.name][1:], node.name in self.graph.wanted_by
+        size, gated = self.graph.shapes[node.name][1:], node.name in self.graph.wanted
         return cheapest(KERNELS, node, inputs, size, self.element, self.lanes, gated=gated)
 
     def _finish(self, index: int, task: Task, phases: int, step: Callable[[Channels, Epilogue], Step]) -> None:
@@ -195,12 +196,13 @@ class _Planner:
                 self.pooled[VectorKey(name, kind)] = self.pooled[VectorKey(residual.node, kind)]
             else:
                 self._partial_sums(name, kind, channels)
-            reset = Channels(channels, gate if untouched else None)
+            reset = Channels(channels, VectorKey(gate, "list") if gate and untouched else None)
             self.steps.append(ResetPooled(self.pooled[VectorKey(name, kind)], reset))
         epilogue = Epilogue(key, tuple(op for _, op in ops), stored, pooled=self._pooled_sums(name))
-        self.steps.append(step(Channels(channels, gate), epilogue))
+        made = Channels(channels, VectorKey(gate, "list")) if gate else self._channels(task.start.name, "made")
+        self.steps.append(step(made, epilogue))
         if cut is not None and not untouched and (tail or self._needs_zeros(name)):
-            closed = Channels(channels, gate, closed=True)
+            closed = replace(made, closed=True)
             self.steps.append(Pointwise(None, None, closed, replace(epilogue, ops=tuple(op for _, op in tail))))
 
     def _ops(self, task: Task, phases: int) -> list[tuple[Node, Op]]:
@@ -325,6 +327,21 @@ class _Planner:
         factor = 1 / math.prod(size) if sums.part == "average" else 1.0
         self.steps.append(Reduce(self.pooled[sums], self._vector(target, channels), channels, factor))
 
+    def _channels(self, value: str, part: Literal["read", "made"]) -> Channels:
+        """The channels of a value that need be read, or made: all but those that gates close."""
+        count = self.graph.shapes[value][0]
+        numbers = (self.graph.zeroed if part == "read" else self.graph.wanted).get(value)
+        if numbers is None:
+            return Channels(count)
+        gate = (self.graph.zeroed_by if part == "read" else self.graph.wanted_by).get(value)
+        if gate is not None:
+            return Channels(count, VectorKey(gate, "list"))
+        key = self.listed.get(numbers.tobytes())
+        if key is None:
+            key = self.listed[numbers.tobytes()] = self._vector(VectorKey(value, part), 2 * count + 1)
+            self.steps.append(ListChannels(key, count, self.constants.add(numbers.astype(np.int32))))
+        return Channels(count, key)
+
     def _select(self, node: Select) -> None:
         (channels,) = self.graph.shapes[node.name]
         self._vector(VectorKey(node.name), channels)
@@ -410,6 +427,7 @@ class _Planner:
             gate = self.graph.wanted_by.get(name)
             if gate is None and not self._needs_zeros(name):
                 gate = self.graph.zeroed_by.get(name)
-            self.steps.append(Relayout(source, key, Channels(self.graph.shapes[name][0], gate)))
+            kept = None if gate is None else VectorKey(gate, "list")
+            self.steps.append(Relayout(source, key, Channels(self.graph.shapes[name][0], kept)))
             self.copied.add(key)
         return key

@@ -41,11 +41,12 @@ class VectorKey:
     """A vector in the workspace: what it holds, and of which node.
 
     A node's name comes from a file and may be any string. It never names a vector by itself, so no file can make one
-    stand for another.
+    stand for another. 'list': of the channels that a gate keeps; 'read', 'made': of those that need be read of a value,
+    or made of it, where that is another list.
     """
 
     node: str
-    part: Literal["value", "average", "max", "list"] = "value"
+    part: Literal["value", "average", "max", "list", "read", "made"] = "value"
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,10 @@ class Epilogue:
 
 @dataclass(frozen=True)
 class Channels:
-    """The channels that a loop visits: ``count`` in all, or those that a gate keeps (or closes)."""
+    """The channels that a loop visits: ``count`` in all, or those that are kept (or closed) by the list ``kept``."""
 
     count: int
-    gate: str | None = None
+    kept: VectorKey | None = None
     closed: bool = False
 
 

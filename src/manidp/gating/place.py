@@ -2,21 +2,26 @@
 
 A gate may close channels wherever what it multiplies by 0 need not be computed. It stands at the end of a chain: a
 convolution and what follows it channel by channel, each node the only reader of the one before (batch norm, activation,
-depthwise convolution, pooling). One gate serves the whole chain, and stops before a squeeze, whose pooling is a second
-reader. It reads what the convolution reads, so that it is known before anything of the chain runs.
+depthwise convolution, pooling, shuffled channels). One gate serves the whole chain, and stops before a squeeze, whose
+pooling is a second reader, and before channels are split or joined with others: behind that, each closed channel is
+followed on its own (``Graph.zeroed``). It reads what the convolution reads, so that it is known before anything of the
+chain runs.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import and_, or_
 from typing import Generic, TypeVar
 
+import numpy as np
+
 from manidp.errors import GraphError
 from manidp.gating.manidp import head, hidden_width
-from manidp.graph import Add, Conv, Graph, Multiply, Node
+from manidp.graph import Add, Conv, Graph, Multiply, Node, Shuffle
 
 WORTH = 1 / 16  # most that deciding may cost of the multiply-adds that closing everything would save
 LEAST_HIDDEN = 4  # a narrower hidden layer tells too little of an image
@@ -62,6 +67,7 @@ def gate(graph: Graph) -> Gated[Graph]:
     ungated: dict[str, str] = {}
     chosen: dict[str, _Chain] = {}
     followed: set[str] = set()
+    place = {node.name: index for index, node in enumerate(graph.nodes)}
     for name in convs:
         if name in followed:
             continue
@@ -69,7 +75,7 @@ def gate(graph: Graph) -> Gated[Graph]:
         end = chain[-1]
         readers = graph.readers[end.name]
         added = [reader for reader in readers if isinstance(reader, Add)]
-        hidden, cost, saved = _hidden(graph, chain)
+        hidden, cost, saved = _hidden(graph, chain, place)
         if any(graph.select_of(reader) for reader in readers):
             reason = "it has a gate already"
         elif name in stems:
@@ -147,15 +153,17 @@ def _fresh_name(graph: Graph, conv: str, counts: dict[str, int]) -> str:
 def _chain(graph: Graph, conv: str, others: Collection[str] = ()) -> tuple[Node, ...]:
     """The convolution, and maps that are made of it channel by channel, as far as nothing else reads them.
 
-    It ends before ``others``, which are chains of their own.
+    It ends before ``others``, which are chains of their own, and at the last node that is more than another order.
     """
     chain = [graph.by_name[conv]]
     while len(readers := graph.readers[chain[-1].name]) == 1 and chain[-1].name != graph.output:
         (reader,) = readers
-        own = len(reader.inputs) == 1 and _flow(graph, reader) == "own"
+        own = isinstance(reader, Shuffle) or (len(reader.inputs) == 1 and _flow(graph, reader) == "own")
         if not own or len(graph.shapes[reader.name]) != 3 or reader.name in others:
             break
         chain.append(reader)
+    while isinstance(chain[-1], Shuffle):
+        chain.pop()
     return tuple(chain)
 
 
@@ -173,20 +181,31 @@ def _flow(graph: Graph, node: Node) -> str:
     return node.channel_flow(*graph.input_shapes(node))
 
 
-def _hidden(graph: Graph, chain: tuple[Node, ...]) -> tuple[int, int, int]:
+def _hidden(graph: Graph, chain: tuple[Node, ...], place: Mapping[str, int]) -> tuple[int, int, int]:
     """Width of the hidden layer that pays, multiply-adds of a gate of the usual width, and those that it can save."""
     made, read = graph.shapes[chain[0].name][0], graph.shapes[chain[0].inputs[0]][0]
     saved = sum(node.macs(*graph.input_shapes(node)) for node in chain)
-    waiting, seen = [chain[-1].name], set()
-    while waiting:  # what reads the closed channels as zeros
-        for reader in graph.readers[waiting.pop()]:
-            if reader.name in seen:
-                continue
-            seen.add(reader.name)
-            if isinstance(reader, Conv):
-                saved += reader.macs(*graph.input_shapes(reader))
-            elif reader.keeps_zero and _flow(graph, reader) == "own" and not isinstance(reader, Add):
-                waiting.append(reader.name)
+    of_chain = {chain[-1].name: np.ones(made, dtype=bool)}  # value -> which of its channels are zero if all are closed
+    waiting = [(place[reader.name], reader.name) for reader in graph.readers[chain[-1].name]]
+    heapq.heapify(waiting)
+    while waiting:
+        reader = graph.by_name[heapq.heappop(waiting)[1]]
+        shapes = graph.input_shapes(reader)
+        if reader.name in of_chain:
+            continue
+        zeros = [of_chain.get(s, np.zeros(x[0], dtype=bool)) for s, x in zip(reader.inputs, shapes, strict=True)]
+        if isinstance(reader, Conv):
+            saved += round(reader.macs(*shapes) * float(zeros[0].mean()))
+        flow, passed = _flow(graph, reader), np.zeros(graph.shapes[reader.name][0], dtype=bool)
+        if flow == "moved":
+            origin = reader.origin(*shapes)
+            passed = np.concatenate(zeros)[origin] & (origin >= 0)
+        elif isinstance(reader, Multiply) or (flow == "own" and reader.keeps_zero and not isinstance(reader, Add)):
+            passed = np.any(zeros, axis=0)
+        of_chain[reader.name] = passed
+        if passed.any():
+            for following in graph.readers[reader.name]:
+                heapq.heappush(waiting, (place[following.name], following.name))
     usual = hidden_width(made)
     return min(usual, int(saved * WORTH / (read + made))), usual * (read + made), saved
 
@@ -196,10 +215,10 @@ def _of_the_image(graph: Graph) -> set[str]:
     image = {graph.input.name}
     stems = set()
     for node in graph.nodes:
-        if len(node.inputs) == 1 and node.inputs[0] in image:
+        if node.inputs and image.issuperset(node.inputs):
             if isinstance(node, Conv):
                 stems.add(node.name)
-            if _flow(graph, node) == "own":
+            if _flow(graph, node) in ("own", "moved"):
                 image.add(node.name)
     return stems
 

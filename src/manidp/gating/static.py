@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from manidp.errors import GraphError
 from manidp.formats.checkpoint import Checkpoint
-from manidp.graph import BatchNorm, Graph, Node, Scatter
+from manidp.graph import BatchNorm, Concat, Graph, Node, Scatter, Slice
 from manidp.graph.macs import gate_macs, macs_per_image
 
 Indices = NDArray[np.intp]
@@ -137,15 +137,35 @@ class _Rewrite:
             return
         if left is not None and flow == "summed":  # what it reads of the dropped channels is zero
             own["weight"] = own["weight"][:, left.channels]
+        if isinstance(node, (Concat, Slice)) and any(source in self.left for source in node.inputs):
+            narrow = self._moved(node)
+            if narrow is not None:
+                self._emit(*narrow)
+                return
         whole = () if left is not None and flow == "summed" else node.inputs
         node = replace(node, inputs=tuple(self._whole(s) if s in whole else self._made(s) for s in node.inputs))
-        wanted = self.graph.wanted_by.get(node.name)
+        wanted = self.graph.wanted.get(node.name)
         if wanted is not None and flow == "summed":
-            left = _Left(np.flatnonzero(self.masks[wanted]), zero=False)
+            open_ = np.concatenate([*(self.masks[gate] for gate in self.graph.gate_channels), [True]])[wanted]
+            open_[0] |= not open_.any()
+            left = _Left(np.flatnonzero(open_), zero=False)
             own = {name: value[left.channels] for name, value in own.items()}
             self._emit(node.narrowed(len(left.channels)), own, left)
         else:
             self._emit(node, own, None)
+
+    def _moved(self, node: Concat | Slice) -> tuple[Node, dict[str, NDArray[np.float32]], _Left] | None:
+        """The node on what its inputs still have, None where nothing is left of a slice."""
+        counts = [shape[0] for shape in self.graph.input_shapes(node)]
+        every = [self.left.get(s, _Left(np.arange(n), False)) for s, n in zip(node.inputs, counts, strict=True)]
+        zero = any(left.zero for left in every)
+        if isinstance(node, Concat):
+            first = np.cumsum([0, *counts])
+            channels = np.concatenate([left.channels + start for left, start in zip(every, first, strict=False)])
+            return node, {}, _Left(channels, zero)
+        start, stop = np.searchsorted(every[0].channels, [node.start, node.stop]).tolist()
+        left = _Left(every[0].channels[start:stop] - node.start, zero)
+        return (replace(node, start=start, stop=stop), {}, left) if start < stop else None
 
     def _scaled(self, node: Node, gate: str) -> None:
         """A multiplication by a gate, folded into the batch norm before it where that is exact."""

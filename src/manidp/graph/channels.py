@@ -1,39 +1,118 @@
-"""Which gate governs a value: what its closed channels let us skip, derived from how each op passes channels on."""
+"""Which gate governs which channel: what closed channels let us skip, derived from how each op passes channels on.
+
+The channels of all gates are numbered through, those of the first gate first. What governs the channels of a value is
+an array of such numbers, -1 where a channel is governed by none.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from manidp.graph.ops import Input, Linear, Multiply, Node, Select
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.graph.ops import Add, Input, Linear, Multiply, Node, Select
 
 if TYPE_CHECKING:
     from manidp.graph.graph import Graph
 
+Numbers = NDArray[np.intp]
+_NONE, _UNREAD = -1, -2
 
-def zeroed_by(graph: Graph) -> Mapping[str, str]:
-    """value -> the gate whose closed channels are exactly 0 in it: reading those channels can be skipped."""
-    zeroed: dict[str, str] = {}
+
+def numbered(graph: Graph) -> Mapping[str, Numbers]:
+    """The numbers of each gate's channels."""
+    sizes = graph.gate_channels
+    ends = itertools.accumulate(sizes.values())
+    return {name: np.arange(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
+
+
+def zeroed(graph: Graph, numbers: Mapping[str, Numbers]) -> Mapping[str, Numbers]:
+    """value -> (C,) what closes each channel, which is then exactly 0: reading it can be skipped."""
+    found: dict[str, Numbers] = {}
     for node in graph.nodes:
         gate = graph.select_of(node)
-        if gate is None and isinstance(node, Multiply):  # zero times anything
-            gate = zeroed.get(node.inputs[0]) or zeroed.get(node.inputs[1])
-        if gate is None and _follows(graph, node) and node.keeps_zero:
-            gate = zeroed.get(node.inputs[0])
-        if gate is not None:
-            zeroed[node.name] = gate
-    return zeroed
+        made = numbers[gate] if gate is not None else _zeroed_through(graph, node, found)
+        if made is not None and (made >= 0).any():
+            found[node.name] = made
+    return found
 
 
-def wanted_by(graph: Graph) -> Mapping[str, str]:
-    """value -> the gate that scales all that is computed from it: channels that it closes need not be computed."""
-    wanted: dict[str, str] = {}
+def _zeroed_through(graph: Graph, node: Node, found: Mapping[str, Numbers]) -> Numbers | None:
+    given = [found.get(source) for source in node.inputs]
+    if all(numbers is None for numbers in given):
+        return None
+    shapes = graph.input_shapes(node)
+    read = [np.full(x[0], _NONE) if by is None else by for x, by in zip(shapes, given, strict=True)]
+    flow = node.channel_flow(*shapes)
+    if flow == "moved":
+        origin = node.origin(*shapes)
+        return np.where(origin < 0, _NONE, np.concatenate(read)[origin])
+    if isinstance(node, Multiply):  # zero times anything
+        return np.where(read[0] >= 0, read[0], read[1])
+    if isinstance(node, Add):
+        return np.where(np.all([by == read[0] for by in read], axis=0), read[0], _NONE)
+    return read[0] if flow == "own" and len(read) == 1 and node.keeps_zero else None
+
+
+def wanted(graph: Graph, numbers: Mapping[str, Numbers], starts: Mapping[int, str]) -> Mapping[str, Numbers]:
+    """value -> (C,) what scales all that is computed from each channel: where it is closed, the channel need not be.
+
+    A value of which some channels may help to decide on others is computed whole.
+    """
+    found: dict[str, Numbers] = {}
+    place = {node.name: index for index, node in enumerate(graph.nodes)}
+    gates = np.repeat([place[name] for name in numbers], [len(own) for own in numbers.values()])
     for node in reversed(graph.nodes):
-        gates = {_wanted_through(graph, reader, node.name, wanted) for reader in graph.readers[node.name]}
-        gate = gates.pop() if len(gates) == 1 and node.name != graph.output else None
-        if gate is not None:
-            wanted[node.name] = gate
-    return wanted
+        if node.name == graph.output:
+            continue
+        by = np.full(graph.shapes[node.name][0], _UNREAD)
+        for reader in graph.readers[node.name]:
+            through = _wanted_through(graph, reader, node.name, found, numbers)
+            if through is None:
+                by[:] = _NONE
+                break
+            by = np.where(by == _UNREAD, through, np.where((through == _UNREAD) | (through == by), by, _NONE))
+        by[by == _UNREAD] = _NONE
+        if (by >= 0).any() and governor(by, numbers, starts) is None:
+            by[(by >= 0) & (gates[by] > place[node.name])] = _NONE
+        if (by >= 0).any():
+            found[node.name] = by
+    return found
+
+
+def _wanted_through(
+    graph: Graph, reader: Node, value: str, found: Mapping[str, Numbers], numbers: Mapping[str, Numbers]
+) -> Numbers | None:
+    if isinstance(reader, Multiply) and reader.inputs[0] == value != reader.inputs[1]:
+        gate = graph.select_of(reader)
+        return None if gate is None else numbers[gate]
+    by, shapes = found.get(reader.name), graph.input_shapes(reader)
+    flow = reader.channel_flow(*shapes)
+    if flow == "own" and len(reader.inputs) == 1:
+        return by
+    if flow != "moved":
+        return None
+    origin, first = reader.origin(*shapes), 0
+    made = np.full(graph.shapes[value][0], _UNREAD)
+    for source, shape in zip(reader.inputs, shapes, strict=True):
+        if source == value:
+            for c in np.flatnonzero((origin >= first) & (origin < first + shape[0])):
+                new, old = (_NONE if by is None else by[c]), made[origin[c] - first]
+                made[origin[c] - first] = new if old in (_UNREAD, new) else _NONE
+        first += shape[0]
+    return made
+
+
+def governor(by: Numbers, numbers: Mapping[str, Numbers], starts: Mapping[int, str]) -> str | None:
+    """The gate that governs a value channel by channel, None if that is not the whole of what governs it.
+
+    starts: first number of each gate -> the gate.
+    """
+    gate = starts.get(int(by[0]))
+    return gate if gate is not None and np.array_equal(by, numbers[gate]) else None
 
 
 def heads(graph: Graph) -> frozenset[str]:
@@ -57,14 +136,3 @@ def scorers(graph: Graph) -> frozenset[str]:
         if isinstance(node, Linear) and node.name in graph.heads:
             found.add(node.name)
     return frozenset(found)
-
-
-def _wanted_through(graph: Graph, reader: Node, value: str, wanted: Mapping[str, str]) -> str | None:
-    if isinstance(reader, Multiply) and reader.inputs[0] == value != reader.inputs[1]:
-        return graph.select_of(reader)
-    return wanted.get(reader.name) if _follows(graph, reader) else None
-
-
-def _follows(graph: Graph, node: Node) -> bool:
-    """Whether channel c of what the node makes depends on channel c of its one input alone."""
-    return len(node.inputs) == 1 and node.channel_flow(*graph.input_shapes(node)) == "own"

@@ -15,6 +15,9 @@ from graphlib import CycleError, TopologicalSorter
 from reprlib import repr as brief
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from manidp.errors import GraphError, some
 from manidp.graph import channels, json
 from manidp.graph.ops import OPS, Input, Linear, Multiply, Node, Select, Shape
@@ -158,14 +161,41 @@ class Graph:
         return self.shapes[self.output][0]
 
     @cached_property
+    def gate_numbers(self) -> Mapping[str, NDArray[np.intp]]:
+        """The channels of all gates are numbered through: the numbers of each gate's own."""
+        return channels.numbered(self)
+
+    @cached_property
+    def _gate_starts(self) -> Mapping[int, str]:
+        return {int(numbers[0]): name for name, numbers in self.gate_numbers.items()}
+
+    @cached_property
+    def zeroed(self) -> Mapping[str, NDArray[np.intp]]:
+        """value -> (C,) numbers of what closes its channels, -1: nothing. A closed one is 0: it need not be read."""
+        return channels.zeroed(self, self.gate_numbers)
+
+    @cached_property
+    def wanted(self) -> Mapping[str, NDArray[np.intp]]:
+        """value -> (C,) numbers of what scales all that is made of its channels, -1: nothing does.
+
+        Where it is closed, the channel need not be computed.
+        """
+        return channels.wanted(self, self.gate_numbers, self._gate_starts)
+
+    @cached_property
     def zeroed_by(self) -> Mapping[str, str]:
-        """value -> the gate whose closed channels are exactly 0 in it: reading those channels can be skipped."""
-        return channels.zeroed_by(self)
+        """Of ``zeroed``, the values that one gate governs as a whole, channel by channel -> that gate."""
+        return self._governed(self.zeroed)
 
     @cached_property
     def wanted_by(self) -> Mapping[str, str]:
-        """value -> the gate that scales all that is computed from it: channels that it closes need not be computed."""
-        return channels.wanted_by(self)
+        """Of ``wanted``, the values that one gate governs as a whole, channel by channel -> that gate."""
+        return self._governed(self.wanted)
+
+    def _governed(self, by: Mapping[str, NDArray[np.intp]]) -> dict[str, str]:
+        numbers, starts = self.gate_numbers, self._gate_starts
+        gates = ((value, channels.governor(own, numbers, starts)) for value, own in by.items())
+        return {value: gate for value, gate in gates if gate is not None}
 
     def select_of(self, node: Node) -> str | None:
         """The gate whose closed channels are zero in what this node makes: it multiplies by that gate."""

@@ -92,16 +92,18 @@ def _batch(graph: Graph, kept: Kept) -> int:
 
 def _per_image(graph: Graph, kept: Kept, batch: int) -> dict[str, NDArray[np.int64]]:
     macs = {}
+    last = np.ones((batch, 1), dtype=bool)  # what nothing governs is open
+    opened = np.concatenate([*(kept[gate] for gate in graph.gate_channels), last], axis=1)
     for node in graph.nodes:
         shapes = graph.input_shapes(node)
         if node.macs(*shapes):
-            read = _mask(graph, node.inputs[0], graph.zeroed_by, kept, batch)
-            made = _mask(graph, node.name, graph.wanted_by, kept, batch)
+            read = _mask(graph, node.inputs[0], graph.zeroed, opened)
+            made = _mask(graph, node.name, graph.wanted, opened)
             macs[node.name] = node.macs_kept(shapes, read, made)
     return macs
 
 
-def _mask(graph: Graph, value: str, by: Mapping[str, str], kept: Kept, batch: int) -> NDArray[np.bool_]:
+def _mask(graph: Graph, value: str, by: Mapping[str, NDArray[np.intp]], opened: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """(B, C) which channels of a value count; all of them where no gate governs it."""
-    gate = by.get(value)
-    return np.broadcast_to(True, (batch, graph.shapes[value][0])) if gate is None else kept[gate]
+    numbers = by.get(value)
+    return np.broadcast_to(True, (len(opened), graph.shapes[value][0])) if numbers is None else opened[:, numbers]

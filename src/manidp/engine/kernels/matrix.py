@@ -123,7 +123,7 @@ class MultiplyMatrices(MapStep):
         module.reserve_scratch(sweep * slot + OUTPUTS * blocks.vectors * lanes)
         operands = epilogues.operands_of(module, f, self.epilogue)
         sizes = range(1, OUTPUTS + 1)
-        if self.outputs.gate is None:
+        if self.outputs.kept is None:
             tiles = -(-self.outputs.count // OUTPUTS)
             sizes = range(self.outputs.count // tiles, -(-self.outputs.count // tiles) + 1)
         code = _Code(module, self.rows, blocks, sizes, source, frame, self.epilogue, epilogues.parameters_of(operands))

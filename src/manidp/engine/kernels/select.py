@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,20 +49,8 @@ class Decide(Step):
                 g.store(factor, gate, here)
                 return []
 
-            def one_channel(c: Index, kept: Index) -> list[Index]:
-                number = g.make(Piece, f"trunc i64 {kept} to i32")
-                g.do(f"store i32 {number}, ptr {g.at(below, c)}, align 4")
-                open_ = g.make(Bool, f"fcmp {_ABOVE} float {g.scalar(gate, c)}, 0.0")
-                closed = g.minus(c, kept)
-                place = g.make(Index, f"select i1 {open_}, i64 {kept}, i64 {g.minus(last, closed)}")
-                number = g.make(Piece, f"trunc i64 {c} to i32")
-                g.do(f"store i32 {number}, ptr {g.at(list_, place)}, align 4")
-                return [g.plus(kept, g.make(Index, f"zext i1 {open_} to i64"))]
-
             g.loop(g.divided(g.plus(n, lanes - 1), lanes), one_vector)
-            (kept,) = g.loop(n, one_channel, Index("0"))
-            number = g.make(Piece, f"trunc i64 {kept} to i32")
-            g.do(f"store i32 {number}, ptr {g.at(below, n)}, align 4")
+            _write_lists(g, list_, below, n, last, lambda c: _open(g, gate, c))
             g.copy(gate, values, n)
 
         arguments = [scores, limit_at, mask, gate, list_, below, values, n, last]
@@ -74,6 +63,63 @@ class Decide(Step):
             module.vector_at(f, VectorKey(self.gate.name)), channels, f.at(channels, self.channels), factors,
             self.channels, self.channels - 1,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ListChannels(Step):
+    """The lists of a value whose channels are governed one by one, by whichever gates, once these have decided.
+
+    ``places``: offset of int32s, of each channel the number of the gate's channel that closes it, -1 if none does.
+    """
+
+    target: VectorKey
+    channels: int
+    places: int
+
+    def emit(self, module: Module, f: Function) -> None:
+        places, factors = Pointer("%places"), Pointer("%factors")
+        list_, below, n, last = Pointer("%list"), Pointer("%below"), Index("%n"), Index("%last")
+
+        def write(g: Function) -> None:
+            def is_open(c: Index) -> Bool:
+                number = g.make(Piece, f"load i32, ptr {g.at(places, c)}, align 4")
+                free = g.make(Bool, f"icmp slt i32 {number}, 0")
+                place = g.make(Index, f"sext i32 {number} to i64")
+                opened = _open(g, factors, g.make(Index, f"select i1 {free}, i64 0, i64 {place}"))
+                return g.make(Bool, f"or i1 {free}, {opened}")
+
+            _write_lists(g, list_, below, n, last, is_open)
+
+        name = module.function("list", [places, factors, list_, below, n, last], write, FLOAT)
+        channels = module.vector_at(f, self.target)
+        f.call(
+            name, module.constant_at(f, self.places), GATES, channels, f.at(channels, self.channels), self.channels,
+            self.channels - 1,
+        )  # fmt: skip
+
+
+def _open(g: Function, factors: Pointer, place: Index) -> Bool:
+    return g.make(Bool, f"fcmp {_ABOVE} float {g.scalar(factors, place)}, 0.0")
+
+
+def _write_lists(
+    g: Function, list_: Pointer, below: Pointer, n: Index, last: Index, is_open: Callable[[Index], Bool]
+) -> None:
+    """Numbers of the open channels from the front, of the closed ones from the back; how many open ones are below."""
+
+    def one_channel(c: Index, kept: Index) -> list[Index]:
+        number = g.make(Piece, f"trunc i64 {kept} to i32")
+        g.do(f"store i32 {number}, ptr {g.at(below, c)}, align 4")
+        open_ = is_open(c)
+        closed = g.minus(c, kept)
+        place = g.make(Index, f"select i1 {open_}, i64 {kept}, i64 {g.minus(last, closed)}")
+        number = g.make(Piece, f"trunc i64 {c} to i32")
+        g.do(f"store i32 {number}, ptr {g.at(list_, place)}, align 4")
+        return [g.plus(kept, g.make(Index, f"zext i1 {open_} to i64"))]
+
+    (kept,) = g.loop(n, one_channel, Index("0"))
+    number = g.make(Piece, f"trunc i64 {kept} to i32")
+    g.do(f"store i32 {number}, ptr {g.at(below, n)}, align 4")
 
 
 def model(
