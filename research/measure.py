@@ -1,16 +1,15 @@
 """The students of gates.py on all 10,000 test images, by the engine; and what their decisions are worth.
 
 Writes a checkpoint for every student of a packed file, and one line of JSON each: right answers, multiply-adds, share
-of decisions that differ from the channel's majority (stages 1, 2, 3). With ``--probe`` also the right answers with
-decisions frozen to the majority (saliencies still scale) and with the gates of one image used for the next; batch
-statistics are estimated anew for both.
+of decisions that differ from the channel's majority (stages 1, 2, 3). With ``--probe`` also the right answers of
+``manidp diagnose`` with decisions frozen to the majority and with the gates of one image used for the next.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,25 +26,12 @@ from manidp.data.preprocessing import CIFAR10_PREPROCESSING
 from manidp.engine.engine import Engine
 from manidp.formats.checkpoint import Checkpoint, save_checkpoint
 from manidp.gating.place import with_gates
-from manidp.graph import Clip, Graph, Node
+from manidp.graph import Clip, Graph
 from manidp.graph.macs import gate_macs, macs_per_image
 from manidp.models import resnet
-from manidp.torch.network import Network, _mean
-from manidp.training.evaluate import evaluate
-
-
-class Shuffled(Network):
-    """A network in which each image is scaled by the gates of the image before it."""
-
-    def _step(self, node: Node, own: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
-        if self.graph.select_of(node):
-            inputs = [inputs[0], inputs[1].roll(1, 0)]
-        return super()._step(node, own, inputs)
-
-    def _mean_of(self, name: str, values: Mapping[str, Tensor], pooled: dict[str, Tensor]) -> Tensor:
-        if name not in pooled:
-            pooled[name] = _mean(values[name])
-        return pooled[name]
+from manidp.torch.diagnose import diagnose
+from manidp.torch.network import Network
+from manidp.training.diagnosis import differing
 
 
 def graph_of(name: str) -> Graph:
@@ -92,19 +78,6 @@ def constant_to_budget(weights: dict[str, Tensor], pixels: Pixels) -> None:
     weights |= {k: v.clone() for k, v in network.state_dict().items()}
 
 
-def frozen(checkpoint: Checkpoint, kept: Mapping[str, NDArray[np.bool_]]) -> Network:
-    """The network with every decision replaced by the channel's majority."""
-    weights = {k: v.copy() for k, v in checkpoint.weights.items()}
-    for name, open_ in kept.items():
-        closed = open_.mean(0) <= 0.5
-        weights[f"{name}.fc2.weight"][closed] = 0
-        weights[f"{name}.fc2.bias"][closed] = -1
-        weights[f"{name}.threshold"] = np.zeros((), np.float32)
-    network = Network(checkpoint.graph)
-    network.load(weights)
-    return network
-
-
 def students(files: list[Path]) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
     """(name, seed, weights) of every student in packed files."""
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -136,8 +109,7 @@ def measure(
     }
     opened = {n: np.concatenate([k[n] for k in kept]) for n in kept[0]}
     if opened:
-        share = [float(np.minimum(v.mean(0), 1 - v.mean(0)).mean()) for v in opened.values()]
-        figures["differ"] = [round(sum(share[i : i + 6]) / 6, 4) for i in (0, 6, 12)]
+        figures["differ"] = [round(share, 4) for share in differing(opened)[1].values()]
     return figures, opened
 
 
@@ -159,17 +131,13 @@ def main() -> None:
         if static:
             constant_to_budget(weights, pixels)
         arrays = {k: v.numpy() for k, v in weights.items()}
-        checkpoint = Checkpoint(graph_of(name), arrays, CIFAR10_PREPROCESSING, test.classes)
+        told = {"recipe": {"augment": True, "padding_mode": "reflect"}}  # as gates.py draws its batches
+        checkpoint = Checkpoint(graph_of(name), arrays, CIFAR10_PREPROCESSING, test.classes, told)
         save_checkpoint(checkpoint, args.out / f"{name}-{seed}.safetensors")
         figures, kept = measure(checkpoint, test, static or name.endswith("-majority"))
         if args.probe and kept and not static and not name.endswith("-majority"):
-            network = frozen(checkpoint, kept)
-            estimate(network, pixels)
-            figures["frozen"] = evaluate(network.run, test, CIFAR10_PREPROCESSING).correct
-            shuffled = Shuffled(checkpoint.graph)
-            shuffled.load(checkpoint.weights)
-            estimate(shuffled, pixels)
-            figures["shuffled"] = evaluate(shuffled.run, test, CIFAR10_PREPROCESSING).correct
+            rows = {one.name: one.correct for one in diagnose(checkpoint, train.images[:5000], test).variants}
+            figures |= {"frozen": rows["frozen to the majority"], "shuffled": rows["gates of another image"]}
         line = json.dumps({"name": name, "seed": seed, **figures})
         print(line, flush=True)
         with (args.out / "results.jsonl").open("a") as file:
