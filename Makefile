@@ -11,7 +11,7 @@ OTHER ?= python3.13
 CORE := $(addprefix tests/test_,checkpoint.py ckpt.py engine.py files.py graph.py hub.py images.py macs.py reference.py \
 	static.py terminal.py)
 
-.PHONY: help run test check api screenshot fuzz data model cards table figure support test-mindspore test-torch test-python test-ray clean
+.PHONY: help run test check api screenshot fuzz data model cards table figure support score test-mindspore test-torch test-python test-ray clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -112,6 +112,9 @@ test-torch:  ## The tests of torch and ONNX with another torch: TORCH=2.11.0
 	.venv-torch/bin/python -m pip install --quiet torch==$(TORCH)
 	.venv-torch/bin/python -m pip install --quiet --editable '.[torch,onnx]' 'pytest>=9' 'hypothesis>=6.120'
 	.venv-torch/bin/python -m pytest tests/with_torch tests/training tests/test_onnx.py
+
+score: $(VENV)/.dev data  ## Images a second of `manidp score` beside a DataLoader with ONNX Runtime (machine idle)
+	$(VENV)/bin/python benchmarks/score.py
 
 test-ray: $(VENV)/.dev  ## Test `manidp score --ray` on Ray's workers on this machine
 	$(VENV)/bin/python -m pip install --quiet --editable '.[score,ray]'

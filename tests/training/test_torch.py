@@ -127,12 +127,12 @@ def test_a_run_keeps_the_precision_it_began_with(
         training(TORCH, tmp_path, replace(automatic, precision=other), resume=True)
 
 
-def test_a_run_of_old_that_names_no_backend_goes_on(tmp_path: Path) -> None:
+def test_a_run_of_old_that_names_neither_backend_nor_processes_goes_on(tmp_path: Path) -> None:
     recipe = replace(GATED, epochs=2)
     with training(TORCH, tmp_path, recipe) as run:
         next(run.epochs())
     state = read_state(run.state_path)
-    del state.run["backend"]
+    del state.run["backend"], state.run["processes"]
     write_state(run.state_path, state, load_file(run.state_path))
     with training(TORCH, tmp_path, recipe, resume=True) as run:
         assert [record.epoch for record in run.epochs()] == [1]
