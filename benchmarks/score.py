@@ -1,4 +1,4 @@
-"""Images a second of `manidp score`, and of torch's DataLoader with ONNX Runtime on the dense network, on the same files.
+"""Images a second of `manidp score`, and of a DataLoader with ONNX Runtime on the dense network, on the same files.
 
 `make score` runs it on 10,000 CIFAR-10 test images as PNG files; `python benchmarks/score.py FOLDER --threads 4` on a
 folder of yours. The two take turns; each decodes with as many threads or worker processes as the engine has threads.
