@@ -205,6 +205,13 @@ class Graph:
     def _gate_names(self) -> frozenset[str]:
         return frozenset(gate.name for gate in self.gates)
 
+    @cached_property
+    def computing(self) -> tuple[tuple[Node, tuple[Shape, ...], int], ...]:
+        """The nodes that do multiply-adds, each with the shapes of its inputs and how many it does for one image."""
+        found = ((node, self.input_shapes(node)) for node in self.nodes)
+        counted = ((node, shapes, node.macs(*shapes)) for node, shapes in found)
+        return tuple(entry for entry in counted if entry[2])
+
     def input_shapes(self, node: Node) -> tuple[Shape, ...]:
         """Shapes of the values that a node reads."""
         return tuple(self.shapes[source] for source in node.inputs)

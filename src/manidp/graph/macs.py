@@ -30,8 +30,7 @@ def node_macs(graph: Graph, kept: Kept | None = None) -> dict[str, int] | dict[s
     a (B,) int64 array a node. Raises GraphError if a gate is missing or a shape is not (B, channels of the gate).
     """
     if kept is None:
-        counts = {node.name: node.macs(*graph.input_shapes(node)) for node in graph.nodes}
-        return {name: count for name, count in counts.items() if count}
+        return {node.name: count for node, _, count in graph.computing}
     return _per_image(graph, kept, _batch(graph, kept))
 
 
@@ -94,12 +93,13 @@ def _per_image(graph: Graph, kept: Kept, batch: int) -> dict[str, NDArray[np.int
     macs = {}
     last = np.ones((batch, 1), dtype=bool)  # what nothing governs is open
     opened = np.concatenate([*(kept[gate] for gate in graph.gate_channels), last], axis=1)
-    for node in graph.nodes:
-        shapes = graph.input_shapes(node)
-        if node.macs(*shapes):
+    for node, shapes, count in graph.computing:
+        if node.inputs[0] in graph.zeroed or node.name in graph.wanted:
             read = _mask(graph, node.inputs[0], graph.zeroed, opened)
             made = _mask(graph, node.name, graph.wanted, opened)
             macs[node.name] = node.macs_kept(shapes, read, made)
+        else:
+            macs[node.name] = np.full(batch, count, np.int64)
     return macs
 
 
