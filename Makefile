@@ -11,7 +11,7 @@ OTHER ?= python3.13
 CORE := $(addprefix tests/test_,checkpoint.py ckpt.py engine.py files.py graph.py hub.py images.py macs.py reference.py \
 	static.py terminal.py)
 
-.PHONY: help run test check api screenshot fuzz data model cards table figure support score test-mindspore test-torch test-python test-ray clean
+.PHONY: help run test check load api screenshot fuzz data model cards table figure support score test-mindspore test-torch test-python test-ray clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -89,6 +89,9 @@ support: $(VENV)/.dev .venv-mindspore/.ready  ## Write docs/support.md, which ba
 
 fuzz: $(VENV)/.dev  ## Try many more mutants of every kind of file than the tests do: FIRST=0 MUTANTS=20000
 	PYTHONPATH=tests nice $(VENV)/bin/python -m hostile.campaign $(FIRST) $(MUTANTS)
+
+load: $(VENV)/.dev data  ## Our server beside the same server around ONNX Runtime, under load that does not wait (4 minutes, machine idle)
+	$(VENV)/bin/python benchmarks/load.py --out benchmarks/load.json
 
 api: $(VENV)/.dev  ## Try the server's description against the server, with schemathesis
 	$(VENV)/bin/python -m pip install --quiet 'schemathesis>=4'
