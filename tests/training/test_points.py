@@ -92,7 +92,7 @@ def test_the_largest_follows_the_teacher_and_the_others_the_two_of_them() -> Non
 def test_a_gate_made_reopenable_decides_the_same_and_its_scores_are_above_zero() -> None:
     start = fresh(TORCH, GATED_GRAPH)
     chance = np.random.default_rng(0)
-    for name in start.graph.scorers:
+    for name in sorted(start.graph.scorers):
         start.weights[f"{name}.bias"][:] = chance.normal(0, 1, start.weights[f"{name}.bias"].shape)
     for name in start.graph.thresholds:
         start.weights[name][...] = 0.25
