@@ -64,6 +64,22 @@ def from_torch(
     return from_torch(module, example, preprocessing=preprocessing, classes=classes)
 
 
+def from_onnx(
+    path: str | Path,
+    *,
+    size: tuple[int, int] | None = None,
+    preprocessing: Preprocessing | None = None,
+    classes: Sequence[str] | None = None,
+) -> Checkpoint:
+    """The network of an ONNX file as a checkpoint, compared with ONNX Runtime before it is returned.
+
+    See ``manidp.torch.onnx.from_onnx``. Needs the extras "torch" and "onnx".
+    """
+    from manidp.torch.onnx import from_onnx
+
+    return from_onnx(path, size=size, preprocessing=preprocessing, classes=classes)
+
+
 @overload
 def gate(network: Checkpoint, *, seed: int = 0) -> Gated[Checkpoint]: ...
 @overload

@@ -27,7 +27,12 @@ def inspect(
         from manidp.torch.frontend import from_torch, random_images
         from manidp.torch.userfile import module_of
 
-        checkpoint = from_torch(module_of(network), random_images(*shape))
+        if network.lower().endswith(".onnx"):
+            from manidp.torch.onnx import from_onnx
+
+            checkpoint = from_onnx(network, size=shape[1:])
+        else:
+            checkpoint = from_torch(module_of(network), random_images(*shape))
     facts = inspected(checkpoint.graph)
     if as_json:
         say_json(facts, indent=2)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from manidp.cli import show
-from manidp.cli.options import Cascade, Data, Json, asked_cascade, check_outputs, deciding, labelled, suffix
+from manidp.cli.options import Cascade, Data, Json, asked_cascade, check_outputs, deciding, labelled, refusals, suffix
 from manidp.errors import ManiDPError
 from manidp.terminal import complain, say, say_json
 
@@ -32,7 +32,7 @@ def info(
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A .ckpt file, or a model as for --model of evaluate.")],
+    source: Annotated[str, typer.Argument(help="A .ckpt or .onnx file, or a model as for --model of evaluate.")],
     out: Annotated[
         Path,
         typer.Option("--out", "-o", help="File to write: .safetensors, .ckpt or .onnx."),
@@ -42,7 +42,10 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a model to a checkpoint, to MindSpore's .ckpt or to ONNX; MindSpore is not needed."""
+    """Convert a model to a checkpoint, to MindSpore's .ckpt or to ONNX; MindSpore is not needed.
+
+    Reading ONNX needs PyTorch and ONNX Runtime. The checkpoint then takes pixels of 0 to 1 as they are.
+    """
     from manidp.formats.checkpoint import save_checkpoint
     from manidp.formats.ckpt import write_ckpt
     from manidp.formats.conversion import is_ckpt_file, load_ckpt, to_ckpt, write_thresholds
@@ -53,7 +56,13 @@ def convert(
     to_write = thresholds if kind == ".ckpt" and not from_ckpt else None
     if thresholds and not from_ckpt and not to_write:
         raise ManiDPError(f"--thresholds {thresholds} is for a .ckpt, read or written; a {kind} holds them itself")
-    found = load_ckpt(source, thresholds) if from_ckpt else find_model(source)
+    if source.lower().endswith(".onnx"):
+        from manidp.torch.onnx import found_in
+
+        with refusals():
+            found = found_in(source)
+    else:
+        found = load_ckpt(source, thresholds) if from_ckpt else find_model(source)
     checkpoint = found.checkpoint
     if kind == ".ckpt" and checkpoint.graph.gates and thresholds is None:
         raise ManiDPError("a .ckpt does not hold thresholds; say with --thresholds FILE where to write them")

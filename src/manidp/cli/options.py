@@ -47,7 +47,10 @@ Data = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 UserNetwork = Annotated[
-    str, typer.Argument(help="Your Python file and what makes the torch module: my_net.py:make. The file is run.")
+    str,
+    typer.Argument(
+        help="Your Python file and what makes the torch module: my_net.py:make, the file is run. Or an ONNX file."
+    ),
 ]
 Sources = Annotated[
     list[str] | None,

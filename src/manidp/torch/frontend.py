@@ -159,6 +159,8 @@ def _outputs(made: Any) -> list[Any]:
 def _run(module: Callable[[Tensor], Any], images: Tensor) -> Any:
     try:
         return module(images)
+    except FrontendError:  # of a module that is a file's network
+        raise
     except Exception as error:
         raise FrontendError(f"the module does not run on images {tuple(images.shape)}: {_told(error)}") from error
 

@@ -44,6 +44,7 @@ from manidp.torch.layout import BATCH, CHANNELS, HEIGHT, WIDTH, Factor, Value
 
 ATEN = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent)  # code below is torch's, not a network's author's
+OURS = str(Path(__file__).parent.parent)  # and what is below this is ours: an ONNX file has no lines of code
 BATCH_SIZE = 2  # images that the module is exported with; no axis of a graph's value is this one's
 _KINDS: tuple[str, ...] = get_args(ActivationKind)
 
@@ -938,7 +939,7 @@ def _place(node: fx.Node) -> str:
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if 'File "' in line]
     own = [line for line in frames if TORCH not in line] or frames
     path = _module(node)[0] or "the network"
-    if not own:
+    if not own or OURS in own[-1]:
         return path
     file, _, rest = own[-1].removeprefix('File "').partition('"')
     number = "".join(ch for ch in rest.split(",")[1] if ch.isdigit()) if "," in rest else "?"

@@ -120,19 +120,24 @@ def _kind(given: object) -> str:
 
 
 def imported(network: str, weights: Path | None, preprocessing: Preprocessing, classes: Sequence[str]) -> Found:
-    """The module of "net.py:make" with the weights of a file as a model whose classes are these.
+    """The module of "net.py:make" with the weights of a file, or an ONNX file, as a model whose classes are these.
 
-    Raises FrontendError: what ``module_of``, ``load_weights`` and ``from_torch`` raise, and another number of logits
-    than of classes.
+    Raises FrontendError: what ``module_of``, ``load_weights``, ``from_torch`` and ``from_onnx`` raise, and another
+    number of logits than of classes.
     """
-    module = module_of(network)
-    if weights is not None:
-        load_weights(module, weights)
-    checkpoint = from_torch(module, random_images(3, *preprocessing.size), preprocessing=preprocessing)
-    if checkpoint.graph.num_classes != len(classes):
-        raise FrontendError(
-            f"{network} makes {checkpoint.graph.num_classes} logits, and the data has {len(classes)} classes: "
-            f"{some(classes)}"
-        )
-    checkpoint = replace(checkpoint, classes=tuple(classes))
-    return Found(network, Path(network.rpartition(":")[0]), digest_of(checkpoint)["sha256"], checkpoint)
+    if network.lower().endswith(".onnx"):
+        from manidp.torch.onnx import found_in
+
+        if weights is not None:
+            raise FrontendError(f"{network} has its weights in itself; leave --weights {weights} out")
+        found = found_in(network, size=preprocessing.size, preprocessing=preprocessing)
+    else:
+        module = module_of(network)
+        if weights is not None:
+            load_weights(module, weights)
+        own = from_torch(module, random_images(3, *preprocessing.size), preprocessing=preprocessing)
+        found = Found(network, Path(network.rpartition(":")[0]), digest_of(own)["sha256"], own)
+    count = found.checkpoint.graph.num_classes
+    if count != len(classes):
+        raise FrontendError(f"{network} makes {count} logits, and the data has {len(classes)} classes: {some(classes)}")
+    return replace(found, checkpoint=replace(found.checkpoint, classes=tuple(classes)))

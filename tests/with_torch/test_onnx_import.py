@@ -1,0 +1,184 @@
+"""``manidp.from_onnx``: files of exporters and by hand, what cannot be imported, what a hostile file can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.nn.functional as F
+
+import manidp
+from manidp import cli, reference
+from manidp.data.preprocessing import Preprocessing
+from manidp.errors import FrontendError
+from manidp.formats.checkpoint import load_checkpoint
+from manidp.gating.place import gate
+from manidp.torch.userfile import imported as imported_from
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'manidp[onnx]'")
+pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install 'manidp[onnx]'")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from zoo import imported  # noqa: E402
+
+import manidp.torch.onnx  # noqa: E402
+from manidp.onnx import write_onnx  # noqa: E402
+
+CHANCE = np.random.default_rng(0)
+
+
+def array(*shape: int) -> Any:
+    return CHANCE.normal(size=shape).astype(np.float32)
+
+
+def written(
+    path: Path, nodes: Sequence[Any], arrays: dict[str, Any], dims: Sequence[Any] = (1, 3, 12, 10), **more: Any
+) -> Path:
+    """A file whose input is "image" and whose output is "logits"."""
+    inputs = [helper.make_tensor_value_info("image", TensorProto.FLOAT, dims)]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)]
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in arrays.items()]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9, **more)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def node(kind: str, inputs: str, outputs: str, **attributes: Any) -> Any:
+    return helper.make_node(kind, inputs.split(), outputs.split(), **attributes)
+
+
+BODY = [
+    node("Conv", "image a.b.weight a.b.bias", "c", name="named", auto_pad="SAME_UPPER", strides=[2, 2]),
+    node("BatchNormalization", "c scale shift mean var", "n", epsilon=1e-3),
+    node("HardSigmoid", "n", "h", alpha=0.3), node("Clip", "h low high", "r"),
+    node("Split", "r halves", "s t", axis=1), node("Concat", "t s", "u", axis=1),
+    node("Mul", "u factor", "v"), node("AveragePool", "v", "p", kernel_shape=[2, 2], strides=[1, 1]),
+    node("Pad", "p pads", "q"), node("Conv", "q deep", "d", group=8, name="training"),
+    node("MaxPool", "d", "m", kernel_shape=[3, 3], strides=[2, 2], pads=[0, 0, 1, 1]),
+    node("Shape", "m", "shape"), node("Gather", "shape zero", "batch"), node("Unsqueeze", "batch axes", "first"),
+    node("Concat", "first rest", "sizes", axis=0), node("Reshape", "m sizes", "flat"),
+    node("Transpose", "matrix", "turned", perm=[1, 0]), node("MatMul", "flat turned", "product"),
+    node("Add", "product term", "sum"), node("Relu", "sum", "z"), node("Reshape", "z one", "again"),
+    node("Gemm", "again last bias", "logits", alpha=0.5, beta=2.0),
+]  # fmt: skip
+ARRAYS = {
+    "a.b.weight": array(8, 3, 3, 3), "a.b.bias": array(8), "scale": array(8), "shift": array(8), "mean": array(8),
+    "var": np.abs(array(8)), "low": np.float32(0.1), "high": np.float32(0.9), "halves": np.array([3, 5]),
+    "factor": array(8, 1, 1), "pads": np.array([0, 0, 1, 2, 0, 0, 0, 1]), "deep": array(8, 1, 2, 2),
+    "zero": np.array(0), "axes": np.array([0]), "rest": np.array([-1]), "matrix": array(16, 48), "term": array(16),
+    "one": np.array([1, 16]), "last": array(16, 5), "bias": array(5), "half": np.float32(0.5), "unit": np.float32(1),
+    "root": np.float32(2**0.5), "part": np.float32(0.5**0.5),
+}  # fmt: skip
+
+
+def test_what_is_exported_can_be_imported(tmp_path: Path) -> None:
+    network = imported("shufflenet-v2")
+    write_onnx(network, tmp_path / "x.onnx")
+    again = manidp.from_onnx(tmp_path / "x.onnx", classes=network.classes)
+    images = CHANCE.normal(size=(2, 3, 32, 32))
+    wanted = reference.run(network.graph, network.weights, images).logits
+    came = reference.run(again.graph, again.weights, images).logits
+    np.testing.assert_allclose(came, wanted, atol=1e-6 * np.abs(wanted).max())
+    assert gate(again.graph).gates, "an imported network can be gated"
+
+
+def test_every_op_is_what_onnx_runtime_makes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written for a batch of 1, with sizes taken from shapes; the import itself compares, and passes no fault."""
+    path = written(tmp_path / "x.onnx", BODY, ARRAYS)
+    checkpoint = manidp.from_onnx(path, classes=list("abcde"))
+    assert checkpoint.graph.input.dims == (3, 12, 10) and checkpoint.classes == tuple("abcde")
+    assert "a.b" in checkpoint.graph.by_name, "nodes are called after their weights"
+    assert set(checkpoint.provenance["imported"]) == {"onnx"}
+    monkeypatch.setitem(manidp.torch.onnx._OPS, "Relu", lambda op, x: F.leaky_relu(x, 0.5))
+    with pytest.raises(FrontendError, match="differs from what ONNX Runtime makes of the file"):
+        manidp.from_onnx(path)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [node("Div", "c root", "e"), node("Mul", "c a", "m"), node("Mul", "m half", "g")],
+        [node("Mul", "part c", "e"), node("Mul", "c half", "m"), node("Mul", "m a", "g")],
+        [node("Div", "c root", "e"), node("Mul", "half a", "m"), node("Mul", "c m", "g")],
+    ],
+)  # fmt: skip
+def test_a_gelu_that_is_written_out_is_one(nodes: Any, tmp_path: Path) -> None:
+    whole = [
+        node("Conv", "image a.b.weight", "c"), nodes[0], node("Erf", "e", "f"), node("Add", "unit f", "a"), *nodes[1:],
+        node("GlobalMaxPool", "g", "p"), node("Flatten", "p", "logits"),
+    ]  # fmt: skip
+    checkpoint = manidp.from_onnx(written(tmp_path / "x.onnx", whole, ARRAYS))
+    assert [type(one).__name__ for one in checkpoint.graph.nodes] == ["Input", "Conv", "Activation", "GlobalPool"]
+
+
+def test_all_that_cannot_be_imported_is_listed(tmp_path: Path) -> None:
+    nodes = [
+        node("Conv", "image a.b.weight", "c"), node("Einsum", "c", "e", name="first", equation="bchw->bc"),
+        node("Conv", "image a.b.weight", "k"), node("LRN", "k", "l", size=3), node("Softsign", "l", "m"),
+        node("GlobalAveragePool", "m", "g"), node("Flatten", "g", "f"), node("Add", "e f", "logits"),
+    ]  # fmt: skip
+    with pytest.raises(FrontendError, match="3 nodes of this file cannot be imported") as caught:
+        manidp.from_onnx(written(tmp_path / "x.onnx", nodes, ARRAYS))
+    assert [line.partition(": no op")[0] for line in caught.value.refused] == ["first: Einsum", "l: LRN", "m: Softsign"]
+
+
+def pooled(*nodes: Any) -> list[Any]:
+    return [*nodes, node("GlobalAveragePool", "image", "g"), node("Flatten", "g", "f"), node("Gemm", "f w", "y"),
+            node("Add", "y huge", "logits")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("nodes", "arrays", "options", "message"),
+    [
+        (pooled(node("ConstantOfShape", "n", "huge")), {"n": np.array([2**40])}, {}, "more than 134,217,728 numbers"),
+        (pooled(node("Expand", "a.b.bias n", "huge")), {"n": np.array([2**30, 8])}, {}, "more than 134,217,728"),
+        (pooled(node("Add", "a c", "huge")), {"a": np.zeros((2**15, 1)), "c": np.zeros((1, 2**15))}, {}, "more than"),
+        (pooled(node("Reshape", "a.b.bias n", "huge")), {"n": np.array([7])}, {}, "cannot be computed: ValueError"),
+        (pooled(node("Loop", "n", "huge")), {"n": np.array([7])}, {}, "huge: Loop: of constants alone"),
+        (BODY[:1], {}, {}, "logits"),
+        (BODY, {}, {"dims": (1, 3, "h", "w")}, "leaves height and width of the image open; give size="),
+        (BODY, {}, {"dims": (1, 1, 12, 10)}, r"batch of RGB images \(B, 3, H, W\); this file's is \(1, 1, 12, 10\)"),
+        ([node("Relu", "x", "y"), node("Relu", "y", "x"), node("Add", "x image", "logits")], {}, {}, "KeyError|cannot"),
+    ],
+)
+def test_a_bad_file_is_one_line(
+    nodes: Any, arrays: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path / "x.onnx", nodes, {"w": array(3, 2), **ARRAYS, **arrays}, **options)
+    with pytest.raises(FrontendError, match=message):
+        manidp.from_onnx(path)
+
+
+def test_other_files_are_neither_read_nor_believed(tmp_path: Path) -> None:
+    path = written(tmp_path / "x.onnx", BODY, ARRAYS)
+    model = onnx.load_model_from_string(path.read_bytes())
+    tensor = model.graph.initializer[0]
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(FrontendError, match="weights lie in another file, which is not read"):
+        manidp.from_onnx(path)
+    for content in (b"", b"no", path.read_bytes()[:300]):
+        path.write_bytes(content)
+        with pytest.raises(FrontendError, match="not an ONNX file"):
+            manidp.from_onnx(path)
+    with pytest.raises(FrontendError, match="cannot be read"):
+        manidp.from_onnx(tmp_path)
+
+
+def test_the_command_line_takes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "x.onnx", BODY, ARRAYS)
+    out = tmp_path / "y.safetensors"
+    monkeypatch.setattr("sys.argv", ["manidp", "convert", str(path), "-o", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    found = imported_from(str(path), None, Preprocessing((0.5,) * 3, (0.5,) * 3, (12, 10)), tuple("abcde"))
+    assert found.checkpoint.classes == tuple("abcde") and found.checkpoint.preprocessing.mean == (0.5,) * 3
+    weights = load_checkpoint(out).weights
+    assert all(np.array_equal(value, weights[name]) for name, value in found.checkpoint.weights.items())
+    with pytest.raises(FrontendError, match="has its weights in itself"):
+        imported_from(str(path), tmp_path, found.checkpoint.preprocessing, tuple("abcde"))
