@@ -115,6 +115,18 @@ def test_a_gate_made_reopenable_decides_the_same_and_its_scores_are_above_zero()
     assert all(name.startswith((conv.rpartition(".")[0], first)) for name in differ)
 
 
+def test_a_run_from_a_model_with_points_keeps_what_its_own_budget_closes(tmp_path: Path) -> None:
+    start = fresh(TORCH, GATED_GRAPH)
+    gate = start.graph.gates[0].name
+    start.weights[f"{gate}.threshold"][...] = 2.0  # closes channels that all score 1
+    start.weights[f"{gate}.fc2.bias"][0] = 3.0
+    conv = next(f"{n.name}.weight" for n in start.graph.nodes if start.graph.wanted_by.get(n.name) == gate)
+    start.weights[conv][:] = 0.5
+    for name, model, same in (("first", start, False), ("next", reopenable(start), True)):
+        with training(TORCH, tmp_path / name, POINTS, start=model) as run:
+            assert (run.learner.state()[f"network/{conv}"][1:] == 0.5).all() == same
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [

@@ -66,6 +66,7 @@ class Training:
         progress: Progress | None = None,
     ) -> None:
         recipe = recipe.resolved(start.graph)
+        before = start.graph
         if recipe.points:
             start = reopenable(start)
         check_data(start, data)
@@ -104,7 +105,7 @@ class Training:
             self._agree("begin", [self.run, state and state.run, state and len(state.records)])
             if state is None:
                 if recipe.points:
-                    self._open_points()
+                    self._open_points(anew=self.graph != before)
                 self._save()
             else:
                 self._go_on(state)
@@ -200,8 +201,22 @@ class Training:
         self.learner.use(DEFAULT)
         return macs
 
-    def _open_points(self) -> None:
-        """Begin anew with channels that the start never opens, and with ``reach`` 0 find every point's thresholds."""
+    def _open_points(self, *, anew: bool) -> None:
+        """Begin ``anew`` with channels that the start never opens; with ``reach`` 0 find every point's thresholds.
+
+        Not anew where the start had points to train before: what its own budget closes others may open.
+        """
+        if anew:
+            self._begin_closed_anew()
+        if self.recipe.reach == 0:
+            self._estimate(self.sample)
+            seen = self._saliencies(self.sample)
+            for point, target in self.targets.items():
+                self.learner.use(point)
+                self.learner.set_thresholds(target.at_first(seen))
+            self.learner.use(DEFAULT)
+
+    def _begin_closed_anew(self) -> None:
         state = self.learner.state()
         weights, averages = below(state, "network/"), below(state, "average/")
         fresh = self.backend.fresh(self.graph, self.recipe.seed)
@@ -211,13 +226,6 @@ class Training:
         for index in range(len(self.points)):
             state |= {f"points/{index}/{name}": weights[name] for name in below(state, f"points/{index}/")}
         self.learner.load(state)
-        if self.recipe.reach == 0:
-            self._estimate(self.sample)
-            seen = self._saliencies(self.sample)
-            for point, target in self.targets.items():
-                self.learner.use(point)
-                self.learner.set_thresholds(target.at_first(seen))
-            self.learner.use(DEFAULT)
 
     def _sandwich(self, epoch: int) -> Iterator[tuple[str, ...]]:
         """For each step the points to train: largest, smallest, and one of those between, each as often."""
