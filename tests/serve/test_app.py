@@ -185,6 +185,17 @@ def test_before_it_is_warm_it_lives_but_is_not_ready(monkeypatch: pytest.MonkeyP
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 
 
+def test_a_model_that_cannot_be_warmed_up_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, told = service(), []
+    own.on_fault = lambda: told.append(own.fault)
+    monkeypatch.setattr("manidp.serve.app.warm_up", lambda *_: 1 / 0)
+    with TestClient(make_app(own)) as client:
+        while not told:
+            time.sleep(0.01)
+        assert client.get("/v2/health/ready").status_code == 503
+    assert isinstance(own.fault, ZeroDivisionError)
+
+
 def test_bodies_are_held_up_to_a_limit_and_given_back(client: TestClient) -> None:
     own = service(Limits(held=3000))
     with TestClient(make_app(own)) as small:

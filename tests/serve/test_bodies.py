@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from manidp.serve.bodies import PART_COUNT, asked_of, json_of
 from manidp.serve.limits import Limits, RefusedError
 
-LIMITS = Limits(pictures=3, fields=100)
+LIMITS = Limits(pictures=3, fields=100, commas=200)
 FORM = "multipart/form-data; boundary=x"
 
 
@@ -64,8 +64,9 @@ def test_a_form_cut_short_is_refused(cut: int) -> None:
         ("application/json", b'{"pictures": [1]}', 422, "base64"),
         ("application/json", b'{"pictures": ["","","",""]}', 422, "at most 3"),
         ("application/json", b'{"top": NaN}', 400, "NaN"),
-        ("application/json", b'{"top": ' + b"9" * 500 + b"}", 400, "digits"),
+        ("application/json", b'{"top": ' + b"9" * 5000 + b"}", 400, "digits"),
         ("application/json", b"[" * 101, 413, "brackets"),
+        ("application/json", b"[" + b"0," * 201, 413, "commas"),
         ("multipart/form-data", b"x", 400, "boundary"),
         ("multipart/form-data; boundary=" + "x" * 71, b"x", 400, "boundary"),
         (FORM, b"--x\r\n\r\n\r\n--x--", 400, "no headers"),

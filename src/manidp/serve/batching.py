@@ -18,7 +18,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from manidp.data.images import load_sample
+from manidp.data.pictures import fit_picture
 from manidp.engine.engine import Engine
 from manidp.errors import ManiDPError
 from manidp.formats.checkpoint import OperatingPoint
@@ -85,10 +88,13 @@ class _Part:
 
 
 def warm_up(engine: Engine, points: Sequence[str]) -> Costs:
-    """Run every point, and measure what an image costs at each; before it, the first request would pay for this."""
-    height, width = engine.checkpoint.preprocessing.size
-    many = 8
-    image = np.random.default_rng(0).integers(0, 256, (many * engine.threads, height, width, 3), dtype=np.uint8)
+    """Run every point on bundled pictures, and measure what an image costs at each.
+
+    Without it the first requests would wait for this, and the dial would not know what it turns.
+    """
+    many, size = 8, engine.checkpoint.preprocessing.size
+    fitted = np.stack([fit_picture(Image.fromarray(one), size) for one in load_sample(many).images])
+    image = np.concatenate([fitted] * engine.threads)
     one: dict[str, float] = {}
     all_: dict[str, float] = {}
     for _ in range(LOOKS):
