@@ -21,11 +21,11 @@ class RefusedError(Exception):
 class Limits:
     """Bytes, counts and seconds; each is far above what a request needs that is meant well.
 
-    body: bytes of a request. pictures: of a request; pixels: of a picture before it is fitted. fields: brackets
-    and quotes of a JSON document; commas: its commas, as many as there are numbers. header: bytes of the request line and all headers. seconds: from a
-    request's first byte to the last byte of its answer; header_seconds: to the end of its headers; keep_alive: between
-    two requests. connections: open at one time. held: bytes of all bodies in memory. grace: seconds from SIGTERM in
-    which requests on open connections are still taken.
+    body: bytes of a request. pictures: of a request; pixels: of a picture before it is fitted. fields: brackets and
+    quotes of a JSON document; commas: its commas, as many as there are numbers. header: bytes of the request line and
+    all headers. seconds: from a request's first byte to the last byte of its answer; header_seconds: to the end of its
+    headers; keep_alive: between two requests. connections: open at one time. held: bytes of all bodies in memory.
+    grace: seconds from SIGTERM in which requests on open connections are still taken.
     """
 
     body: int = 16 * MIB
