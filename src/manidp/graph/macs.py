@@ -106,4 +106,4 @@ def _per_image(graph: Graph, kept: Kept, batch: int) -> dict[str, NDArray[np.int
 def _mask(graph: Graph, value: str, by: Mapping[str, NDArray[np.intp]], opened: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """(B, C) which channels of a value count; all of them where no gate governs it."""
     numbers = by.get(value)
-    return np.broadcast_to(True, (len(opened), graph.shapes[value][0])) if numbers is None else opened[:, numbers]
+    return np.ones((len(opened), graph.shapes[value][0]), bool) if numbers is None else opened[:, numbers]

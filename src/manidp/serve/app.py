@@ -265,6 +265,34 @@ def make_app(service: Service) -> FastAPI:
     told = describe.Described(service.name, checkpoint, limits)
     size = checkpoint.preprocessing.size
 
+    def known(request: Request) -> None:
+        asked = request.path_params
+        if asked["name"] != service.name or asked.get("version", protocol.VERSION) != protocol.VERSION:
+            raise RefusedError(404, f"the model is {quoted(service.name, 60)}, version {protocol.VERSION}")
+
+    @app.post("/v2/models/{name}/infer", **told.infer)
+    @app.post("/v2/models/{name}/versions/{version}/infer", **describe.versioned(told.infer))
+    async def infer(request: Request) -> Response:
+        started = request.scope["manidp"]["started"]
+        known(request)
+        batcher = service.working()
+        with service.held.room() as take:
+            body = await _body(request, take, limits.body)
+            length = request.headers.get(protocol.LENGTH)
+            json_size = len(body) if length is None else 0
+            asked: protocol.Infer = await service.aside(
+                json_size, protocol.parse_infer, body, length, checkpoint, limits
+            )
+            point = service.asked_point(asked.options.get("budget"))
+            until = _deadline(asked.options.get("deadline_ms"), started)
+            with batcher.place(len(asked.images), point, until) as place:
+                answer = await place.compute(asked.images)
+        request.scope["manidp"].update(pictures=len(asked.images), budget=answer.point)
+        content, head = protocol.format_infer(asked, service.name, checkpoint, answer.result, answer.point)
+        if head == len(content):
+            return Response(content, media_type="application/json")
+        return Response(content, media_type="application/octet-stream", headers={protocol.LENGTH: str(head)})
+
     @app.post("/v1/classify", **told.classify)
     async def classify(request: Request) -> Response:
         started = request.scope["manidp"]["started"]
@@ -331,11 +359,6 @@ def make_app(service: Service) -> FastAPI:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
-    def known(request: Request) -> None:
-        asked = request.path_params
-        if asked["name"] != service.name or asked.get("version", protocol.VERSION) != protocol.VERSION:
-            raise RefusedError(404, f"the model is {quoted(service.name, 60)}, version {protocol.VERSION}")
-
     def when_ready() -> Response:
         if not service.ready:
             raise RefusedError(503, "not ready", retry=1)
@@ -366,29 +389,6 @@ def make_app(service: Service) -> FastAPI:
     async def model_ready(request: Request) -> Response:
         known(request)
         return when_ready()
-
-    @app.post("/v2/models/{name}/infer", **told.infer)
-    @app.post("/v2/models/{name}/versions/{version}/infer", **describe.versioned(told.infer))
-    async def infer(request: Request) -> Response:
-        started = request.scope["manidp"]["started"]
-        known(request)
-        batcher = service.working()
-        with service.held.room() as take:
-            body = await _body(request, take, limits.body)
-            length = request.headers.get(protocol.LENGTH)
-            json_size = len(body) if length is None else 0
-            asked: protocol.Infer = await service.aside(
-                json_size, protocol.parse_infer, body, length, checkpoint, limits
-            )
-            point = service.asked_point(asked.options.get("budget"))
-            until = _deadline(asked.options.get("deadline_ms"), started)
-            with batcher.place(len(asked.images), point, until) as place:
-                answer = await place.compute(asked.images)
-        request.scope["manidp"].update(pictures=len(asked.images), budget=answer.point)
-        content, head = protocol.format_infer(asked, service.name, checkpoint, answer.result, answer.point)
-        if head == len(content):
-            return Response(content, media_type="application/json")
-        return Response(content, media_type="application/octet-stream", headers={protocol.LENGTH: str(head)})
 
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> Response:
