@@ -177,6 +177,12 @@ def cheapest(
     return min(fitting, key=lambda kernel: kernel.cost(node, height, width, lanes, element))
 
 
+def apart(rows: NDArray[np.float64], element: Element) -> NDArray[np.float64]:
+    """Rows padded to an odd number of cache lines, so that those of a tile do not fall into the same lines."""
+    line = 64 // element.size
+    return np.pad(rows, ((0, 0), (0, (-(-rows.shape[1] // line) | 1) * line - rows.shape[1])))
+
+
 def tile_shape(positions: int, most_outputs: int, isa: Isa) -> Tile:
     """The tile that needs fewest cycles at two multiply-adds and two loads a cycle, padding of blocks counted."""
     best: tuple[float, Tile] | None = None

@@ -16,7 +16,7 @@ _AT_ONCE = 4  # vectors of outputs
 
 @dataclass(frozen=True)
 class MatVec(Step):
-    """target = weights @ source + bias; the weights lie transposed, rows padded to whole vectors."""
+    """target = weights @ source + bias; the weights lie in the order in which they are read."""
 
     source: VectorKey
     target: VectorKey
@@ -34,10 +34,10 @@ class MatVec(Step):
             def some(vectors: int, first: Index) -> None:
                 """``vectors`` vectors of outputs from ``first`` on."""
                 here = g.scaled(first, lanes)
-                columns = g.at(weights, here)
+                columns = g.at(weights, g.scaled(here, inputs))
 
                 def one_input(i: Index, *sums: Vec) -> list[Vec]:
-                    line, factor = g.at(columns, g.scaled(i, row)), g.splat(g.scalar(x, i))
+                    line, factor = g.at(columns, g.scaled(i, vectors * lanes)), g.splat(g.scalar(x, i))
                     return [g.fma(g.load(line, v * lanes), factor, total) for v, total in enumerate(sums)]
 
                 starts = [g.load(g.at(bias, here), v * lanes) for v in range(vectors)]
@@ -65,9 +65,18 @@ class MatVec(Step):
 
 
 def pack(weight: NDArray[np.floating], bias: NDArray[np.floating], lanes: int) -> tuple[NDArray[np.floating], ...]:
-    """weight (outputs, inputs) transposed, and bias (outputs,), rows padded to whole vectors."""
-    padding = (0, -len(weight) % lanes)
-    return np.pad(weight.T, ((0, 0), padding)), np.pad(bias, padding)
+    """weight (outputs, inputs): of some vectors of outputs after the other, input by input; bias (outputs,).
+
+    Outputs are padded to whole vectors.
+    """
+    padding = -len(weight) % lanes
+    rows = np.pad(weight, ((0, padding), (0, 0)))
+    whole = len(rows) // (_AT_ONCE * lanes) * _AT_ONCE * lanes
+    some, rest = (
+        rows[:whole].reshape(-1, _AT_ONCE * lanes, rows.shape[1]),
+        rows[whole:].reshape(-1, lanes, rows.shape[1]),
+    )
+    return np.concatenate([part.transpose(0, 2, 1).reshape(-1) for part in (some, rest)]), np.pad(bias, (0, padding))
 
 
 def model(x: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32]) -> NDArray[np.float32]:

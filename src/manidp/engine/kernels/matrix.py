@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from manidp.engine.ir import Element, Function, Index, Pointer, Vec
 from manidp.engine.kernels import epilogue as epilogues
-from manidp.engine.kernels.convolution import Kernel, Packed
+from manidp.engine.kernels.convolution import Kernel, Packed, apart
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.module import WORKSPACE, Module
 from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, MapStep, Step
@@ -59,8 +59,7 @@ class Matrix(Kernel):
         """Rows in an odd number of cache lines, or K outputs after the other, of each input after input K weights."""
         flat = weight.reshape(len(weight), -1)
         if self.rows:
-            line = 64 // element.size
-            return np.pad(flat, ((0, 0), (0, (-(-flat.shape[1] // line) | 1) * line - flat.shape[1])))
+            return apart(flat, element)
         tiles = -(-len(flat) // OUTPUTS)
         ends = [t * len(flat) // tiles for t in range(tiles + 1)]
         parts = [flat[a:b].T.reshape(-1) for a, b in itertools.pairwise(ends)]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.engine.ir import FLOAT, Element, Function, Index, Pointer, Vec
-from manidp.engine.kernels.convolution import Group, TileKernel
+from manidp.engine.kernels.convolution import Group, TileKernel, apart
 from manidp.engine.module import Module
 from manidp.engine.steps import Layout
 from manidp.engine.walk import BLOCK, Mask, neighbour, single, vectors_of
@@ -103,13 +103,8 @@ class Winograd(TileKernel):
         return self.side, self.side
 
     def pack(self, weight: NDArray[np.float64], element: Element) -> NDArray[np.float64]:
-        """Of each output point by point, column first, so that a tile reads as many streams as it has outputs.
-
-        In an odd number of cache lines, so that the streams do not fall into the same lines of the cache.
-        """
-        points = self._points(weight).transpose(0, 3, 2, 1).reshape(len(weight), -1)
-        line = 64 // element.size
-        return np.pad(points, ((0, 0), (0, (-(-points.shape[1] // line) | 1) * line - points.shape[1])))
+        """Of each output point by point, column first, so that a tile reads as many streams as it has outputs."""
+        return apart(self._points(weight).transpose(0, 3, 2, 1).reshape(len(weight), -1), element)
 
     def _points(self, weight: NDArray[np.float64]) -> NDArray[np.float64]:
         """g weight g' of each output and input."""
