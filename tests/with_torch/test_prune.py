@@ -84,6 +84,7 @@ def test_a_file_with_weights_becomes_a_gated_model_of_the_budget(
     code, out, err = said(monkeypatch, capsys, *words, f"--weights={tmp_path / 'w.pth'}")
     last = json.loads(out.splitlines()[-1])
     assert code == (1 if last["missed"] else None), err  # two epochs may be too few for gates that differ
+    assert f"net.py:make as it is: {last['before']['correct']} of 6 right" in err
     assert last["measured"]["total"] == last["before"]["total"] == 6 and last["measured"]["data"] == "data/val"
     dense, gated = (load_checkpoint(tmp_path / "run" / f"{name}.safetensors") for name in ("dense", "model"))
     assert dense.classes == gated.classes == ("above", "below")

@@ -113,12 +113,16 @@ def _events(job: Job, backend: Backend, progress: Progress | None) -> Iterator[s
             yield f"precision {training.recipe.precision}: {_why(training.recipe.precision, backend)}"
         if backend.processes > 1:
             yield f"{backend.processes} processes train together, each on its share of every batch"
+        before = _before(sets, start, backend) if job.before and start and backend.rank == 0 else None
+        if before is not None and start is not None:
+            right = f"{before['correct']} of {before['total']} right ({before['correct'] / before['total']:.2%})"
+            yield f"{start.name} as it is: {right} on {before['data']}"
         with events(job.out) if job.tensorboard and backend.rank == 0 else nullcontext() as write:
             for record in training.epochs():
                 if write is not None:
                     write(record)
                 yield record
-        yield _finished(job, training, sets, start, teachers)
+        yield _finished(job, training, sets, start, teachers, before)
 
 
 def _model(model: str | Found) -> Found:
@@ -131,22 +135,34 @@ def _why(precision: str, backend: Backend) -> str:
     return f"what {backend.name} computes fastest on this {'GPU' if backend.device == 'cuda' else 'processor'}"
 
 
-def _finished(job: Job, training: Training, sets: _Sets, start: Found | None, teachers: list[Found]) -> Finished:
+def _before(sets: _Sets, start: Found, backend: Backend) -> dict[str, Any] | None:
+    """The figures of what training starts from, if there is a test set."""
+    if sets.test is None:
+        return None
+    from manidp.engine.engine import Engine
+
+    with Engine(start.checkpoint, threads=backend.threads) as engine:
+        return evaluate(engine.run, sets.test, sets.preprocessing).to_json(sets.test_name)
+
+
+def _finished(
+    job: Job,
+    training: Training,
+    sets: _Sets,
+    start: Found | None,
+    teachers: list[Found],
+    before: dict[str, Any] | None,
+) -> Finished:
     """Measure and save what was trained; of several processes the first one does."""
     graph, preprocessing = training.graph, sets.preprocessing
     weights, missed = training.finish(), training.missed()
-    points, file, measured, before = training.finished_points(), job.out / MODEL, None, None
+    points, file, measured = training.finished_points(), job.out / MODEL, None
     if training.backend.rank:
         return Finished(file, measured, missed)
     if sets.test is not None:
         figures = evaluate(training.learner.run, sets.test, preprocessing).to_json(sets.test_name)
         measured = figures | {"dense_macs": ungated_macs(graph)}
         points = tuple(_measured(training, point, sets.test) for point in points)
-        if job.before and start is not None:
-            from manidp.engine.engine import Engine
-
-            with Engine(start.checkpoint, threads=training.backend.threads) as engine:
-                before = evaluate(engine.run, sets.test, preprocessing).to_json(sets.test_name)
     told = provenance(
         training, origin_of(start) if start else None, list(map(origin_of, teachers)), data=sets.train_name,
         measured=measured, parent=start.checkpoint if start else None,
