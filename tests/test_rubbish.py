@@ -27,6 +27,7 @@ from manidp.engine import engine
 from manidp.formats.checkpoint import Checkpoint, OperatingPoint, save_checkpoint
 from manidp.gating.place import with_gates
 from manidp.models import resnet
+from manidp.training.diagnosis import Diagnosis, Variant
 
 ROOT = Path(__file__).parent.parent
 RECORD = json.loads((ROOT / "benchmarks" / "bench.json").read_text())
@@ -153,6 +154,9 @@ def prepare(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "calibrate":  # what takes long in it is tested apart (test_calibrate.py)
         points = (OperatingPoint("50%", {}, 1.0),)
         monkeypatch.setattr("manidp.training.calibrate.calibrate", lambda found, *_: replace(found, points=points))
+    if name == "diagnose":  # so is this (with_torch/test_diagnose.py)
+        found = Diagnosis(4, 2, 1.0, 1.0, 1.0, 2, {"gate": 0.5}, {"gate": 0.5}, (Variant("as it is", 2, 1.0),), 4)
+        monkeypatch.setattr("manidp.torch.diagnose.diagnose", lambda *_: found)
     monkeypatch.chdir(place)
     for variable, value in {"MANIDP_OFFLINE": "1", "MANIDP_CACHE": str(place / "cache")}.items():
         monkeypatch.setenv(variable, value)
