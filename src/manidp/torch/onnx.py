@@ -623,7 +623,7 @@ def _cast(op: _Op, x: Tensor) -> Tensor:
     return x
 
 
-def _folded_sum(op: _Op, *inputs: Tensor) -> Tensor:
+def _sum(op: _Op, *inputs: Tensor) -> Tensor:
     return sum(inputs[1:], inputs[0])
 
 
@@ -641,7 +641,7 @@ _OPS: dict[str, Callable[..., Any]] = {
     "Gelu": lambda op, x: F.gelu(x, approximate=op.get("approximate", "none")),
     "Swish": lambda op, x: F.silu(x) if op.get("alpha", 1.0) == 1 else x * torch.sigmoid(x * op.get("alpha")),
     "Add": lambda op, x, y: x + y, "Sub": lambda op, x, y: x - y, "Mul": lambda op, x, y: x * y,
-    "Div": lambda op, x, y: x / y, "Neg": lambda op, x: -x, "Sum": _folded_sum,
+    "Div": lambda op, x, y: x / y, "Neg": lambda op, x: -x, "Sum": _sum,
     "Concat": lambda op, *parts: torch.cat(parts, op.get("axis")), "Split": _split, "Slice": _slice, "Gather": _gather,
     "Reshape": _reshape, "Flatten": _flatten, "Squeeze": _squeeze, "Unsqueeze": _unsqueeze, "Pad": _pad,
     "Transpose": lambda op, x: x.permute(op.get("perm", tuple(reversed(range(x.dim()))))),
