@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import os
 import shutil
@@ -73,6 +75,10 @@ WORKING: dict[str, dict[str, list[str]]] = {
     "report": {"out": ["new.html"], "model": ["m.safetensors"], "beside": ["dense.safetensors"], "data": ["set"]},
     "diagnose": {"model": ["m.safetensors"], "data": ["set"]},
     "bench": {"model": ["m.safetensors"], "dense": ["dense.safetensors"], "data": ["set"]},
+    "prune": {"network": ["net.py:make"], "data": ["set"], "budget": ["50%"], "out": ["new"], "threads": ["1"],
+              "settings": ["epochs=1", "batch_size=4", "precision=float32", "compiled=false"]},
+    "score": {"source": ["set"], "model": ["m.safetensors"], "out": ["new"]},
+    "serve": {"model": ["m.safetensors"], "threads": ["1"]},
     "inspect": {"network": ["net.py:make"], "size": ["3x32x32"]},
     "hub": {},
     "hub list": {},
@@ -106,7 +112,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "net.py").write_text("""
 from torch import nn
 def make():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 2))
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3, 2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2))
 """)
     (root / "folder").mkdir()
     (root / "nothing").touch()
@@ -129,6 +137,13 @@ def words(name: str, given: dict[str, list[str]]) -> list[str]:
     return [*line, *options, "--", *arguments] if arguments else [*line, *options]
 
 
+@functools.cache
+def importing() -> Any:
+    from manidp.torch.userfile import imported
+
+    return functools.cache(imported)
+
+
 ENGINES: dict[tuple[int, int], engine.Engine] = {}
 
 
@@ -143,7 +158,7 @@ def compiled(checkpoint: Checkpoint, make: Any = engine.Engine, **options: Any) 
 
 
 def prepare(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name in ("train", "diagnose"):
+    if name in ("train", "diagnose", "prune"):
         pytest.importorskip("torch.nn", reason="training needs PyTorch: pip install 'manidp[torch]'")
     if name == "report":
         charts = pytest.importorskip(
@@ -157,6 +172,15 @@ def prepare(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "diagnose":  # so is this (with_torch/test_diagnose.py)
         found = Diagnosis(4, 2, 1.0, 1.0, 1.0, 2, {"gate": 0.5}, {"gate": 0.5}, (Variant("as it is", 2, 1.0),), 4)
         monkeypatch.setattr("manidp.torch.diagnose.diagnose", lambda *_: found)
+    if name == "prune":  # an import takes half a second: once for all options that do not change it
+        monkeypatch.setattr("manidp.torch.userfile.imported", importing())
+    if name == "score":
+        pytest.importorskip("pyarrow", reason="scoring needs pyarrow: pip install 'manidp[score]'")
+        monkeypatch.setattr("manidp.score.scorer.Engine", compiled)
+        monkeypatch.setattr("manidp.score.cluster.on_ray", lambda *_: importlib.import_module("manidp.score.run").here)
+    if name == "serve":
+        pytest.importorskip("fastapi", reason="serving needs FastAPI: pip install 'manidp[serve]'")
+        monkeypatch.setattr("manidp.serve.server.serve", lambda *_: None)
     monkeypatch.chdir(place)
     for variable, value in {"MANIDP_OFFLINE": "1", "MANIDP_CACHE": str(place / "cache")}.items():
         monkeypatch.setenv(variable, value)

@@ -101,7 +101,8 @@ class Results:
         """Images in all parts, and those of them with an error."""
         pq, images, errors = parquet(), 0, 0
         for name in filter(_PART.fullmatch, os.listdir(self.folder)):
-            facts = pq.read_metadata(self.folder / name)
+            with open(self.folder / name, "rb") as file:  # pyarrow itself takes no name that is not UTF-8
+                facts = pq.read_metadata(file)
             images += facts.num_rows
             for group in range(facts.num_row_groups):
                 chunk = facts.row_group(group).column(facts.schema.names.index("error"))
