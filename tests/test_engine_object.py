@@ -308,15 +308,16 @@ def test_an_interrupt_at_any_instruction_leaves_the_engine_usable(wanted: Array)
 
 
 @pytest.fixture
-def no_collector_callbacks() -> Iterator[None]:
-    """Hypothesis has one, and an interrupt that meets a garbage collector's callback is lost, whatever code runs."""
-    before = gc.callbacks[:]
-    gc.callbacks.clear()
+def interrupts() -> Iterator[None]:
+    """They come: a shell has those in the background ignore them, and one that meets a collector's callback is lost."""
+    callbacks, handler = gc.callbacks[:], signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.callbacks.clear()  # Hypothesis has one
     yield
-    gc.callbacks[:] = before
+    gc.callbacks[:] = callbacks
+    signal.signal(signal.SIGINT, handler)
 
 
-@pytest.mark.usefixtures("no_collector_callbacks")
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_ctrl_c_leaves_the_engine_usable(threads: int, wanted: Array) -> None:
     engine, delays, main = Engine(CHECKPOINT, threads=threads), queue.SimpleQueue[float](), threading.get_ident()

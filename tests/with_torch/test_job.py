@@ -272,6 +272,7 @@ INTERRUPTED = """
 import os, signal, threading, time
 from manidp.cli import main
 from manidp.training.loop import Training
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by those that a shell starts in the background
 epochs = Training.epochs
 def some(self):
     for number, record in enumerate(epochs(self)):

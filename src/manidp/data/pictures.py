@@ -56,7 +56,7 @@ def read_picture(path: str | Path, make: Callable[[Image.Image], T]) -> T:
         return _decoded(path, status.st_size, MAX_PICTURE_PIXELS, make)
     except ImageError as error:
         raise ImageError(f"{shown(path)}: {error}") from error.__cause__
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for a name that no file can have
         raise ImageError(f"{shown(path)}: {reason(error)}") from error
 
 
