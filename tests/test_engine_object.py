@@ -309,11 +309,12 @@ def test_an_interrupt_at_any_instruction_leaves_the_engine_usable(wanted: Array)
 
 @pytest.fixture
 def interrupts() -> Iterator[None]:
-    """They come: a shell has those in the background ignore them, and one that meets a collector's callback is lost."""
-    callbacks, handler = gc.callbacks[:], signal.signal(signal.SIGINT, signal.default_int_handler)
-    gc.callbacks.clear()  # Hypothesis has one
+    """They come: shells have what is in the background ignore them, and Python loses those that meet a collection."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.collect()
+    gc.disable()
     yield
-    gc.callbacks[:] = callbacks
+    gc.enable()
     signal.signal(signal.SIGINT, handler)
 
 
