@@ -131,10 +131,9 @@ class _Runner:
         )
         used = filterfalse(run, starmap(self._free.get, turns))  # passes on what it was given, as run returns nothing
         job = map(done.put, map(self._free.put, used))
-        if hands > 1:
-            self._start_helpers()
-            for _ in range(hands - 1):
-                self._jobs.put(job)
+        self._start_helpers()
+        for _ in range(hands - 1):
+            self._jobs.put(job)
         next(job)
         for _ in range(hands - len(list(turns))):  # turns that nobody took are not waited for
             done.get()

@@ -213,6 +213,17 @@ class Function:
             for first, update in zip(carried, updated, strict=True)
         ]
 
+    def switch(self, number: Index, numbers: Sequence[int], default: int, write: Callable[[int], None]) -> None:
+        """``write`` one of the numbers' code for each; at run time that of ``number``, or of ``default`` if none."""
+        arms, after = {n: self.new_label("case") for n in numbers}, self.new_label("after")
+        cases = " ".join(f"i64 {n}, label %{arm}" for n, arm in arms.items())
+        self.do(f"switch i64 {number}, label %{arms[default]} [{cases}]")
+        for n, arm in arms.items():
+            self.begin(arm)
+            write(n)
+            self.go(after)
+        self.begin(after)
+
     # Whole numbers
 
     def plus(self, a: Offset, b: Offset) -> Index:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,24 +85,27 @@ def place(
     for index, step in enumerate(steps):
         for key in step.maps():
             life.setdefault(in_place.get(key, key), [index, index])[1] = index
-    free: dict[Layout, list[tuple[int, int]]] = {}  # (channels, number of a slot), the fewest channels first
+    free: defaultdict[Layout, list[tuple[int, int]]] = defaultdict(
+        list
+    )  # (channels, number of a slot), the fewest channels first
     slots: list[_Slot] = []
     slot_of: dict[MapKey, _Slot] = {}
-    ends: list[tuple[int, int, Layout]] = []  # (last step, number of a slot, layout), the earliest on top
+    ends: list[tuple[int, int]] = []  # (last step, number of a slot), the earliest on top
     for key, (first, last) in sorted(life.items(), key=lambda item: item[1]):
         while reuse and ends and ends[0][0] < first:
-            _, number, layout = heapq.heappop(ends)
-            bisect.insort(free.setdefault(layout, []), (slots[number].channels, number))
+            _, number = heapq.heappop(ends)
+            bisect.insort(free[layouts[slots[number].key]], (slots[number].channels, number))
         layout, channels = layouts[key], graph.shapes[key.node][0]
-        fitting = bisect.bisect_left(free.get(layout, []), (channels, 0))
-        if fitting < len(free.get(layout, [])):
-            number = free[layout].pop(fitting)[1]
+        here = free[layout]
+        fitting = bisect.bisect_left(here, (channels, 0))
+        if fitting < len(here):
+            number = here.pop(fitting)[1]
             slots[number].last = last
         else:
             number, gap = len(slots), floats(layout.plane - layout.rows * layout.pitch)
             slots.append(_Slot(key, channels, gap, gap + floats(channels * layout.channel), first, last))
         slot_of[key] = slots[number]
-        heapq.heappush(ends, (last, number, layout))
+        heapq.heappush(ends, (last, number))
     size, shared = _lay(slots, size, share=reuse and sum(slot.size for slot in slots) > SMALL)
     maps = {}
     for key, layout in layouts.items():

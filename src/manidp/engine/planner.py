@@ -333,9 +333,6 @@ class _Planner:
         numbers = (self.graph.zeroed if part == "read" else self.graph.wanted).get(value)
         if numbers is None:
             return Channels(count)
-        gate = (self.graph.zeroed_by if part == "read" else self.graph.wanted_by).get(value)
-        if gate is not None:
-            return Channels(count, VectorKey(gate, "list"))
         key = self.listed.get(numbers.tobytes())
         if key is None:
             key = self.listed[numbers.tobytes()] = self._vector(VectorKey(value, part), 2 * count + 1)
@@ -345,7 +342,8 @@ class _Planner:
     def _select(self, node: Select) -> None:
         (channels,) = self.graph.shapes[node.name]
         self._vector(VectorKey(node.name), channels)
-        self._vector(VectorKey(node.name, "list"), 2 * channels + 1)
+        kept = self._vector(VectorKey(node.name, "list"), 2 * channels + 1)
+        self.listed[self.graph.gate_numbers[node.name].tobytes()] = kept
         limit = self.constants.add(self._weight(node, "threshold") if node.rule == "threshold" else np.zeros(1))
         mask = None if node.rule == "threshold" else self.constants.add(self._weight(node, "mask"))
         self.steps.append(Decide(node, VectorKey(node.inputs[0]), channels, limit, mask))

@@ -10,7 +10,6 @@ chain runs.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -22,6 +21,7 @@ import numpy as np
 from manidp.errors import GraphError
 from manidp.gating.manidp import head, hidden_width
 from manidp.graph import Add, Conv, Graph, Multiply, Node, Shuffle
+from manidp.graph.channels import zeroed_through
 
 WORTH = 1 / 16  # most that deciding may cost of the multiply-adds that closing everything would save
 LEAST_HIDDEN = 4  # a narrower hidden layer tells too little of an image
@@ -67,7 +67,6 @@ def gate(graph: Graph) -> Gated[Graph]:
     ungated: dict[str, str] = {}
     chosen: dict[str, _Chain] = {}
     followed: set[str] = set()
-    place = {node.name: index for index, node in enumerate(graph.nodes)}
     for name in convs:
         if name in followed:
             continue
@@ -75,7 +74,7 @@ def gate(graph: Graph) -> Gated[Graph]:
         end = chain[-1]
         readers = graph.readers[end.name]
         added = [reader for reader in readers if isinstance(reader, Add)]
-        hidden, cost, saved = _hidden(graph, chain, place)
+        hidden, cost, saved = _hidden(graph, chain)
         if any(graph.select_of(reader) for reader in readers):
             reason = "it has a gate already"
         elif name in stems:
@@ -181,31 +180,17 @@ def _flow(graph: Graph, node: Node) -> str:
     return node.channel_flow(*graph.input_shapes(node))
 
 
-def _hidden(graph: Graph, chain: tuple[Node, ...], place: Mapping[str, int]) -> tuple[int, int, int]:
+def _hidden(graph: Graph, chain: tuple[Node, ...]) -> tuple[int, int, int]:
     """Width of the hidden layer that pays, multiply-adds of a gate of the usual width, and those that it can save."""
     made, read = graph.shapes[chain[0].name][0], graph.shapes[chain[0].inputs[0]][0]
     saved = sum(node.macs(*graph.input_shapes(node)) for node in chain)
-    of_chain = {chain[-1].name: np.ones(made, dtype=bool)}  # value -> which of its channels are zero if all are closed
-    waiting = [(place[reader.name], reader.name) for reader in graph.readers[chain[-1].name]]
-    heapq.heapify(waiting)
-    while waiting:
-        reader = graph.by_name[heapq.heappop(waiting)[1]]
-        shapes = graph.input_shapes(reader)
-        if reader.name in of_chain:
-            continue
-        zeros = [of_chain.get(s, np.zeros(x[0], dtype=bool)) for s, x in zip(reader.inputs, shapes, strict=True)]
-        if isinstance(reader, Conv):
-            saved += round(reader.macs(*shapes) * float(zeros[0].mean()))
-        flow, passed = _flow(graph, reader), np.zeros(graph.shapes[reader.name][0], dtype=bool)
-        if flow == "moved":
-            origin = reader.origin(*shapes)
-            passed = np.concatenate(zeros)[origin] & (origin >= 0)
-        elif isinstance(reader, Multiply) or (flow == "own" and reader.keeps_zero and not isinstance(reader, Add)):
-            passed = np.any(zeros, axis=0)
-        of_chain[reader.name] = passed
-        if passed.any():
-            for following in graph.readers[reader.name]:
-                heapq.heappush(waiting, (place[following.name], following.name))
+    found = {chain[-1].name: np.arange(made)}  # as if no other gate closed anything
+    for node in graph.nodes:
+        if isinstance(node, Conv) and node.inputs[0] in found:
+            saved += round(node.macs(*graph.input_shapes(node)) * float((found[node.inputs[0]] >= 0).mean()))
+        through = None if isinstance(node, Add) else zeroed_through(graph, node, found)
+        if through is not None and (through >= 0).any():
+            found[node.name] = through
     usual = hidden_width(made)
     return min(usual, int(saved * WORTH / (read + made))), usual * (read + made), saved
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from manidp.errors import GraphError
 from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import BatchNorm, Concat, Graph, Node, Scatter, Slice
-from manidp.graph.macs import gate_macs, macs_per_image
+from manidp.graph.macs import gate_macs, macs_per_image, opened
 
 Indices = NDArray[np.intp]
 BATCH = 500  # images a call
@@ -126,6 +127,11 @@ class _Rewrite:
                 self._scaled(node, gate)
         return Graph(tuple(self.nodes.values()), self._whole(self.graph.output)), self.weights
 
+    @cached_property
+    def _opened(self) -> NDArray[np.bool_]:
+        found: NDArray[np.bool_] = opened(self.graph, {gate: mask[None] for gate, mask in self.masks.items()})[0]
+        return found
+
     def _ordinary(self, node: Node) -> None:
         shapes = self.graph.input_shapes(node)
         own = {name: np.asarray(self.given[f"{node.name}.{name}"]) for name in node.parameters(*shapes)}
@@ -146,7 +152,7 @@ class _Rewrite:
         node = replace(node, inputs=tuple(self._whole(s) if s in whole else self._made(s) for s in node.inputs))
         wanted = self.graph.wanted.get(node.name)
         if wanted is not None and flow == "summed":
-            open_ = np.concatenate([*(self.masks[gate] for gate in self.graph.gate_channels), [True]])[wanted]
+            open_ = self._opened[wanted]
             open_[0] |= not open_.any()
             left = _Left(np.flatnonzero(open_), zero=False)
             own = {name: value[left.channels] for name, value in own.items()}

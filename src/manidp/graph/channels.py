@@ -29,18 +29,19 @@ def numbered(graph: Graph) -> Mapping[str, Numbers]:
     return {name: np.arange(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
 
 
-def zeroed(graph: Graph, numbers: Mapping[str, Numbers]) -> Mapping[str, Numbers]:
+def zeroed(graph: Graph) -> Mapping[str, Numbers]:
     """value -> (C,) what closes each channel, which is then exactly 0: reading it can be skipped."""
     found: dict[str, Numbers] = {}
     for node in graph.nodes:
         gate = graph.select_of(node)
-        made = numbers[gate] if gate is not None else _zeroed_through(graph, node, found)
+        made = graph.gate_numbers[gate] if gate is not None else zeroed_through(graph, node, found)
         if made is not None and (made >= 0).any():
             found[node.name] = made
     return found
 
 
-def _zeroed_through(graph: Graph, node: Node, found: Mapping[str, Numbers]) -> Numbers | None:
+def zeroed_through(graph: Graph, node: Node, found: Mapping[str, Numbers]) -> Numbers | None:
+    """(C,) what closes the channels of what a node makes, given that of its inputs; None if nothing can."""
     given = [found.get(source) for source in node.inputs]
     if all(numbers is None for numbers in given):
         return None
@@ -57,38 +58,36 @@ def _zeroed_through(graph: Graph, node: Node, found: Mapping[str, Numbers]) -> N
     return read[0] if flow == "own" and len(read) == 1 and node.keeps_zero else None
 
 
-def wanted(graph: Graph, numbers: Mapping[str, Numbers], starts: Mapping[int, str]) -> Mapping[str, Numbers]:
+def wanted(graph: Graph) -> Mapping[str, Numbers]:
     """value -> (C,) what scales all that is computed from each channel: where it is closed, the channel need not be.
 
     A value of which some channels may help to decide on others is computed whole.
     """
     found: dict[str, Numbers] = {}
     place = {node.name: index for index, node in enumerate(graph.nodes)}
-    gates = np.repeat([place[name] for name in numbers], [len(own) for own in numbers.values()])
+    gates = np.repeat([place[name] for name in graph.gate_channels], list(graph.gate_channels.values()))
     for node in reversed(graph.nodes):
         if node.name == graph.output:
             continue
         by = np.full(graph.shapes[node.name][0], _UNREAD)
         for reader in graph.readers[node.name]:
-            through = _wanted_through(graph, reader, node.name, found, numbers)
+            through = _wanted_through(graph, reader, node.name, found)
             if through is None:
                 by[:] = _NONE
                 break
             by = np.where(by == _UNREAD, through, np.where((through == _UNREAD) | (through == by), by, _NONE))
         by[by == _UNREAD] = _NONE
-        if (by >= 0).any() and governor(by, numbers, starts) is None:
+        if (by >= 0).any() and graph.governor(by) is None:
             by[(by >= 0) & (gates[by] > place[node.name])] = _NONE
         if (by >= 0).any():
             found[node.name] = by
     return found
 
 
-def _wanted_through(
-    graph: Graph, reader: Node, value: str, found: Mapping[str, Numbers], numbers: Mapping[str, Numbers]
-) -> Numbers | None:
+def _wanted_through(graph: Graph, reader: Node, value: str, found: Mapping[str, Numbers]) -> Numbers | None:
     if isinstance(reader, Multiply) and reader.inputs[0] == value != reader.inputs[1]:
         gate = graph.select_of(reader)
-        return None if gate is None else numbers[gate]
+        return None if gate is None else graph.gate_numbers[gate]
     by, shapes = found.get(reader.name), graph.input_shapes(reader)
     flow = reader.channel_flow(*shapes)
     if flow == "own" and len(reader.inputs) == 1:
@@ -104,15 +103,6 @@ def _wanted_through(
                 made[origin[c] - first] = new if old in (_UNREAD, new) else _NONE
         first += shape[0]
     return made
-
-
-def governor(by: Numbers, numbers: Mapping[str, Numbers], starts: Mapping[int, str]) -> str | None:
-    """The gate that governs a value channel by channel, None if that is not the whole of what governs it.
-
-    starts: first number of each gate -> the gate.
-    """
-    gate = starts.get(int(by[0]))
-    return gate if gate is not None and np.array_equal(by, numbers[gate]) else None
 
 
 def heads(graph: Graph) -> frozenset[str]:

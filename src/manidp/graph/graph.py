@@ -172,7 +172,7 @@ class Graph:
     @cached_property
     def zeroed(self) -> Mapping[str, NDArray[np.intp]]:
         """value -> (C,) numbers of what closes its channels, -1: nothing. A closed one is 0: it need not be read."""
-        return channels.zeroed(self, self.gate_numbers)
+        return channels.zeroed(self)
 
     @cached_property
     def wanted(self) -> Mapping[str, NDArray[np.intp]]:
@@ -180,7 +180,7 @@ class Graph:
 
         Where it is closed, the channel need not be computed.
         """
-        return channels.wanted(self, self.gate_numbers, self._gate_starts)
+        return channels.wanted(self)
 
     @cached_property
     def zeroed_by(self) -> Mapping[str, str]:
@@ -193,9 +193,15 @@ class Graph:
         return self._governed(self.wanted)
 
     def _governed(self, by: Mapping[str, NDArray[np.intp]]) -> dict[str, str]:
-        numbers, starts = self.gate_numbers, self._gate_starts
-        gates = ((value, channels.governor(own, numbers, starts)) for value, own in by.items())
-        return {value: gate for value, gate in gates if gate is not None}
+        return {value: gate for value, own in by.items() if (gate := self.governor(own)) is not None}
+
+    def governor(self, by: NDArray[np.intp]) -> str | None:
+        """The gate that governs a value channel by channel, None if that is not the whole of what governs it.
+
+        by: (C,) numbers of what governs its channels.
+        """
+        gate = self._gate_starts.get(int(by[0]))
+        return gate if gate is not None and np.array_equal(by, self.gate_numbers[gate]) else None
 
     def select_of(self, node: Node) -> str | None:
         """The gate whose closed channels are zero in what this node makes: it multiplies by that gate."""

@@ -89,21 +89,25 @@ def _batch(graph: Graph, kept: Kept) -> int:
     return batches.pop() if batches else 1
 
 
+def opened(graph: Graph, kept: Kept, batch: int = 1) -> NDArray[np.bool_]:
+    """(B, channels of all gates + 1) what is open, by its number (``Graph.zeroed``): number -1, the last, always is."""
+    return np.concatenate([*(kept[gate] for gate in graph.gate_channels), np.ones((batch, 1), bool)], axis=1)
+
+
 def _per_image(graph: Graph, kept: Kept, batch: int) -> dict[str, NDArray[np.int64]]:
     macs = {}
-    last = np.ones((batch, 1), dtype=bool)  # what nothing governs is open
-    opened = np.concatenate([*(kept[gate] for gate in graph.gate_channels), last], axis=1)
+    open_ = opened(graph, kept, batch)
     for node, shapes, count in graph.computing:
         if node.inputs[0] in graph.zeroed or node.name in graph.wanted:
-            read = _mask(graph, node.inputs[0], graph.zeroed, opened)
-            made = _mask(graph, node.name, graph.wanted, opened)
+            read = _mask(graph, node.inputs[0], graph.zeroed, open_)
+            made = _mask(graph, node.name, graph.wanted, open_)
             macs[node.name] = node.macs_kept(shapes, read, made)
         else:
             macs[node.name] = np.full(batch, count, np.int64)
     return macs
 
 
-def _mask(graph: Graph, value: str, by: Mapping[str, NDArray[np.intp]], opened: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _mask(graph: Graph, value: str, by: Mapping[str, NDArray[np.intp]], open_: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """(B, C) which channels of a value count; all of them where no gate governs it."""
     numbers = by.get(value)
-    return np.ones((len(opened), graph.shapes[value][0]), bool) if numbers is None else opened[:, numbers]
+    return np.ones((len(open_), graph.shapes[value][0]), bool) if numbers is None else open_[:, numbers]

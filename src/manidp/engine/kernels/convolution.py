@@ -319,15 +319,11 @@ class _Blocks:
         key = ("tile", packed, tile.outputs, tile.vectors, shape, any(places), unknown)
 
         def write(g: Function) -> None:
-            arms = {n: g.new_label("tile") for n in range(tile.least, tile.outputs + 1)}
-            cases = " ".join(f"i64 {n}, label %{arm}" for n, arm in arms.items())
-            g.do(f"switch i64 {_NO}, label %{arms[tile.least]} [{cases}]")
-            for n, arm in arms.items():
-                g.begin(arm)
+            def of_outputs(n: int) -> None:
                 one = multiply_tile(tile, n, shape, masks, apart=any(places), packed=packed)
                 g.call(module.function((*key, n), _TILE, one), *_TILE)
-                g.go("after")
-            g.begin("after")
+
+            g.switch(_NO, range(tile.least, tile.outputs + 1), tile.least, of_outputs)
 
         return module.function(key, _TILE, write), table
 

@@ -164,14 +164,7 @@ class _Code:
             def one_tile(t: Index) -> list[Index]:
                 begin = g.divided(g.scaled(t, _NO), tiles)
                 number = g.minus(g.divided(g.scaled(g.plus(t, 1), _NO), tiles), begin)
-                arms, after = {n: g.new_label("tile") for n in self.sizes}, g.new_label("tiled")
-                cases = " ".join(f"i64 {n}, label %{arm}" for n, arm in arms.items())
-                g.do(f"switch i64 {number}, label %{arms[self.sizes[-1]]} [{cases}]")
-                for n, arm in arms.items():
-                    g.begin(arm)
-                    self._tile(g, n, begin, first, end)
-                    g.go(after)
-                g.begin(after)
+                g.switch(number, self.sizes, self.sizes[-1], lambda n: self._tile(g, n, begin, first, end))
                 return []
 
             g.loop(tiles, one_tile)
