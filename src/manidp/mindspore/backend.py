@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from manidp.mindspore.convert import from_checkpoint, weights
 from manidp.mindspore.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
 from manidp.mindspore.network import Network
 from manidp.result import Result
-from manidp.training.backend import PADDING, Step, Weights, below, drawn, pass_size
+from manidp.training.backend import PADDING, Step, Weights, below, drawn, undrawn
 from manidp.training.recipe import Recipe
 
 
@@ -107,11 +108,7 @@ class MindSporeLearner:
             yield self._batch(pixels, labels)
 
     def plain(self, count: int) -> Iterator[Batch]:
-        order = np.random.default_rng(self.recipe.seed).permutation(len(self.data))[:count]
-        size = pass_size(self.data.size)
-        chosen = [order[start : start + size] for start in range(0, len(order), size)]
-        for places, pixels in zip(chosen, self.data.batches(chosen), strict=True):
-            yield self._batch(pixels, self.data.labels[places])
+        return itertools.starmap(self._batch, undrawn(self.data, self.recipe, count))
 
     def _batch(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> Batch:
         return Batch(Tensor(self.start.preprocessing.apply(pixels)), Tensor(labels.astype(np.int32)))

@@ -24,11 +24,11 @@ from manidp.errors import TrainingError
 from manidp.formats.checkpoint import DEFAULT, Checkpoint
 from manidp.graph import Graph
 from manidp.result import Result
-from manidp.torch.convert import check_device, network_from
+from manidp.torch.convert import check_device, network_from, placed, use_threads
 from manidp.torch.losses import complexity_weights, distillation_loss, similarity_loss, sparsity_loss
 from manidp.torch.network import GateRecord, Network, Output
 from manidp.torch.processes import AllRows, Processes, together
-from manidp.training.backend import PADDING, Step, Weights, below, check_threads, drawn, pass_size
+from manidp.training.backend import PADDING, Step, Weights, below, drawn, pass_size, undrawn
 from manidp.training.recipe import Recipe, point_name
 
 
@@ -44,9 +44,7 @@ class Torch:
 
     def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
         check_device(device, TrainingError)
-        if threads is not None:
-            check_threads(threads)
-            torch.set_num_threads(threads)
+        use_threads(threads)
         self.device = device
         self._processes = together(device)
 
@@ -107,10 +105,10 @@ class TorchLearner:
         processes: Processes,
     ) -> None:
         self.recipe, self.device, self.processes = recipe, device, processes
-        self.network = _placed(network_from(start), device)
+        self.network = placed(network_from(start), device)
         self.network.processes = processes
         self.forward = _callable(self.network, recipe)
-        self.teachers = [_callable(_placed(network_from(teacher), device), recipe) for teacher in teachers]
+        self.teachers = [_callable(placed(network_from(teacher), device), recipe) for teacher in teachers]
         how = start.preprocessing, recipe, device, processes
         self.images = _Batches(data, *how) if isinstance(data, ImageSet) else _FileBatches(data, *how)
         self.optimizer = torch.optim.SGD(
@@ -313,11 +311,8 @@ class _FileBatches(_Drawn):
         return itertools.starmap(self._placed, drawn(self.data, self.recipe, epoch, self.processes.share(self.size)))
 
     def plain(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = np.random.default_rng(self.recipe.seed).permutation(len(self.data))[:count]
-        order = order[self.processes.share(len(order))]  # all have as many
-        chosen = np.split(order, range(pass_size(self.data.size), len(order), pass_size(self.data.size)))
-        labels = (self.data.labels[places] for places in chosen)
-        return map(self._placed, self.data.batches(chosen), labels)
+        own = self.processes.share(min(count, len(self.data)))  # all have as many
+        return itertools.starmap(self._placed, undrawn(self.data, self.recipe, count, own))
 
     def _placed(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         return self._normalise(torch.from_numpy(pixels).to(self.device)), torch.from_numpy(labels).to(self.device)
@@ -362,11 +357,6 @@ class _Batches(_Drawn):
         order = order[self.processes.share(len(order))]  # all have as many
         for chosen in torch.split(order.to(self.device), self.part):
             yield self._normalise(self.data[chosen]), self.labels[chosen]
-
-
-def _placed(network: Network, device: str) -> Network:
-    """On the device, weights channels last: the fast layout on CPUs and on tensor cores."""
-    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def _callable(network: Network, recipe: Recipe) -> Callable[[Tensor], Output]:

@@ -7,6 +7,7 @@ import torch
 from manidp.errors import ManiDPError
 from manidp.formats.checkpoint import Checkpoint
 from manidp.torch.network import Network
+from manidp.training.backend import check_threads
 
 
 def network_from(checkpoint: Checkpoint) -> Network:
@@ -14,6 +15,18 @@ def network_from(checkpoint: Checkpoint) -> Network:
     network = Network(checkpoint.graph)
     network.load(checkpoint.weights)
     return network.eval()
+
+
+def placed(network: Network, device: str = "cpu") -> Network:
+    """On the device, weights channels last: the fast layout on CPUs and on tensor cores."""
+    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def use_threads(threads: int | None) -> None:
+    """Threads of the CPU, for the whole process; None leaves them as they are. Raises TrainingError."""
+    if threads is not None:
+        check_threads(threads)
+        torch.set_num_threads(threads)
 
 
 def check_device(device: str, error: type[ManiDPError] = ManiDPError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,8 +25,9 @@ from manidp.training.diagnosis import Diagnosis, Variant, differing
 from manidp.training.evaluate import evaluate
 from manidp.training.recipe import Recipe
 
-Rule = Callable[[str, Tensor, Tensor, Tensor], Tensor]
-"""A gate's name, its scores (B, C), its factors (B, C), the classes that the network as it is sees (B,) -> factors."""
+Rule = Callable[[str, Tensor, Tensor, Callable[[], Tensor]], Tensor]
+"""A gate's name, its scores (B, C), its factors (B, C), what tells the classes (B,) that the network as it is sees
+-> factors."""
 BATCH = 128
 
 
@@ -57,16 +59,15 @@ def diagnose(
         "as it is": lambda name, score, gate, classes: gate,
         "frozen to the majority": lambda name, score, gate, classes: opened(name, majority[name], score),
         "majority within the predicted class": lambda name, score, gate, classes: opened(
-            name, of_class[name][classes], score
+            name, of_class[name][classes()], score
         ),
         "gates of another image": lambda name, score, gate, classes: gate.roll(1, 0),
     }
     variants = []
+    data = ImageSet(images, np.zeros(len(images), np.int64), ("any",))
+    learner = Torch().learner(checkpoint, data, _as_trained(checkpoint))
     for done, (name, rule) in enumerate(rules.items(), 1):
-        network = _Changed(checkpoint, plain, rule)
-        learner = Torch().learner(checkpoint, ImageSet(images, np.zeros(len(images), np.int64), ("any",)),
-                                  _as_trained(checkpoint))  # fmt: skip
-        learner.network = network
+        learner.network = _Changed(checkpoint, plain, rule)
         estimate_statistics(learner, 0, len(images), min(BATCH, len(images)))
         found = evaluate(learner.run, test, checkpoint.preprocessing)
         variants.append(Variant(name, found.correct, float(found.macs.mean())))
@@ -96,11 +97,16 @@ class _Changed(Network):
         self.load(checkpoint.weights)
         self.rule = rule
         self.seen = [plain]  # in a list: no part of this module
-        self.classes = torch.zeros(0, dtype=torch.int64)
+        self.classes: Callable[[], Tensor] = lambda: torch.zeros(0, dtype=torch.int64)
 
     def _run(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, GateRecord]]:
-        with torch.no_grad():
-            self.classes = self.seen[0].eval()(images).logits.argmax(1)
+        @functools.cache
+        def classes() -> Tensor:
+            with torch.no_grad():
+                found: Tensor = self.seen[0].eval()(images).logits.argmax(1)
+            return found
+
+        self.classes = classes  # once for all gates, and only for rules that ask
         return super()._run(images)
 
     def _step(self, node: Node, own: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:

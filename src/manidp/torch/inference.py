@@ -16,9 +16,9 @@ from manidp.engine.inputs import Images, batch_of
 from manidp.errors import ImageError, ManiDPError
 from manidp.formats.checkpoint import DEFAULT, Checkpoint
 from manidp.result import Result
-from manidp.torch.convert import check_device, network_from
+from manidp.torch.convert import check_device, network_from, placed, use_threads
 from manidp.torch.network import Network, Output
-from manidp.training.backend import check_threads, pass_size
+from manidp.training.backend import pass_size
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -37,9 +37,7 @@ class TorchEngine:
         check_device(device)
         if precision not in PRECISIONS:
             raise ManiDPError(f"precision of torch is {' or '.join(PRECISIONS)}; got {precision!r:.80}")
-        if threads is not None:
-            check_threads(threads)
-            torch.set_num_threads(threads)
+        use_threads(threads)
         self.checkpoint, self.graph, self.device, self.precision = checkpoint, checkpoint.graph, device, precision
         self._networks: dict[str, Network] = {}  # of the operating points that have been asked for
         self._network(DEFAULT)
@@ -52,8 +50,7 @@ class TorchEngine:
     def _network(self, budget: str | float) -> Network:
         point = self.checkpoint.point(budget)
         if point.name not in self._networks:
-            network = network_from(self.checkpoint.at(budget)).to(self.device)
-            self._networks[point.name] = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._networks[point.name] = placed(network_from(self.checkpoint.at(budget)), self.device)
         return self._networks[point.name]
 
     def run(
@@ -119,7 +116,7 @@ def compiled(checkpoint: Checkpoint, threads: int) -> Callable[[NDArray[np.float
     Needs a C++ compiler. The number of threads is one for the whole process.
     """
     torch.set_num_threads(threads)
-    network = network_from(checkpoint).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = placed(network_from(checkpoint))
     forward: Callable[[Tensor], Output] = torch.compile(network, dynamic=False, options={"freezing": True})
 
     def run(images: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -214,7 +214,7 @@ def _conv(net: Network, node: Conv, p: P, x: Tensor) -> Tensor:
         # The same pixels, chosen here: with AVX2, oneDNN 3's gradient of such a convolution of float32 maps
         # writes beyond its memory unless channels come in eights.
         x, down, across = x[:, :, ::down, ::across], 1, 1
-    x, padding = _padded(x, node, 0.0)
+    x, padding = padded(x, sides(node.padding), 0.0)
     return F.conv2d(x, p["weight"], p.get("bias"), (down, across), padding, node.spread, node.groups)
 
 
@@ -299,7 +299,7 @@ def _scatter(net: Network, node: Scatter, p: P, x: Tensor) -> Tensor:
 @handles(Pool)
 def _pool(net: Network, node: Pool, p: P, x: Tensor) -> Tensor:
     pool, outside = (F.max_pool2d, -math.inf) if node.kind == "max" else (F.avg_pool2d, 0.0)
-    x, padding = _padded(x, node, outside)
+    x, padding = padded(x, sides(node.padding), outside)
     return pool(x, pair(node.kernel), pair(node.stride), padding)
 
 
@@ -318,9 +318,12 @@ def _linear(net: Network, node: Linear, p: P, x: Tensor) -> Tensor:
     return F.linear(x, p["weight"], p.get("bias"))
 
 
-def _padded(x: Tensor, node: Conv | Pool, value: float) -> tuple[Tensor, tuple[int, int]]:
-    """The map and the padding that is left to the operator: padding of unequal sides is put around it first."""
-    top, left, bottom, right = sides(node.padding)
+def padded(x: Tensor, around: tuple[int, int, int, int], value: float) -> tuple[Tensor, tuple[int, int]]:
+    """The map and the padding that is left to the operator: padding of unequal sides is put around it first.
+
+    around: (top, left, bottom, right).
+    """
+    top, left, bottom, right = around
     if (top, left) == (bottom, right):
         return x, (top, left)
     return F.pad(x, (left, right, top, bottom), value=value), (0, 0)

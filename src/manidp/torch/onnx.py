@@ -28,6 +28,7 @@ from manidp.files import open_regular
 from manidp.formats.checkpoint import Checkpoint, Found
 from manidp.limits import Limits
 from manidp.torch.frontend import from_torch, random_images
+from manidp.torch.network import padded
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -69,9 +70,7 @@ def from_onnx(
     needed = _needed(model)
     module = _Network(model, _recognised(model, needed), image, dims[0])
     example = random_images(*dims[1:])
-    height, width = dims[2:]
-    own = preprocessing or Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (height, width))
-    checkpoint = from_torch(module, example, preprocessing=own, classes=classes)
+    checkpoint = from_torch(module, example, preprocessing=preprocessing, classes=classes)
     _compare(model, needed, image, checkpoint, example, max(dims[0], 1))
     opset = next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), 0)
     told = {"sha256": hashlib.sha256(content).hexdigest(), "opset": opset, "producer": model.producer_name[:100]}
@@ -468,19 +467,11 @@ def _strides(op: _Op) -> tuple[int, int]:
     return down, across
 
 
-def _padded(x: Tensor, sides: tuple[int, int, int, int], value: float) -> tuple[Tensor, tuple[int, int]]:
-    """The map, and the padding that is left to the op: that of unequal sides is put around it."""
-    top, left, bottom, right = sides
-    if (top, left) == (bottom, right):
-        return x, (top, left)
-    return F.pad(x, (left, right, top, bottom), value=value), (0, 0)
-
-
 def _conv(op: _Op, x: Tensor, weight: Any, bias: Any = None) -> Tensor:
     if x.dim() != 4 or not isinstance(weight, Tensor) or weight.dim() != 4:
         raise _RefusedError("a convolution that is not two-dimensional, or whose weights are no constants")
     dilation = tuple(op.get("dilations", (1, 1)))
-    x, padding = _padded(x, _sides(op, x, weight.shape[2:], dilation), 0.0)
+    x, padding = padded(x, _sides(op, x, weight.shape[2:], dilation), 0.0)
     return F.conv2d(x, weight, bias, _strides(op), padding, dilation, op.get("group", 1))
 
 
@@ -492,7 +483,7 @@ def _pool(op: _Op, x: Tensor) -> Tensor:
     sides = _sides(op, x, kernel, dilation)
     if not most and any(sides) and not op.get("count_include_pad", 0):
         raise _RefusedError("an average that leaves the padding out (count_include_pad=0)")
-    x, padding = _padded(x, sides, -math.inf if most else 0.0)
+    x, padding = padded(x, sides, -math.inf if most else 0.0)
     if most:
         return F.max_pool2d(x, kernel, _strides(op), padding, dilation, ceil)
     return F.avg_pool2d(x, kernel, _strides(op), padding, ceil)

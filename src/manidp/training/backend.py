@@ -208,6 +208,16 @@ def drawn(
         yield batch, data.labels[places]
 
 
+def undrawn(
+    data: Labelled, recipe: Recipe, count: int, own: slice = slice(None)
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    """Pixels and labels of the first ``count`` pictures of a fixed shuffle, ``own`` of them; see ``Learner.plain``."""
+    order, size = np.random.default_rng(recipe.seed).permutation(len(data))[:count][own], pass_size(data.size)
+    chosen = [order[start : start + size] for start in range(0, len(order), size)]
+    for places, pixels in zip(chosen, data.batches(chosen), strict=True):
+        yield pixels, data.labels[places]
+
+
 def estimate_statistics(learner: Learner, epoch: int, images: int, size: int) -> None:
     """Moving mean and variance = the plain average over the first batches, of ``size``, that hold so many images.
 

@@ -90,6 +90,7 @@ class Training:
             }
             self.sample = SAMPLE // len(self.targets)  # images on which a point's thresholds are set
             self.learner: Learner = backend.learner(start, data, recipe, teachers)
+            self.reached: dict[str, float] = {}  # a point's mean multiply-adds on training images, after ``finish()``
             self.records: list[EpochRecord] = []
             self.mean_cross_entropy = 0.0  # unknown before the first epoch: no image pays then
             self.data_sha256 = data.sha256()
@@ -178,6 +179,9 @@ class Training:
                         break
                     self.learner.set_thresholds(target.at_last(seen))
                 self._estimate(2 * self.sample)
+            if target.budget is not None:
+                seen = self._saliencies(self.sample)
+                self.reached[point] = mean_macs(self.graph, seen, self.learner.thresholds())
         self.learner.use(DEFAULT)
         return below(self.learner.state(), "network/")
 
@@ -185,21 +189,13 @@ class Training:
         """After ``finish()``: the recipe's points by their multiply-adds, which are those of training images."""
         state, found = self.learner.state(), []
         for index, point in enumerate(self.points):
-            found.append(OperatingPoint(point, below(state, f"points/{index}/"), self._macs(point)))
+            found.append(OperatingPoint(point, below(state, f"points/{index}/"), self.reached[point]))
         return tuple(sorted(found, key=lambda one: one.macs or 0.0))
 
     def missed(self) -> str | None:
         """After ``finish()``: a line if a budget is missed by more than 1 % on training images, else None."""
-        targets = self.targets.items() if self.targets[DEFAULT].budget is not None else ()
-        missed = [line for point, target in targets if (line := target.missed(self._macs(point)))]
+        missed = [line for point, macs in self.reached.items() if (line := self.targets[point].missed(macs))]
         return "; ".join(missed) or None
-
-    def _macs(self, point: str) -> float:
-        """Mean multiply-adds of training images at a point."""
-        self.learner.use(point)
-        macs = mean_macs(self.graph, self._saliencies(self.sample), self.learner.thresholds())
-        self.learner.use(DEFAULT)
-        return macs
 
     def _open_points(self, *, anew: bool) -> None:
         """Begin ``anew`` with channels that the start never opens; with ``reach`` 0 find every point's thresholds.
@@ -231,10 +227,11 @@ class Training:
         """For each step the points to train: largest, smallest, and one of those between, each as often."""
         chance = np.random.default_rng((self.recipe.seed, epoch))
         ordered = sorted(self.targets, key=lambda point: -(self.targets[point].budget or 0.0))
-        ends, between = tuple(dict.fromkeys((ordered[0], ordered[-1]))), ordered[1:-1]
+        ends = tuple(dict.fromkeys((ordered[0], ordered[-1])))
+        between: list[tuple[str, ...]] = [(point,) for point in ordered[1:-1]] or [()]
         while True:
-            for index in chance.permutation(len(between)) if between else [-1]:
-                yield (*ends, between[index]) if between else ends
+            for index in chance.permutation(len(between)):
+                yield (*ends, *between[index])
 
     def _epoch(self, epoch: int) -> tuple[EpochRecord, dict[str, dict[str, NDArray[np.float32]]]]:
         """Its record, and the saliencies of the last images that each point was trained with."""

@@ -56,7 +56,7 @@ class Target:
 
     def _at(self, budget: float, saliencies: Saliencies) -> Thresholds:
         self.rate = rate_for_budget(self.graph, saliencies, budget)
-        return continuous_thresholds(_means(saliencies), self.rate)
+        return self.follow(saliencies)
 
     def follow(self, saliencies: Saliencies) -> Thresholds:
         """For the budget's rate in force, on the saliencies of the last steps.
