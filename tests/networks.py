@@ -303,6 +303,18 @@ def random_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
     return weights
 
 
+def spread_weights(graph: Graph, threshold: float, seed: int = 0) -> dict[str, Array]:
+    """Weights under which gates of scores around 1 keep some channels, by the threshold, and close some."""
+    rng = np.random.default_rng(seed)
+    weights: dict[str, Array] = {}
+    for name, shape in graph.parameters.items():
+        value = rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
+        if name.endswith(("moving_variance", "gamma", "fc2.bias")):
+            value = 0.5 + rng.random(shape)
+        weights[name] = np.asarray(threshold if name.endswith("threshold") else value, np.float32)
+    return weights
+
+
 def with_thresholds(
     graph: Graph, weights: Mapping[str, Array], images: Array, keep: Mapping[str, float]
 ) -> dict[str, Array]:

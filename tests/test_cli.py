@@ -1,7 +1,6 @@
 """The command line: what it prints, as tables and as JSON, its exit codes, and errors of one line."""
 
 import json
-import math
 import os
 import re
 import subprocess
@@ -29,19 +28,14 @@ from manidp.graph.macs import ungated_macs
 from manidp.hub.find import find_model
 from manidp.models import resnet
 from manidp.result import Result
+from networks import spread_weights
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small gated network with random weights that keeps some channels and closes some."""
     graph = with_gates(resnet(8, width=4))
-    generator = np.random.default_rng(0)
-    weights = {}
-    for name, shape in graph.parameters.items():
-        value = generator.normal(size=shape) / math.sqrt(math.prod(shape[1:]))
-        if name.endswith(("moving_variance", "gamma", "fc2.bias")):
-            value = 0.5 + generator.random(shape)
-        weights[name] = np.asarray(0.9 if name.endswith("threshold") else value, np.float32)
+    weights = spread_weights(graph, threshold=0.9)
     path = tmp_path_factory.mktemp("model") / "small.safetensors"
     save_checkpoint(Checkpoint(graph, weights, CIFAR10_PREPROCESSING, CIFAR10_CLASSES, {"note": "random"}), path)
     return path

@@ -6,7 +6,6 @@ import functools
 import gzip
 import io
 import json
-import math
 import os
 import re
 import signal
@@ -36,6 +35,7 @@ from manidp.predict import predict
 from manidp.score import scorer
 from manidp.score.run import Scored, score
 from manidp.score.sources import ROWS, open_source
+from networks import spread_weights
 
 pa = pytest.importorskip("pyarrow", reason="scores are written with pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -58,13 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Found:
             "classifier",
         )
     )
-    chance = np.random.default_rng(0)
-    weights = {}
-    for name, shape in graph.parameters.items():
-        value = chance.normal(size=shape) / math.sqrt(math.prod(shape[1:]))
-        if name.endswith(("moving_variance", "gamma", "fc2.bias")):
-            value = 0.5 + chance.random(shape)
-        weights[name] = np.asarray(1.05 if name.endswith("threshold") else value, np.float32)
+    weights = spread_weights(graph, threshold=1.05)
     closed = {name: np.asarray(9, np.float32) for name in graph.thresholds}
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
     preprocessing = Preprocessing((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (8, 8))

@@ -147,16 +147,14 @@ def labelled(data: Path | None, models: Mapping[str, Checkpoint]) -> tuple[Image
 
 def resized(models: Mapping[str, Checkpoint]) -> tuple[ImageSet, str]:
     """50 bundled images at the size that these checkpoints read, and what to call them."""
-    import numpy as np
-    from PIL import Image
-
     from manidp.data.images import ImageSet, load_sample
-    from manidp.data.pictures import fit_picture
+    from manidp.data.pictures import fit_images
 
     _, size = _one_size(models)
     sample = load_sample(50)
-    images = np.stack([fit_picture(Image.fromarray(image), size) for image in sample.images])
-    return ImageSet(images, sample.labels, sample.classes), f"50 bundled images as {size[0]}x{size[1]}"
+    return ImageSet(
+        fit_images(sample.images, size), sample.labels, sample.classes
+    ), f"50 bundled images as {size[0]}x{size[1]}"
 
 
 def _one_size(models: Mapping[str, Checkpoint]) -> tuple[str, tuple[int, int]]:

@@ -122,7 +122,8 @@ def class_files(folder: str | Path, classes: Sequence[str] | None = None) -> Cla
         )
     names = tuple(found if classes is None else classes)
     of_class, unread, skipped = _walk([root / name for name in found], around=root)
-    label_of = {file: names.index(name) for name, files in zip(found, of_class, strict=True) for file in files}
+    labels = map(names.index, found)
+    label_of = {file: label for label, files in zip(labels, of_class, strict=True) for file in files}
     return ClassFiles(root, names, tuple(found), label_of, tuple(unread), skipped)
 
 

@@ -62,8 +62,8 @@ def classes_of(folder: Path) -> tuple[str, ...]:
 def size_of(folder: Path) -> tuple[int, int]:
     """What a network for this data set reads (H, W), where nothing else is said.
 
-    Of pictures of one size, at most 64 x 64, that size; for all others 224 x 224. The first pictures of each class are
-    looked at.
+    Of pictures of one size, at most 64 x 64, that size; for all others 224 x 224. Some pictures are looked at, evenly
+    spaced over all.
     """
     if holds_cifar10(folder):
         return CIFAR10_PREPROCESSING.size

@@ -60,6 +60,11 @@ def read_picture(path: str | Path, make: Callable[[Image.Image], T]) -> T:
         raise ImageError(f"{shown(path)}: {reason(error)}") from error
 
 
+def fit_images(images: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """uint8 (N, H, W, 3) -> uint8 (N, *size, 3), each as :func:`fit_picture` makes it."""
+    return np.stack([fit_picture(Image.fromarray(image), size) for image in images])
+
+
 def decode_picture(content: bytes, size: tuple[int, int], pixels: int = MAX_PICTURE_PIXELS) -> NDArray[np.uint8]:
     """The content of a picture file, as :func:`load_picture` reads it; the message of an ImageError names no file.
 

@@ -109,7 +109,7 @@ class Checkpoint:
 
         "default" is the weights as they are. Raises CheckpointError for an unknown budget, listing those known.
         """
-        known = (self.default_point, *self.points)
+        known = self.every_point
         if isinstance(budget, str):
             for point in known:
                 if point.name == budget:
@@ -134,6 +134,11 @@ class Checkpoint:
         macs, correct, total = (facts.get(name) for name in ("mean_macs", "correct", "total"))
         accuracy = correct / total if _is_number(correct) and _is_number(total) and total else None
         return OperatingPoint(DEFAULT, {}, macs if _is_number(macs) else None, accuracy)
+
+    @property
+    def every_point(self) -> tuple[OperatingPoint, ...]:
+        """The default one, then the others."""
+        return (self.default_point, *self.points)
 
     def _told(self, point: OperatingPoint) -> str:
         share = "" if point.macs is None else f" ({point.macs / ungated_macs(self.graph):.1%} of dense)"

@@ -32,6 +32,6 @@ def facts(found: Found) -> dict[str, Any]:
         },
         "operating_points": [
             {"name": point.name, "macs": point.macs, "accuracy": point.accuracy}
-            for point in (model.default_point, *model.points)
+            for point in model.every_point
         ],
     }  # fmt: skip

@@ -100,7 +100,7 @@ class _Spreading:
                     raise ScoreError(
                         f"unit {unit.number} of the source ended {DEATHS} workers, one after the other: {reason(error)}"
                     ) from error
-                done = self._plan.results.done().get(unit.number, Done(0, whole=False))
+                done = self._plan.results.done().get(unit.number, Done())
                 if not done.whole:
                     self._start(self._actor.remote(self._sent), unit, done.parts, deaths + 1)
                     continue

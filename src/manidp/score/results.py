@@ -40,8 +40,8 @@ class Row:
 class Done:
     """How many parts of a unit are there, and whether these are all."""
 
-    parts: int
-    whole: bool
+    parts: int = 0
+    whole: bool = False
 
 
 class Results:
@@ -84,7 +84,7 @@ class Results:
         found: dict[int, Done] = {}
         for name in os.listdir(self.folder):
             if match := _PART.fullmatch(name):
-                before = found.get(int(match[1]), Done(0, False))
+                before = found.get(int(match[1]), Done())
                 found[int(match[1])] = Done(max(before.parts, int(match[2]) + 1), before.whole or bool(match[3]))
         return found
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from manidp.formats.checkpoint import DEFAULT, Checkpoint, Found
 from manidp.progress import Progress
-from manidp.score.results import Results
+from manidp.score.results import Done, Results
 from manidp.score.scorer import Scorer, Spent
 from manidp.score.sources import ROWS, Source, Unit
 
@@ -96,11 +96,11 @@ def score(
         def todo() -> Todo:
             there = results.done()
             for unit in source.units():
-                done = there.get(unit.number)
-                if done is not None and done.whole:
+                done = there.get(unit.number, Done())
+                if done.whole:
                     tell(unit, unit.size)
                 else:
-                    yield unit, done.parts if done else 0
+                    yield unit, done.parts
 
         spent = way(Plan(model.checkpoint, results, point, threads, precision), todo(), tell)
         images, errors = results.count()

@@ -67,8 +67,9 @@ class Source:
             for number, entries in enumerate(iter(lambda: tuple(islice(listed, ROWS)), ())):
                 yield Listed(number, self.path, entries)
             return
+        root = _root(self.path)
         for number, path in enumerate(self.shards):
-            key, size = os.path.relpath(path, _root(self.path)), _size(path)
+            key, size = os.path.relpath(path, root), _size(path)
             if self.kind == "tar":
                 yield Tar(number, size, path, key)
             else:

@@ -34,12 +34,11 @@ from manidp.result import Result
 from manidp.serve import describe, protocol
 from manidp.serve.batching import Answer, Batcher, warm_up
 from manidp.serve.bodies import Asked, asked_of
-from manidp.serve.limits import Held, Limits, RefusedError
+from manidp.serve.limits import LONGEST_DEADLINE, Held, Limits, RefusedError
 from manidp.serve.log import Log
 from manidp.serve.metrics import CONTENT_TYPE, Metrics
 
 OPTIONS = ("budget", "deadline_ms", "top", "channels")
-LONGEST_DEADLINE = 600_000  # milliseconds
 PAGE = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -78,12 +77,11 @@ class Service:
         self.dense = ungated_macs(self.engine.graph)
         self.samples = {str(number): _png(image) for number, image in enumerate(load_sample(describe.SAMPLES).images)}
         self.recent: deque[float] = deque(maxlen=1000)
-        self.metrics.watch("queue_images", "Images that wait for the engine", lambda: self._batcher_says("queued"))
+        self.metrics.watch("ready", "1 while requests are taken", lambda: self.ready)
+        queued = "Images that wait for the engine"
+        self.metrics.watch("queue_images", queued, lambda: self.batcher.queued if self.batcher else 0)
         self.metrics.watch("held_bytes", "Bytes of requests in memory", lambda: self.held.bytes)
         self.metrics.watch_budgets([one.name for one in self.ladder], lambda: self.in_force.name)
-
-    def _batcher_says(self, what: str) -> float:
-        return float(getattr(self.batcher, what)) if self.batcher else 0.0
 
     @property
     def in_force(self) -> OperatingPoint:
@@ -105,12 +103,11 @@ class Service:
         """Warm the engine up, then take requests."""
         try:
             checkpoint = self.engine.checkpoint
-            names = [one.name for one in (checkpoint.default_point, *checkpoint.points)]
+            names = [one.name for one in checkpoint.every_point]
             costs = await asyncio.get_running_loop().run_in_executor(self.threads, warm_up, self.engine, names)
             batcher = Batcher(self.engine, self.ladder, costs, self.target, self.metrics.ran)
             batcher.start()
             self.batcher = batcher
-            self.metrics.ready.set(1)
         except Exception as error:
             self.fault = error
             self.on_fault()
@@ -324,7 +321,7 @@ def make_app(service: Service) -> FastAPI:
             "target_ms": service.target * 1000,
             "points": [
                 {"name": one.name, "macs": one.macs, "accuracy": one.accuracy, "on_dial": one.name in chosen}
-                for one in (checkpoint.default_point, *checkpoint.points)
+                for one in checkpoint.every_point
             ],
             "samples": len(service.samples),
             "limits": {"body": limits.body, "pictures": limits.pictures, "pixels": limits.pixels},

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from manidp.data.images import load_sample
-from manidp.data.pictures import fit_picture
+from manidp.data.pictures import fit_images
 from manidp.engine.engine import Engine
 from manidp.errors import ManiDPError
 from manidp.formats.checkpoint import OperatingPoint
@@ -93,8 +92,7 @@ def warm_up(engine: Engine, points: Sequence[str]) -> Costs:
     Without it the first requests would wait for this, and the dial would not know what it turns.
     """
     many, size = 8, engine.checkpoint.preprocessing.size
-    fitted = np.stack([fit_picture(Image.fromarray(one), size) for one in load_sample(many).images])
-    image = np.concatenate([fitted] * engine.threads)
+    image = np.concatenate([fit_images(load_sample(many).images, size)] * engine.threads)
     one: dict[str, float] = {}
     all_: dict[str, float] = {}
     for _ in range(LOOKS):
@@ -135,7 +133,7 @@ class Batcher:
         self._some = asyncio.Event()
         self._pool: Executor = ThreadPoolExecutor(1, "engine")
         self._tasks: list[asyncio.Task[None]] = []
-        points = (engine.checkpoint.default_point, *engine.checkpoint.points)
+        points = engine.checkpoint.every_point
         self._rank = {one.name: math.inf if one.macs is None else one.macs for one in points}
 
     def start(self) -> None:
@@ -287,7 +285,9 @@ class Batcher:
         at = 0
         for part, own in zip(parts, images, strict=True):
             end = at + len(own)
-            part.job.results.append(Result(result.graph, result.logits[at:end], result.gate_values[at:end]))
+            whole = len(own) == len(batch)  # of which the multiply-adds are counted already
+            mine = result if whole else Result(result.graph, result.logits[at:end], result.gate_values[at:end])
+            part.job.results.append(mine)
             at = end
             if part.end == part.job.count and not part.job.answer.done():
                 part.job.answer.set_result(Answer(_joined(part.job.results), point))

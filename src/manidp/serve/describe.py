@@ -10,7 +10,7 @@ from fastapi import Response
 from manidp.formats.checkpoint import Checkpoint
 from manidp.serve import protocol
 from manidp.serve.bodies import PICTURES
-from manidp.serve.limits import Limits
+from manidp.serve.limits import LONGEST_DEADLINE, Limits
 
 ABOUT = (
     "Classifies pictures with a network that decides for each of them which channels to compute. Under load the server "
@@ -82,7 +82,7 @@ class Described:
 
     def __init__(self, name: str, checkpoint: Checkpoint, limits: Limits) -> None:
         self.name, self.checkpoint, self.limits = name, checkpoint, limits
-        self.points = [one.name for one in (checkpoint.default_point, *checkpoint.points)]
+        self.points = [one.name for one in checkpoint.every_point]
 
     @cached_property
     def classify(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Described:
             "budget": {"type": "string", "enum": self.points, "description":
                        "The most that may be spent: an operating point, or a share of the dense multiply-adds, 45% "
                        "or 0.45, that has a point within it. Under load less may be spent; the answer says what was."},
-            "deadline_ms": {"type": "number", "minimum": 1, "maximum": 600_000, "description":
+            "deadline_ms": {"type": "number", "minimum": 1, "maximum": LONGEST_DEADLINE, "description":
                             "Milliseconds, from the request's first byte, after which the answer is of no use."},
             "top": {"type": "integer", "minimum": 1, "maximum": 1000, "description": "How many classes. Default: 5."},
             "channels": {"type": "boolean", "description": "Also tell which channels of each gate ran."},
@@ -177,7 +177,6 @@ class Described:
 
     @cached_property
     def infer(self) -> dict[str, Any]:
-        height, width = self.checkpoint.preprocessing.size
         tensors = [
             _object({
                 "name": {"const": protocol.INPUT}, "datatype": {"const": kind},
@@ -187,7 +186,7 @@ class Described:
                 "data": {"type": "array", "description": "Flat, or nested as the shape is; absent in binary."},
                 "parameters": {"type": "object"},
             }, "data", "parameters")
-            for kind, sides in (("UINT8", (height, width, 3)), ("FP32", (3, height, width)))
+            for kind, sides in protocol.input_shapes(self.checkpoint).items()
         ]  # fmt: skip
         wanted = {"type": "object", "required": ["name"], "properties": {
             "name": {"enum": list(protocol.OUTPUTS)}, "parameters": {"type": "object"}}}  # fmt: skip

@@ -35,23 +35,20 @@ def ladder(
         raise ManiDPError(
             f"the floor is an accuracy up to that of {quoted(top.name, 60)}, which {came}; got {floor:.2%}"
         )
-    chosen = [top]
     if top.accuracy is None or top.macs is None:
         return (top,)
     least = top.accuracy - LOSS if floor is None else floor
     cheapest_first = sorted(
-        (one for one in (checkpoint.default_point, *checkpoint.points) if one.macs is not None and one.macs < top.macs),
+        (one for one in checkpoint.every_point if one.macs is not None and one.macs < top.macs),
         key=lambda one: one.macs or 0.0,
     )
     below: list[OperatingPoint] = []
+    most = -math.inf
     for one in cheapest_first:
-        if one.accuracy is not None and one.accuracy >= least and (not below or one.accuracy > _accuracy(below[-1])):
+        if one.accuracy is not None and one.accuracy >= least and one.accuracy > most:
             below.append(one)
-    return (*chosen, *reversed(below))
-
-
-def _accuracy(point: OperatingPoint) -> float:
-    return -1.0 if point.accuracy is None else point.accuracy
+            most = one.accuracy
+    return (top, *reversed(below))
 
 
 @dataclass

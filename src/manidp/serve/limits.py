@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 MIB = 2**20
+LONGEST_DEADLINE = 600_000  # milliseconds that a request may ask for
 
 
 class RefusedError(Exception):

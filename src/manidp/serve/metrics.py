@@ -32,7 +32,6 @@ class Metrics:
         self.macs = Counter("macs", "Multiply-adds computed, by operating point", ["budget"], **own)
         self.batch = Histogram("batch_images", "Images in a batch of the engine", buckets=SIZES, **own)
         self.engine = Histogram("batch_seconds", "Time of a batch in the engine", buckets=SECONDS, **own)
-        self.ready = Gauge("ready", "1 while requests are taken", **own)
         self.lines = Counter("log_lines_lost", "Lines of the log that nobody read in time", **own)
 
     def watch(self, name: str, help_: str, value: Callable[[], float]) -> None:

@@ -46,16 +46,21 @@ class Infer:
     outputs: Mapping[str, bool]
 
 
+def input_shapes(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Shape of one image, by the datatype of the tensor."""
+    height, width = checkpoint.preprocessing.size
+    return {"UINT8": [height, width, 3], "FP32": [3, height, width]}
+
+
 def metadata(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
     """What the protocol tells of a model."""
-    height, width = checkpoint.preprocessing.size
     classes = len(checkpoint.classes)
     shapes = {"class": [-1], "macs": [-1], "logits": [-1, classes], "probabilities": [-1, classes]}
     return {
         "name": name,
         "versions": [VERSION],
         "platform": "manidp",
-        "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, height, width, 3]}],
+        "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, *input_shapes(checkpoint)["UINT8"]]}],
         "outputs": [{"name": one, "datatype": kind, "shape": shapes[one]} for one, (kind, _) in OUTPUTS.items()],
     }
 
@@ -120,8 +125,7 @@ def _images(tensor: dict[str, Any], binary: memoryview, checkpoint: Checkpoint, 
     if tensor.get("name") != INPUT:
         raise RefusedError(400, f"the input is called {INPUT!r}; got {quoted(str(tensor.get('name')), 60)}")
     kind, shape = tensor.get("datatype"), tensor.get("shape")
-    height, width = checkpoint.preprocessing.size
-    sizes = {"UINT8": [height, width, 3], "FP32": [3, height, width]}
+    sizes = input_shapes(checkpoint)
     if not isinstance(kind, str) or kind not in sizes:
         raise RefusedError(400, f"{INPUT!r} is of UINT8 or FP32; got {quoted(str(kind), 60)}")
     if not isinstance(shape, list) or not all(type(size) is int for size in shape) or shape[1:] != sizes[kind]:

@@ -10,7 +10,7 @@ from types import FrameType
 
 import uvicorn
 
-from manidp.errors import ManiDPError
+from manidp.errors import ManiDPError, reason
 from manidp.serve.app import Service, make_app
 from manidp.serve.connection import Connection
 from manidp.terminal import say_json
@@ -29,7 +29,6 @@ class _Server(uvicorn.Server):
         self.force_exit = self.should_exit  # the second signal does not wait
         self.should_exit = True
         self._service.draining = True
-        self._service.metrics.ready.set(0)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         end = asyncio.get_running_loop().time() + self._service.limits.grace
@@ -48,8 +47,9 @@ def serve(service: Service, host: str, port: int) -> None:
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
         )
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ManiDPError(f"{host}, port {port}: {reason}; say where to listen with --host and --port") from error
+        raise ManiDPError(
+            f"{host}, port {port}: {reason(error)}; say where to listen with --host and --port"
+        ) from error
     connection = type("Connection", (Connection,), {"limits": service.limits})
     config = uvicorn.Config(
         make_app(service), http=connection, ws="none", lifespan="on", log_config=None, access_log=False,
