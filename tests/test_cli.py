@@ -573,6 +573,19 @@ def test_help_shows_every_text_as_it_is_written(words: tuple[str, ...], capsys: 
     assert re.findall(r"pip install 'manidp\[(\w+)\]'", " ".join(out.split())) == extras.get(" ".join(words), [])
 
 
+def test_freeze_leaves_the_gates_that_are_not_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gates = list(load_checkpoint(model).graph.gate_channels)
+    out = tmp_path / "frozen.safetensors"
+    code, _, err = run(capsys, "freeze", model, "-o", out, "--gates", "*.mb1", "--gates", gates[0])
+    assert (code, err) == (0, "")
+    assert list(load_checkpoint(out).graph.gate_channels) == [gate for gate in gates if not gate.endswith(".mb1")]
+    code, out_, err = run(capsys, "freeze", model, "-o", out, "--gates", "conv*")
+    assert (code, out_) == (2, "")
+    assert f"--gates conv*: no gate has such a name; there are {gates[0]}" in err
+
+
 @pytest.mark.parametrize("command", [["freeze"], ["calibrate", "--budget", "50%"]])
 def test_what_is_made_of_a_model_has_a_place_before_the_work_begins(
     command: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

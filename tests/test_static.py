@@ -16,10 +16,11 @@ from engine_cases import assert_close, check
 from manidp.data.images import load_sample
 from manidp.engine.engine import Engine
 from manidp.engine.target import available_isas
+from manidp.errors import GraphError
 from manidp.formats.checkpoint import load_checkpoint, save_checkpoint
 from manidp.gating.static import constant_masks, freeze, static_macs, without_gates
 from manidp.graph import Graph
-from manidp.graph.macs import dense_macs, gate_macs
+from manidp.graph.macs import dense_macs, gate_macs, macs_per_image
 from manidp.reference import run
 from networks import ZOO, images_for, random_weights, some_open
 from test_engine_random import networks
@@ -46,17 +47,25 @@ def test_a_twin_says_what_constant_gates_say_and_costs_what_they_keep(
 ) -> None:
     rng = np.random.default_rng(seed)
     masks, gains = {}, {}
-    for gate, channels in graph.gate_channels.items():
+    every = set(graph.gate_channels)
+    frozen_gates = every and (data.draw(st.sets(st.sampled_from(sorted(every)))) or every)
+    for gate in frozen_gates:
+        channels = graph.gate_channels[gate]
         masks[gate] = rng.random(channels) < data.draw(st.sampled_from((0.2, 0.6, 1.0)))
         masks[gate][rng.integers(channels)] = True
         gains[gate] = rng.uniform(0.5, 1.5, channels).astype(np.float32)
     weights = random_weights(graph, seed)
     images = rng.normal(size=(2, *graph.input.dims)).astype(np.float32)
     frozen, own = without_gates(graph, weights, masks, gains)
-    assert not frozen.gates
-    expected = run(graph, saying_the_same(weights, masks, gains), images).logits
-    assert_close(run(frozen, own, images).logits, expected, "twin in float64", 1e-5)
-    assert dense_macs(frozen) <= dense_macs(graph) - gate_macs(graph)
+    assert frozen.gate_channels.keys() == graph.gate_channels.keys() - frozen_gates
+    expected = run(graph, saying_the_same(weights, masks, gains), images)
+    found = run(frozen, own, images)
+    assert_close(found.logits, expected.logits, "twin in float64", 1e-5)
+    assert dense_macs(frozen) <= dense_macs(graph) - gate_macs(graph) + gate_macs(frozen)
+    ever = {gate: mask[None].repeat(2, 0) for gate, mask in masks.items()} | found.kept
+    assert static_macs(graph, masks, expected.kept) == macs_per_image(graph, ever).mean() - (
+        gate_macs(graph) - gate_macs(frozen)
+    )
     check(frozen, own, images, available_isas()[0])
 
 
@@ -64,8 +73,8 @@ def test_masks_open_what_is_open_most_often_within_the_budget() -> None:
     checkpoint, images = manidp.load_model("manidp-res20"), load_sample().images
     result = Engine(checkpoint).run(images)
     budget = float(result.macs.mean())
-    masks, _ = constant_masks(checkpoint.graph, result.gates, budget)
-    spent = static_macs(checkpoint.graph, masks)
+    masks, _ = constant_masks(checkpoint.graph, result.gates, budget, result.gates.keys())
+    spent = static_macs(checkpoint.graph, masks, {})
     assert 0.98 * budget < spent <= budget
     least_open = min(result.kept[gate].mean(0)[mask].min() for gate, mask in masks.items())
     most_closed = max(result.kept[gate].mean(0)[~mask].max(initial=0) for gate, mask in masks.items())
@@ -82,6 +91,20 @@ def test_the_frozen_model_is_an_ordinary_dense_one_and_smaller(tmp_path: Path) -
     result = Engine(back).run(images)
     assert result.macs.tolist() == [dense_macs(back.graph)] * len(images)
     assert not result.gates
+
+
+def test_only_the_gates_named_are_frozen_at_the_same_mean_cost() -> None:
+    checkpoint, images = manidp.load_model("manidp-res20"), load_sample().images
+    chosen = [gate for gate in checkpoint.graph.gate_channels if not gate.startswith("stage_3")]
+    frozen = freeze(checkpoint, images, chosen)
+    assert [*chosen, *frozen.graph.gate_channels] == list(checkpoint.graph.gate_channels)
+    before, after = Engine(checkpoint).run(images), Engine(frozen).run(images)
+    assert 0.97 * before.macs.mean() < after.macs.mean() < 1.01 * before.macs.mean()
+    assert (after.logits.argmax(1) == before.logits.argmax(1)).mean() > 0.9
+    assert frozen.provenance["frozen"]["gates"] == chosen
+    for wrong in ([], ["stage_9.mb1"]):
+        with pytest.raises(GraphError, match=r"gates to freeze are some of stage_1.0.mb1, .*; got (none|stage_9.mb1)"):
+            freeze(checkpoint, images, wrong)
 
 
 @pytest.mark.parametrize("name", [name for name, graph in ZOO.items() if graph.gates])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +12,7 @@ import typer
 
 from manidp.cli import show
 from manidp.cli.options import Cascade, Data, Json, asked_cascade, check_outputs, deciding, labelled, refusals, suffix
-from manidp.errors import ManiDPError
+from manidp.errors import GraphError, ManiDPError, short, some
 from manidp.terminal import complain, say, say_json
 
 
@@ -155,14 +157,19 @@ def calibrate(
 def freeze(
     model: Annotated[str, typer.Argument(help="A gated model; as for --model of evaluate.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint to write: a .safetensors file.")],
+    gates: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Freeze only the gates of these names, as in 'stage_1.*'; repeatable."),
+    ] = None,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
     """Write the static twin of a gated model: a dense network with the same channels for every image.
 
     Each gate keeps the channels that it opens most often, and the others are removed. The twin takes no more
-    multiply-adds than the model does on average. It is not trained further. The images of --data decide; with CIFAR-10,
-    10,000 training images decide, and the test images measure.
+    multiply-adds than the model does on average. It is not trained further; `train --from` does. The images of --data
+    decide; with CIFAR-10, 10,000 training images decide, and the test images measure. With --gates, the other gates go
+    on deciding: `diagnose` tells which gates hardly do.
     """
     from manidp.engine.engine import Engine
     from manidp.formats.checkpoint import save_checkpoint
@@ -174,11 +181,24 @@ def freeze(
     found = find_model(model)
     check_outputs([out], [found.path])
     checkpoint = found.checkpoint
+    chosen = _matching(gates, checkpoint.graph.gate_channels) if gates else None
     images, description = labelled(data, {model: checkpoint})
-    twin = frozen(checkpoint, deciding(data, images, 10_000))
+    twin = frozen(checkpoint, deciding(data, images, 10_000), chosen)
     save_checkpoint(twin, out)
     rows = evaluate({model: Engine(checkpoint), str(out): Engine(twin)}, images)
     if as_json:
         say_json({"written": str(out), "data": description, "models": [asdict(row) for row in rows]}, indent=2)
     else:
         show.evaluated(rows, description)
+
+
+def _matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The names of gates that shell patterns mean; a pattern that means none is an error."""
+    names = list(names)
+    found: list[str] = []
+    for pattern in patterns:
+        meant = fnmatch.filter(names, pattern)
+        if not meant:
+            raise GraphError(f"--gates {short(pattern)}: no gate has such a name; there are {some(names)}")
+        found += meant
+    return found

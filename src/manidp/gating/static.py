@@ -1,12 +1,13 @@
 """The static twin of a gated network: one mask for all images in each gate, as an ordinary dense network.
 
 What a gate closes for every image need not be stored: closed channels leave the weights of what makes them and of what
-reads them. The twin has no gates and no Select; every backend runs it, and its file is smaller.
+reads them. The twin has no gates and no Select; every backend runs it, and its file is smaller. Where only some gates
+are frozen, those that hardly decide, the rest of the network stays gated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,49 +15,57 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.errors import GraphError
+from manidp.errors import GraphError, some
 from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import BatchNorm, Concat, Graph, Node, Scatter, Slice
-from manidp.graph.macs import gate_macs, macs_per_image, opened
+from manidp.graph.macs import Kept, macs_per_image, node_macs, opened
 
 Indices = NDArray[np.intp]
 BATCH = 500  # images a call
 
 
-def freeze(checkpoint: Checkpoint, images: NDArray[Any]) -> Checkpoint:
+def freeze(checkpoint: Checkpoint, images: NDArray[Any], gates: Collection[str] | None = None) -> Checkpoint:
     """The static twin of a gated checkpoint, its masks and gains those of ``images`` (as ``Engine.run`` takes them).
 
-    Channels are opened in the order of how often they are open for these images, those open most often first, as far
-    as the twin costs no more multiply-adds than the gated network takes on average, its gates' own counted. An open
-    channel is scaled by its mean factor over the images that open it. Raises GraphError for a network without gates.
+    gates: names of the gates to freeze; the others go on deciding. None freezes all. Channels are opened in the order
+    of how often they are open for these images, those open most often first, as far as the twin costs no more
+    multiply-adds than the gated network takes on average, its gates' own counted. An open channel is scaled by its mean
+    factor over the images that open it. Operating points of the checkpoint are left out. Raises GraphError for a
+    network without gates, and for gates that it does not have.
     """
     from manidp.engine.engine import Engine
 
-    if not checkpoint.graph.gates:
+    known = checkpoint.graph.gate_channels
+    if not known:
         raise GraphError("a network without gates has no static twin: it is one")
+    chosen = list(known) if gates is None else [name for name in known if name in gates]
+    strange = set(gates or ()) - known.keys()
+    if strange or not chosen:
+        raise GraphError(f"gates to freeze are some of {some(known)}; got {some(sorted(strange)) or 'none'}")
     engine = Engine(checkpoint)
     results = [engine.run(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
-    gates = {name: np.concatenate([result.gates[name] for result in results]) for name in results[0].gates}
+    factors = {name: np.concatenate([result.gates[name] for result in results]) for name in results[0].gates}
     budget = float(np.concatenate([result.macs for result in results]).mean())
-    graph, weights = without_gates(
-        checkpoint.graph, checkpoint.weights, *constant_masks(checkpoint.graph, gates, budget)
-    )
+    masks, gains = constant_masks(checkpoint.graph, factors, budget, chosen)
+    graph, weights = without_gates(checkpoint.graph, checkpoint.weights, masks, gains)
     told = {name: value for name, value in checkpoint.provenance.items() if name != "measured"}
-    provenance = told | {"frozen": {"images": len(images), "macs_before": budget}}
-    return replace(checkpoint, graph=graph, weights=weights, points=(), provenance=provenance)
+    frozen: dict[str, Any] = {"images": len(images), "macs_before": budget}
+    if len(chosen) < len(known):
+        frozen["gates"] = chosen
+    return replace(checkpoint, graph=graph, weights=weights, points=(), provenance=told | {"frozen": frozen})
 
 
 def constant_masks(
-    graph: Graph, gates: Mapping[str, NDArray[np.floating[Any]]], budget: float
+    graph: Graph, factors: Mapping[str, NDArray[np.floating[Any]]], budget: float, gates: Collection[str]
 ) -> tuple[dict[str, NDArray[np.bool_]], dict[str, NDArray[np.float32]]]:
-    """Mask (C,) and gain (C,) of every gate, from its factors (N, C), such that the twin takes at most ``budget``.
+    """Mask (C,) and gain (C,) of each of ``gates``, such that the twin takes ``budget`` on average at most.
 
-    Equally often open channels are opened in the order of their gains. A gate keeps at least its first channel.
+    factors: those of every gate, (N, C). budget: multiply-adds. Equally often open channels are opened in the order of
+    their gains. A gate keeps at least its first channel.
     """
-    open_share = {name: (value > 0).mean(0) for name, value in gates.items()}
-    gains = {
-        name: (value.sum(0) / np.maximum((value > 0).sum(0), 1)).astype(np.float32) for name, value in gates.items()
-    }
+    kept = {name: value > 0 for name, value in factors.items()}
+    open_share = {name: kept[name].mean(0) for name in gates}
+    gains = {name: (factors[name].sum(0) / np.maximum(kept[name].sum(0), 1)).astype(np.float32) for name in gates}
     order = sorted(
         (
             (share, float(gains[name][c]), name, c)
@@ -74,17 +83,23 @@ def constant_masks(
             tried[name][c] = share > 0
         for name, mask in tried.items():
             mask[int(open_share[name].argmax())] |= not mask.any()
-        if static_macs(graph, tried) <= budget or count == 0:
+        if static_macs(graph, tried, kept) <= budget or count == 0:
             masks, low = tried, count + 1
         else:
             high = count - 1
     return masks, gains
 
 
-def static_macs(graph: Graph, masks: Mapping[str, NDArray[np.bool_]]) -> int:
-    """Multiply-adds of the twin with these masks (C,): gates cost nothing any more."""
-    total = int(macs_per_image(graph, {name: mask[None] for name, mask in masks.items()})[0])
-    return total - gate_macs(graph)
+def static_macs(graph: Graph, masks: Mapping[str, NDArray[np.bool_]], kept: Kept) -> float:
+    """Mean multiply-adds of the twin with these masks (C,): their gates cost nothing any more.
+
+    kept: (N, C) what each of the other gates keeps, for N images; those of ``masks`` are not looked at.
+    """
+    live = {name: value for name, value in kept.items() if name not in masks}
+    images = len(next(iter(live.values()), np.empty(1)))
+    same = {name: np.broadcast_to(mask, (images, len(mask))) for name, mask in masks.items()}
+    needless, macs = _needless(graph, masks), node_macs(graph)
+    return float(macs_per_image(graph, live | same).mean()) - sum(macs.get(name, 0) for name in needless)
 
 
 def without_gates(
@@ -93,8 +108,17 @@ def without_gates(
     masks: Mapping[str, NDArray[np.bool_]],
     gains: Mapping[str, NDArray[np.floating[Any]]],
 ) -> tuple[Graph, dict[str, NDArray[np.float32]]]:
-    """The network with every Select replaced by its mask (C,) and gain (C,), closed channels dropped for good."""
+    """The network with the Selects of ``masks`` replaced by their mask (C,) and gain (C,), closed channels dropped."""
     return _Rewrite(graph, weights, masks, gains).run()
+
+
+def _needless(graph: Graph, frozen: Collection[str]) -> set[str]:
+    """The gates that are frozen, and the nodes that serve them alone."""
+    found = set(frozen)
+    for node in reversed(graph.nodes):
+        if node.name in graph.heads and all(reader.name in found for reader in graph.readers[node.name]):
+            found.add(node.name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -117,19 +141,23 @@ class _Rewrite:
     alias: dict[str, str] = field(default_factory=dict)  # value -> the node of the twin that makes it
 
     def run(self) -> tuple[Graph, dict[str, NDArray[np.float32]]]:
+        needless = _needless(self.graph, self.masks)
         for node in self.graph.nodes:
-            if node.name in self.graph.deciding:
+            if node.name in needless:
                 continue
             gate = self.graph.select_of(node)
-            if gate is None:
-                self._ordinary(node)
-            else:
+            if gate is not None and gate in self.masks:
                 self._scaled(node, gate)
+            else:
+                self._ordinary(node)
         return Graph(tuple(self.nodes.values()), self._whole(self.graph.output)), self.weights
 
     @cached_property
     def _opened(self) -> NDArray[np.bool_]:
-        found: NDArray[np.bool_] = opened(self.graph, {gate: mask[None] for gate, mask in self.masks.items()})[0]
+        ever = {
+            gate: self.masks.get(gate, np.ones(count, bool))[None] for gate, count in self.graph.gate_channels.items()
+        }
+        found: NDArray[np.bool_] = opened(self.graph, ever)[0]
         return found
 
     def _ordinary(self, node: Node) -> None:
@@ -154,11 +182,12 @@ class _Rewrite:
         if wanted is not None and flow == "summed":
             open_ = self._opened[wanted]
             open_[0] |= not open_.any()
-            left = _Left(np.flatnonzero(open_), zero=False)
-            own = {name: value[left.channels] for name, value in own.items()}
-            self._emit(node.narrowed(len(left.channels)), own, left)
-        else:
-            self._emit(node, own, None)
+            if not open_.all():
+                left = _Left(np.flatnonzero(open_), zero=False)
+                own = {name: value[left.channels] for name, value in own.items()}
+                self._emit(node.narrowed(len(left.channels)), own, left)
+                return
+        self._emit(node, own, None)
 
     def _moved(self, node: Concat | Slice) -> tuple[Node, dict[str, NDArray[np.float32]], _Left] | None:
         """The node on what its inputs still have, None where nothing is left of a slice."""
@@ -204,7 +233,7 @@ class _Rewrite:
     def _emit(self, node: Node, own: Mapping[str, NDArray[np.float32]], left: _Left | None) -> None:
         node = replace(node, inputs=tuple(map(self._made, node.inputs)))
         self.nodes[node.name] = node
-        self.weights |= {f"{node.name}.{name}": np.ascontiguousarray(value) for name, value in own.items()}
+        self.weights |= {f"{node.name}.{name}": np.asarray(value, order="C") for name, value in own.items()}
         if left is not None:
             self.left[node.name] = left
 
