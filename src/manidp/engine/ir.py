@@ -390,13 +390,13 @@ class Function:
         coefficients, terms = np.array(matrix, dtype=np.float64), list(values)
         for j in range(0, len(terms) - 1, 2):
             a, b = coefficients.T[j : j + 2]
-            if np.array_equal(abs(a), abs(b)):
+            if (abs(a) == abs(b)).all():
                 terms[j : j + 2] = [self.arithmetic(way, *terms[j : j + 2]) for way in ("fadd", "fsub")]
                 coefficients.T[j : j + 2] = (a + b) / 2, (a - b) / 2
         made: list[Vec] = []
         for i in range(0, len(coefficients), 2):
             rows = coefficients[i : i + 2]
-            if len(rows) == 2 and np.array_equal(*abs(rows)):
+            if len(rows) == 2 and (abs(rows[0]) == abs(rows[1])).all():
                 same, other = (rows[0] + rows[1]) / 2, (rows[0] - rows[1]) / 2
                 sizes = set(abs(other[other != 0]))
                 size = sizes.pop() if len(sizes) == 1 else 1.0

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.engine.ir import FLOAT, Element
-from manidp.engine.steps import Layout, Map, MapKey, Step, VectorKey
+from manidp.engine.steps import Layout, Map, MapKey, Step, VectorKey, lengthened
 from manidp.errors import UnsupportedError
 from manidp.graph import Graph
 
@@ -34,7 +34,7 @@ class Constants:
                 raise UnsupportedError(f"{owner}: weights up to {most:.6g} can be run in this precision")
             flat = flat.astype(f"f{element.size}")
         at = self.size
-        self.parts.append(np.pad(flat, (0, -len(flat) % (64 // flat.itemsize))).view(np.float32))
+        self.parts.append(lengthened(flat, 64 // flat.itemsize).view(np.float32))
         self.size += len(self.parts[-1])
         return at
 

@@ -28,7 +28,7 @@ from manidp.engine.kernels.select import Decide, ListChannels
 from manidp.engine.kernels.vector import VectorOp
 from manidp.engine.kernels.winograd import Winograd
 from manidp.engine.memory import Constants, place
-from manidp.engine.steps import Channels, Epilogue, MapKey, Op, Plan, Step, VectorKey, applied, window_of
+from manidp.engine.steps import Channels, Epilogue, MapKey, Op, Plan, Step, VectorKey, applied, lengthened, window_of
 from manidp.errors import UnsupportedError
 from manidp.graph import (
     Add,
@@ -393,7 +393,7 @@ class _Planner:
 
     def _row(self, node: Node, array: Array) -> int:
         """The same with whole vectors of them."""
-        return self._parameter(node, np.pad(array, (0, -len(array) % self.lanes)))
+        return self._parameter(node, lengthened(array, self.lanes))
 
     def _weight(self, node: Node, name: str) -> Array:
         return np.asarray(self.weights[f"{node.name}.{name}"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from manidp.engine.module import Module
 
 
+Number = TypeVar("Number", bound=np.generic)
 KERNEL_LIMIT, STRIDE_LIMIT = 16, 8  # the code of a tile grows with the taps of a line
+
+
+def lengthened(array: NDArray[Number], multiple: int) -> NDArray[Number]:
+    """With zeros behind the first axis, up to a multiple; np.pad does it, too, at ten times the cost of a short one."""
+    if not (missing := -len(array) % multiple):
+        return array
+    return np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
 
 
 @dataclass(frozen=True)
@@ -225,7 +233,7 @@ class MapStep(Step):
         return (self.source, self.epilogue.frame, window_of(node)) if self.source and node else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """Everything that code is made from. Offsets are in floats (4 bytes), in the workspace or among the constants.
 

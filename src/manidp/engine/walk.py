@@ -8,17 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from manidp.engine.ir import Bits, Function, Index, Offset, Piece, Pointer, Vec
 from manidp.engine.module import Module
 from manidp.engine.steps import Layout
 
-Numbers = NDArray[np.int64]
-Lanes = NDArray[np.bool_]
 BLOCK = Index("%block")
+
+
+class Span(NamedTuple):
+    """Positions p with 0 <= factor * p + shift < size."""
+
+    shift: int
+    size: int
+    factor: int = 1
+
+
+ALL = Span(0, 2**62)
 
 
 @dataclass(frozen=True)
@@ -68,49 +78,46 @@ def bits_of(f: Function, word: Piece | Index, integer: str) -> Bits:
     return f.make(Bits, f"bitcast i{f.lanes} {word} to <{f.lanes} x i1>")
 
 
-def within(positions: Numbers, size: int) -> Lanes:
-    """Which positions lie between 0 and size."""
-    return (positions >= 0) & (positions < size)
-
-
 def mask_of(
-    module: Module,
-    frame: Layout,
-    phase: int,
-    tile: Tile,
-    vector: int,
-    valid: Callable[[Numbers, Numbers], Lanes] | None = None,
+    module: Module, frame: Layout, phase: int, tile: Tile, vector: int, rows: Span = ALL, columns: Span = ALL
 ) -> Mask:
-    """The lanes of a block's vector for which ``valid(rows, columns)`` holds; those outside the map do not matter.
+    """The lanes of a block's vector whose row and column lie in a span; those outside the map do not matter.
 
-    With ``valid`` None, those that are inside the map.
+    With no span given, those that are inside the map.
     """
     lanes = module.lanes
-    height, width = frame.valid(phase)
-    first = np.arange(tile.blocks)[:, None] * tile.vectors + vector
-    row, column = np.divmod(first * lanes + np.arange(lanes), frame.pitch)
-    inside = (row < height) & (column < width)
-    set_, cleared = inside, ~inside
-    if valid is not None:
-        holds = valid(row, column)
-        set_, cleared = inside & holds, inside & ~holds
-    ever_set, ever_cleared = np.any(set_, axis=0), np.any(cleared, axis=0)
+    found = _lanes(lanes, frame.valid(phase), frame.pitch, tile.blocks, tile.vectors, vector, rows, columns)
+    return Mask(table=module.table(f"i{max(8, lanes)}", found)) if isinstance(found, list) else Mask(found)
+
+
+@lru_cache(256)
+def _lanes(
+    lanes: int, size: tuple[int, int], pitch: int, blocks: int, vectors: int, vector: int, rows: Span, columns: Span
+) -> tuple[bool, ...] | list[int] | None:
+    """As ``Mask.lanes`` if they are the same in all blocks, else a word of bits for each block."""
+    first = np.arange(blocks)[:, None] * vectors + vector
+    row, column = np.divmod(first * lanes + np.arange(lanes), pitch)
+    inside = (row < size[0]) & (column < size[1])
+    holds = inside
+    for at, span in ((row, rows), (column, columns)):
+        if span != ALL:
+            there = span.factor * at + span.shift
+            holds = holds & (there >= 0) & (there < span.size)
+    cleared = ~holds if (rows, columns) == (ALL, ALL) else inside & ~holds
+    ever_set, ever_cleared = np.any(holds, axis=0), np.any(cleared, axis=0)
     if not ever_cleared.any():
-        return Mask()
+        return None
     if not (ever_set & ever_cleared).any():
-        return Mask(tuple(not lane for lane in ever_cleared.tolist()))
-    integer = f"i{max(8, lanes)}"
-    return Mask(table=module.table(integer, (~cleared @ (1 << np.arange(lanes))).tolist()))
+        return tuple(not lane for lane in ever_cleared.tolist())
+    words: list[int] = (~cleared @ (1 << np.arange(lanes))).tolist()
+    return words
 
 
 def tap(module: Module, source: Layout, frame: Layout, tile: Tile, down: int, right: int) -> tuple[int, list[Mask]]:
     """Where the elements ``down`` and ``right`` of the block's own lie, and the lanes that do not wrap around."""
     (row_phase, rows), (column_phase, columns) = source.reach(down), source.reach(right)
-
-    def same_row(_: Numbers, column: Numbers) -> Lanes:
-        return within(column + columns, source.pitch)
-
-    masks = [mask_of(module, frame, 0, tile, v, same_row) for v in range(tile.vectors)]
+    same_row = Span(columns, source.pitch)
+    masks = [mask_of(module, frame, 0, tile, v, columns=same_row) for v in range(tile.vectors)]
     phase = row_phase * source.phases + column_phase
     return phase * source.plane + rows * source.pitch + columns, masks
 
@@ -123,11 +130,7 @@ def neighbour(
     tile = single(frame, lanes)
     offset, (same_row,) = tap(module, source, frame, tile, down, right)
     (_, rows), (_, columns) = source.reach(down), source.reach(right)
-
-    def inside(row: Numbers, column: Numbers) -> Lanes:
-        return within(row + rows, source.rows) & within(column + columns, source.pitch)
-
-    mask = mask_of(module, frame, 0, tile, 0, inside)
+    mask = mask_of(module, frame, 0, tile, 0, Span(rows, source.rows), Span(columns, source.pitch))
     if mask.table:
         mask = same_row  # what lies above and below the map is zero anyway
     before, shift = divmod(offset, lanes)

@@ -200,7 +200,7 @@ def tile_shape(positions: int, most_outputs: int, isa: Isa) -> Tile:
     return best[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Convolve(MapStep):
     """A convolution in tiles, and what follows it."""
 

@@ -13,7 +13,7 @@ from manidp.engine.walk import lines_of, mask_of, pieces_of, single
 _X, _INTO, _LIST, _N = Pointer("%x"), Pointer("%into"), Pointer("%list"), Index("%n")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoadImage(Step):
     """The image: bytes (H, W, C), which are normalised, or floats (C, H, W), as they are."""
 
@@ -42,7 +42,7 @@ class LoadImage(Step):
         f.begin(after)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Relayout(Step):
     """Copy a map into another number of phases."""
 
@@ -60,7 +60,7 @@ class Relayout(Step):
         f.call(copy, module.map_at(f, self.source), module.map_at(f, self.target), list_, count)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class MoveChannels(Step):
     """Channels of a map in another order, among zeros; ``places``: offset of int32s, where from, -1 for zeros."""
 
@@ -112,7 +112,7 @@ class MoveChannels(Step):
         f.call(name, module.map_at(f, self.source), module.map_at(f, self.target), places_at, self.channels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class FlattenMap(Step):
     """A map as a vector, channel by channel and row by row."""
 
@@ -129,7 +129,7 @@ class FlattenMap(Step):
         f.call(copy, module.map_at(f, self.source), module.vector_at(f, self.target), everything, source.channels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ClearGaps(Step):
     """Zeros to the gaps of a map whose memory held another layout before, and to the one before its first channel."""
 

@@ -44,7 +44,7 @@ class Depthwise(Kernel):
         return total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ConvolveEach(MapStep):
     """A depthwise convolution and what follows it."""
 

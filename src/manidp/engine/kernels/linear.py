@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from manidp.engine.ir import FLOAT, Function, Index, Pointer, Vec
 from manidp.engine.module import Module
-from manidp.engine.steps import Step, VectorKey
+from manidp.engine.steps import Step, VectorKey, lengthened
 
 _AT_ONCE = 4  # vectors of outputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class MatVec(Step):
     """target = weights @ source + bias; the weights lie in the order in which they are read."""
 
@@ -69,14 +69,13 @@ def pack(weight: NDArray[np.floating], bias: NDArray[np.floating], lanes: int) -
 
     Outputs are padded to whole vectors.
     """
-    padding = -len(weight) % lanes
-    rows = np.pad(weight, ((0, padding), (0, 0)))
+    rows = lengthened(weight, lanes)
     whole = len(rows) // (_AT_ONCE * lanes) * _AT_ONCE * lanes
     some, rest = (
         rows[:whole].reshape(-1, _AT_ONCE * lanes, rows.shape[1]),
         rows[whole:].reshape(-1, lanes, rows.shape[1]),
     )
-    return np.concatenate([part.transpose(0, 2, 1).reshape(-1) for part in (some, rest)]), np.pad(bias, (0, padding))
+    return np.concatenate([part.transpose(0, 2, 1).reshape(-1) for part in (some, rest)]), lengthened(bias, lanes)
 
 
 def model(x: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -97,7 +97,7 @@ def _blocks(total: int, most: int) -> _Blocks:
     return _Blocks(vectors, count, total - (vectors - 1) * count)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class MultiplyMatrices(MapStep):
     """A 1x1 convolution and what follows it."""
 

@@ -19,7 +19,7 @@ from manidp.graph import Pool
 _X, _LIST, _N, _SUMS, _INTO = Pointer("%x"), Pointer("%list"), Index("%n"), Pointer("%sums"), Pointer("%into")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pointwise(MapStep):
     """``source`` (None: zeros) through ``pool`` (None: as it is) and ``epilogue``."""
 
@@ -70,7 +70,7 @@ class Pointwise(MapStep):
         f.call(name, x, list_, count, *operands)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ResetPooled(Step):
     """Pooled sums of some channels back to where they start."""
 
@@ -92,7 +92,7 @@ class ResetPooled(Step):
         f.call(name, module.vector_at(f, self.pooled), list_, count)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Reduce(Step):
     """Partial sums (or maxima) of a map to one number a channel, times ``factor``."""
 

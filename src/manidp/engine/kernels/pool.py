@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from manidp.engine.ir import Function, Index, Pointer, Vec
 from manidp.engine.module import Module
 from manidp.engine.steps import Layout, window_of
-from manidp.engine.walk import Lanes, Numbers, Tile, mask_of, tap, within
+from manidp.engine.walk import Span, Tile, mask_of, tap
 from manidp.graph import Pool, pair, sides
 
 
@@ -27,14 +27,10 @@ def window_value(
     for down in w.lines:
         for right in w.columns:
             offset, (mask,) = tap(module, source, frame, tile, down, right)
-
-            def inside(row: Numbers, column: Numbers, down: int = down, right: int = right) -> Lanes:
-                y, x = row * w.stride + down, column * w.stride + right
-                return within(y, source.height) & within(x, source.width)
-
             value = g.load(x, offset)
             if pool.kind == "max":
-                mask, value = mask_of(module, frame, 0, tile, 0, inside), g.spoil(value)
+                rows, columns = Span(down, source.height, w.stride), Span(right, source.width, w.stride)
+                mask, value = mask_of(module, frame, 0, tile, 0, rows, columns), g.spoil(value)
             lanes = mask.bits(g, block)
             if lanes is not None:
                 value = g.select(lanes, value, g.constant(-np.inf if pool.kind == "max" else 0))

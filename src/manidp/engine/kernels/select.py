@@ -16,7 +16,7 @@ from manidp.graph import Select
 _ABOVE = "ugt"  # NaN passes, to be seen in the logits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Decide(Step):
     """Scores -> factors of a gate, and the lists of kept and closed channels; ``limit``: offset of what scores exceed.
 
@@ -65,7 +65,7 @@ class Decide(Step):
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ListChannels(Step):
     """The lists of a value whose channels are governed one by one, by whichever gates, once these have decided.
 

@@ -10,7 +10,7 @@ from manidp.engine.module import Module
 from manidp.engine.steps import Applied, Step, VectorKey
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class VectorOp(Step):
     """target = op(source, operand) on vectors: 'apply' a ``function``, or 'copy' to ``offset``, or what kind says.
 
