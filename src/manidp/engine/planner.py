@@ -6,29 +6,27 @@ support a convolution, the cheapest is taken.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from manidp.engine import vectors
+from manidp.engine.draft import Array, Draft
 from manidp.engine.fusion import Task, gate_to_skip, tasks_of
 from manidp.engine.ir import FLOAT, Element
-from manidp.engine.kernels import linear
 from manidp.engine.kernels.convolution import Kernel, Packed, cheapest
 from manidp.engine.kernels.copies import ClearGaps, FlattenMap, LoadImage, MoveChannels, Relayout
 from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.kernels.matrix import Matrix
-from manidp.engine.kernels.pointwise import Pointwise, Reduce, ResetPooled
-from manidp.engine.kernels.select import Decide, ListChannels
+from manidp.engine.kernels.pointwise import Pointwise
 from manidp.engine.kernels.vector import VectorOp
 from manidp.engine.kernels.winograd import Winograd
-from manidp.engine.memory import Constants, place
-from manidp.engine.steps import Channels, Epilogue, MapKey, Op, Plan, Step, VectorKey, applied, lengthened, window_of
+from manidp.engine.memory import place
+from manidp.engine.steps import Channels, Epilogue, MapKey, Op, Plan, Step, VectorKey, applied, window_of
 from manidp.errors import UnsupportedError
 from manidp.graph import (
     Add,
@@ -43,15 +41,12 @@ from manidp.graph import (
     Multiply,
     Node,
     Pool,
-    PoolKind,
     PReLU,
     Scatter,
     Select,
     Shuffle,
     Slice,
 )
-
-Array = NDArray[Any]
 
 KERNELS: tuple[Kernel, ...] = (Winograd(2), Winograd(4), Depthwise(), Matrix(False), Matrix(True), Direct())
 
@@ -77,15 +72,11 @@ def make_plan(
 
 class _Planner:
     def __init__(self, graph: Graph, weights: Mapping[str, Array], lanes: int, element: Element, reuse: bool) -> None:
-        self.graph, self.weights, self.lanes, self.element, self.reuse = graph, weights, lanes, element, reuse
-        self.steps: list[Step] = []
-        self.constants = Constants()
-        self.vectors: dict[VectorKey, int] = {}  # sizes in floats
+        self.graph, self.lanes, self.element, self.reuse = graph, lanes, element, reuse
+        self.draft = Draft(graph, weights, lanes)
         self.phases: dict[str, int] = {}  # of each map as its step stores it
         self.copied: set[MapKey] = set()
         self.in_place: dict[MapKey, MapKey] = {}  # a map -> the one whose memory it takes, which has its own
-        self.listed: dict[bytes, VectorKey] = {}  # numbers of what governs a value's channels -> list of those kept
-        self.pooled: dict[VectorKey, VectorKey] = {}  # partial sums of a value -> the vector that holds them
         self.tasks = tasks_of(graph)
         self.last_read = {
             source: index for index, task in enumerate(self.tasks) for node in task.nodes for source in node.inputs
@@ -94,22 +85,22 @@ class _Planner:
     def plan(self, scale: Array, shift: Array) -> Plan:
         for index, task in enumerate(self.tasks):
             self._lower(index, task)
-        maps, vectors, workspace, cleared = place(
-            self.graph, self.steps, self.vectors, self.in_place, self.lanes, self.element, self.reuse
+        maps, places, workspace, cleared = place(
+            self.graph, self.draft.steps, self.draft.vectors, self.in_place, self.lanes, self.element, self.reuse
         )
         for index, key in sorted(cleared, key=lambda item: item[0], reverse=True):
-            self.steps.insert(index, ClearGaps(key))
+            self.draft.steps.insert(index, ClearGaps(key))
         most = max(shape[0] for shape in self.graph.shapes.values() if len(shape) == 3)
         return Plan(
             graph=self.graph,
             lanes=self.lanes,
-            steps=tuple(self.steps),
+            steps=tuple(self.draft.steps),
             maps=maps,
-            vectors=vectors,
-            everything=self.constants.add(np.arange(most + 1, dtype=np.int32)),
-            scale=self.constants.add(scale, owner="preprocessing"),
-            shift=self.constants.add(shift, owner="preprocessing"),
-            constants=np.concatenate(self.constants.parts),
+            vectors=places,
+            everything=self.draft.constants.add(np.arange(most + 1, dtype=np.int32)),
+            scale=self.draft.constants.add(scale, owner="preprocessing"),
+            shift=self.draft.constants.add(shift, owner="preprocessing"),
+            constants=np.concatenate(self.draft.constants.parts),
             workspace=workspace,
         )
 
@@ -120,7 +111,7 @@ class _Planner:
         match node:
             case Input():
                 self.phases[node.name] = self._preferred(node)
-                self.steps.append(LoadImage(MapKey(node.name, self.phases[node.name])))
+                self.draft.steps.append(LoadImage(MapKey(node.name, self.phases[node.name])))
                 self._pool_stored(node.name)
             case Conv():
                 self._convolve(index, task, node)
@@ -130,20 +121,20 @@ class _Planner:
             case Concat() if len(shape) == 3:
                 self._concat(node)
             case Select():
-                self._select(node)
+                vectors.select(self.draft, node)
             case Slice() | Shuffle() | Scatter() if len(shape) == 3:
                 self._move(node)
             case GlobalPool():
-                self._reduce(VectorKey(node.inputs[0], node.kind), VectorKey(node.name))
+                vectors.reduce_pooled(self.draft, VectorKey(node.inputs[0], node.kind), VectorKey(node.name))
             case Linear():
-                bias = self._weight(node, "bias") if node.bias else np.zeros(node.features)
-                self._matvec(node, self._weight(node, "weight"), bias)
+                bias = self.draft.weight(node, "bias") if node.bias else np.zeros(node.features)
+                vectors.multiply(self.draft, node, self.draft.weight(node, "weight"), bias)
             case Flatten():
-                target = self._vector(VectorKey(node.name), shape[0])
+                target = self.draft.vector(VectorKey(node.name), shape[0])
                 if len(self.graph.shapes[node.inputs[0]]) == 1:
-                    self.steps.append(VectorOp("copy", VectorKey(node.inputs[0]), target, shape[0]))
+                    self.draft.steps.append(VectorOp("copy", VectorKey(node.inputs[0]), target, shape[0]))
                 else:
-                    self.steps.append(FlattenMap(self._read(node.inputs[0], 1), target))
+                    self.draft.steps.append(FlattenMap(self._read(node.inputs[0], 1), target))
             case _ if len(shape) == 3:
                 phases = self.phases[node.inputs[0]]
                 source = self._read(node.inputs[0], phases)
@@ -151,19 +142,19 @@ class _Planner:
                     index, task, phases, lambda channels, epilogue: Pointwise(source, None, channels, epilogue)
                 )
             case _:
-                self._vector_op(node)
+                vectors.elementwise(self.draft, node)
 
     def _convolve(self, index: int, task: Task, node: Conv) -> None:
         kernel, owner = self._kernel(node), f"node '{node.name}'"
-        weight = self._weight(node, "weight").astype(np.float64)
-        bias = self._weight(node, "bias").astype(np.float64) if node.bias else np.zeros(node.channels)
+        weight = self.draft.weight(node, "weight").astype(np.float64)
+        bias = self.draft.weight(node, "bias").astype(np.float64) if node.bias else np.zeros(node.channels)
         if task.fused and isinstance(task.fused[0], BatchNorm):
-            scale, shift = self._affine(task.fused[0])
+            scale, shift = self.draft.affine(task.fused[0])
             weight, bias = weight * scale[:, None, None, None], bias * scale + shift
         rows = kernel.pack(weight, self.element)
-        at = self.constants.add(rows, self.element, owner)
-        packed = Packed(at, rows.shape[1], self.constants.add(bias, owner=owner))
-        inputs = self._channels(node.inputs[0], "read")
+        at = self.draft.constants.add(rows, self.element, owner)
+        packed = Packed(at, rows.shape[1], self.draft.constants.add(bias, owner=owner))
+        inputs = self.draft.channels(node.inputs[0], "read")
         phases_in, phases_out = kernel.phases(node)
         source = self._read(node.inputs[0], phases_in)
         self._finish(
@@ -191,19 +182,19 @@ class _Planner:
         if residual:
             self.in_place[key] = self.in_place.get(residual, residual)
         untouched = residual is not None and self._changes_nothing(task, residual, tail)
-        for kind in self._pooled_kinds(name):
+        for kind in self.draft.pooled_kinds(name):
             if residual and untouched:
-                self.pooled[VectorKey(name, kind)] = self.pooled[VectorKey(residual.node, kind)]
+                self.draft.pooled[VectorKey(name, kind)] = self.draft.pooled[VectorKey(residual.node, kind)]
             else:
-                self._partial_sums(name, kind, channels)
+                self.draft.partial_sums(name, kind)
             reset = Channels(channels, VectorKey(gate, "list") if gate and untouched else None)
-            self.steps.append(ResetPooled(self.pooled[VectorKey(name, kind)], reset))
-        epilogue = Epilogue(key, tuple(op for _, op in ops), stored, pooled=self._pooled_sums(name))
-        made = Channels(channels, VectorKey(gate, "list")) if gate else self._channels(task.start.name, "made")
-        self.steps.append(step(made, epilogue))
+            self.draft.reset_sums(name, kind, reset)
+        epilogue = Epilogue(key, tuple(op for _, op in ops), stored, pooled=self.draft.pooled_sums(name))
+        made = Channels(channels, VectorKey(gate, "list")) if gate else self.draft.channels(task.start.name, "made")
+        self.draft.steps.append(step(made, epilogue))
         if cut is not None and not untouched and (tail or self._needs_zeros(name)):
             closed = replace(made, closed=True)
-            self.steps.append(Pointwise(None, None, closed, replace(epilogue, ops=tuple(op for _, op in tail))))
+            self.draft.steps.append(Pointwise(None, None, closed, replace(epilogue, ops=tuple(op for _, op in tail))))
 
     def _ops(self, task: Task, phases: int) -> list[tuple[Node, Op]]:
         ops: list[tuple[Node, Op]] = []
@@ -219,10 +210,10 @@ class _Planner:
             done.add(node.name)
             if isinstance(node, BatchNorm):
                 if not (folded and node is nodes[0]):
-                    pairs = np.stack(self._affine(node), axis=1)
-                    ops.append((node, Op("affine", self._parameter(node, pairs))))
+                    pairs = np.stack(self.draft.affine(node), axis=1)
+                    ops.append((node, Op("affine", self.draft.parameter(node, pairs))))
             elif isinstance(node, PReLU):
-                ops.append((node, Op("prelu", self._parameter(node, self._weight(node, "slope")))))
+                ops.append((node, Op("prelu", self.draft.parameter(node, self.draft.weight(node, "slope")))))
             elif (function := applied(node)) is not None:
                 ops.append((node, Op("apply", function)))
             elif isinstance(node, Multiply) and len(self.graph.shapes[others[0]]) == 1:
@@ -265,7 +256,9 @@ class _Planner:
             return False
         rest = [op for _, op in tail[1:]]
         same = not rest or (rest == [Op("apply", ("relu", ()))] and residual.node in self.nonnegative)
-        return same and all(VectorKey(residual.node, kind) in self.pooled for kind in self._pooled_kinds(task.name))
+        return same and all(
+            VectorKey(residual.node, kind) in self.draft.pooled for kind in self.draft.pooled_kinds(task.name)
+        )
 
     @cached_property
     def nonnegative(self) -> Set[str]:
@@ -279,130 +272,37 @@ class _Planner:
     def _concat(self, node: Concat) -> None:
         phases = self.phases[node.inputs[0]]
         self.phases[node.name] = phases
-        for kind in self._pooled_kinds(node.name):
-            channels = self.graph.shapes[node.name][0]
-            self._partial_sums(node.name, kind, channels)
-            self.steps.append(ResetPooled(self.pooled[VectorKey(node.name, kind)], Channels(channels)))
+        for kind in self.draft.pooled_kinds(node.name):
+            self.draft.partial_sums(node.name, kind)
+            self.draft.reset_sums(node.name, kind, Channels(self.graph.shapes[node.name][0]))
         first = 0
         for source in node.inputs:
-            epilogue = Epilogue(MapKey(node.name, phases), first_channel=first, pooled=self._pooled_sums(node.name))
+            epilogue = Epilogue(
+                MapKey(node.name, phases), first_channel=first, pooled=self.draft.pooled_sums(node.name)
+            )
             channels = self.graph.shapes[source][0]
-            self.steps.append(Pointwise(self._read(source, phases), None, Channels(channels), epilogue))
+            self.draft.steps.append(Pointwise(self._read(source, phases), None, Channels(channels), epilogue))
             first += channels
 
     def _move(self, node: Node) -> None:
         source = self._read(node.inputs[0], self.phases[node.inputs[0]])
         self.phases[node.name] = source.phases
         places = node.origin(*self.graph.input_shapes(node)).astype(np.int32)
-        self.steps.append(
-            MoveChannels(source, MapKey(node.name, source.phases), len(places), self.constants.add(places))
+        self.draft.steps.append(
+            MoveChannels(source, MapKey(node.name, source.phases), len(places), self.draft.constants.add(places))
         )
         self._pool_stored(node.name)
-
-    # Pooled sums, gates and vectors
-
-    def _pooled_kinds(self, name: str) -> list[PoolKind]:
-        return sorted({reader.kind for reader in self.graph.readers[name] if isinstance(reader, GlobalPool)})
-
-    def _pooled_sums(self, name: str) -> tuple[VectorKey, ...]:
-        return tuple(self.pooled[VectorKey(name, kind)] for kind in self._pooled_kinds(name))
-
-    def _partial_sums(self, name: str, kind: PoolKind, channels: int) -> None:
-        sums = VectorKey(name, kind)
-        self.pooled[sums] = self._vector(sums, channels * self.lanes)
 
     def _pool_stored(self, name: str) -> None:
         """Pooled sums of a map that its own step could not make on the way."""
         channels = Channels(self.graph.shapes[name][0])
-        for kind in self._pooled_kinds(name):
-            self._partial_sums(name, kind, channels.count)
-            self.steps.append(ResetPooled(self.pooled[VectorKey(name, kind)], channels))
-        if self._pooled_kinds(name):
+        for kind in self.draft.pooled_kinds(name):
+            self.draft.partial_sums(name, kind)
+            self.draft.reset_sums(name, kind, channels)
+        if self.draft.pooled_kinds(name):
             key = MapKey(name, self.phases[name])
-            epilogue = Epilogue(key, stored=False, pooled=self._pooled_sums(name))
-            self.steps.append(Pointwise(key, None, channels, epilogue))
-
-    def _reduce(self, sums: VectorKey, target: VectorKey) -> None:
-        channels, *size = self.graph.shapes[sums.node]
-        factor = 1 / math.prod(size) if sums.part == "average" else 1.0
-        self.steps.append(Reduce(self.pooled[sums], self._vector(target, channels), channels, factor))
-
-    def _channels(self, value: str, part: Literal["read", "made"]) -> Channels:
-        """The channels of a value that need be read, or made: all but those that gates close."""
-        count = self.graph.shapes[value][0]
-        numbers = (self.graph.zeroed if part == "read" else self.graph.wanted).get(value)
-        if numbers is None:
-            return Channels(count)
-        key = self.listed.get(numbers.tobytes())
-        if key is None:
-            key = self.listed[numbers.tobytes()] = self._vector(VectorKey(value, part), 2 * count + 1)
-            self.steps.append(ListChannels(key, count, self.constants.add(numbers.astype(np.int32))))
-        return Channels(count, key)
-
-    def _select(self, node: Select) -> None:
-        (channels,) = self.graph.shapes[node.name]
-        self._vector(VectorKey(node.name), channels)
-        kept = self._vector(VectorKey(node.name, "list"), 2 * channels + 1)
-        self.listed[self.graph.gate_numbers[node.name].tobytes()] = kept
-        limit = self.constants.add(self._weight(node, "threshold") if node.rule == "threshold" else np.zeros(1))
-        mask = None if node.rule == "threshold" else self.constants.add(self._weight(node, "mask"))
-        self.steps.append(Decide(node, VectorKey(node.inputs[0]), channels, limit, mask))
-
-    def _matvec(self, node: Node, weight: Array, bias: Array) -> None:
-        source, target = VectorKey(node.inputs[0]), self._vector(VectorKey(node.name), len(weight))
-        outputs, inputs = weight.shape
-        at = [self.constants.add(part, owner=f"node '{node.name}'") for part in linear.pack(weight, bias, self.lanes)]
-        self.steps.append(linear.MatVec(source, target, inputs, outputs, *at))
-
-    def _vector_op(self, node: Node) -> None:
-        (size,) = self.graph.shapes[node.name]
-        target, first, *others = self._vector(VectorKey(node.name), size), *map(VectorKey, node.inputs)
-        if (function := applied(node)) is not None:
-            self.steps.append(VectorOp("apply", first, target, size, function=function))
-        elif isinstance(node, PReLU):
-            slopes = self._row(node, self._weight(node, "slope"))
-            self.steps.append(VectorOp("prelu", first, target, size, slopes))
-        elif isinstance(node, BatchNorm):
-            scale, shift = (self._row(node, part) for part in self._affine(node))
-            self.steps.append(VectorOp("multiply", first, target, size, scale))
-            self.steps.append(VectorOp("add", target, target, size, shift))
-        elif isinstance(node, Concat):
-            offset = 0
-            for source in (first, *others):
-                (part,) = self.graph.shapes[source.node]
-                self.steps.append(VectorOp("copy", source, target, part, offset=offset))
-                offset += part
-        elif isinstance(node, (Slice, Shuffle, Scatter)):  # as a product with a matrix of zeros and ones
-            origin = node.origin(*self.graph.input_shapes(node))
-            chosen = origin[:, None] == np.arange(self.graph.shapes[node.inputs[0]][0])
-            self._matvec(node, chosen.astype(np.float64), np.zeros(size))
-        elif isinstance(node, (Add, Multiply)):
-            for other in others:
-                self.steps.append(VectorOp("add" if isinstance(node, Add) else "multiply", first, target, size, other))
-                first = target
-        else:
-            raise UnsupportedError(f"{node}: the engine does not run it on vectors")
-
-    def _vector(self, key: VectorKey, size: int) -> VectorKey:
-        self.vectors[key] = size
-        return key
-
-    def _parameter(self, node: Node, array: Array) -> int:
-        """Offset of numbers of a node among the constants."""
-        return self.constants.add(array, owner=f"node '{node.name}'")
-
-    def _row(self, node: Node, array: Array) -> int:
-        """The same with whole vectors of them."""
-        return self._parameter(node, lengthened(array, self.lanes))
-
-    def _weight(self, node: Node, name: str) -> Array:
-        return np.asarray(self.weights[f"{node.name}.{name}"])
-
-    def _affine(self, node: BatchNorm) -> tuple[Array, Array]:
-        names = ("gamma", "beta", "moving_mean", "moving_variance")
-        gamma, beta, mean, variance = (self._weight(node, name).astype(np.float64) for name in names)
-        scale = gamma / np.sqrt(variance + node.eps)
-        return scale, beta - mean * scale
+            epilogue = Epilogue(key, stored=False, pooled=self.draft.pooled_sums(name))
+            self.draft.steps.append(Pointwise(key, None, channels, epilogue))
 
     # Phases
 
@@ -426,6 +326,6 @@ class _Planner:
             if gate is None and not self._needs_zeros(name):
                 gate = self.graph.zeroed_by.get(name)
             kept = None if gate is None else VectorKey(gate, "list")
-            self.steps.append(Relayout(source, key, Channels(self.graph.shapes[name][0], kept)))
+            self.draft.steps.append(Relayout(source, key, Channels(self.graph.shapes[name][0], kept)))
             self.copied.add(key)
         return key
