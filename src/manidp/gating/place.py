@@ -10,6 +10,7 @@ chain runs.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -64,6 +65,7 @@ def gate(graph: Graph) -> Gated[Graph]:
     convs = [node.name for node in graph.nodes if isinstance(node, Conv)]
     branches, shortcuts = _branches(graph)
     stems = _of_the_image(graph)
+    place = {node.name: index for index, node in enumerate(graph.nodes)}
     ungated: dict[str, str] = {}
     chosen: dict[str, _Chain] = {}
     followed: set[str] = set()
@@ -74,7 +76,7 @@ def gate(graph: Graph) -> Gated[Graph]:
         end = chain[-1]
         readers = graph.readers[end.name]
         added = [reader for reader in readers if isinstance(reader, Add)]
-        hidden, cost, saved = _hidden(graph, chain)
+        hidden, cost, saved = _hidden(graph, chain, place)
         if any(graph.select_of(reader) for reader in readers):
             reason = "it has a gate already"
         elif name in stems:
@@ -180,17 +182,26 @@ def _flow(graph: Graph, node: Node) -> str:
     return node.channel_flow(*graph.input_shapes(node))
 
 
-def _hidden(graph: Graph, chain: tuple[Node, ...]) -> tuple[int, int, int]:
+def _hidden(graph: Graph, chain: tuple[Node, ...], place: Mapping[str, int]) -> tuple[int, int, int]:
     """Width of the hidden layer that pays, multiply-adds of a gate of the usual width, and those that it can save."""
     made, read = graph.shapes[chain[0].name][0], graph.shapes[chain[0].inputs[0]][0]
     saved = sum(node.macs(*graph.input_shapes(node)) for node in chain)
     found = {chain[-1].name: np.arange(made)}  # as if no other gate closed anything
-    for node in graph.nodes:
-        if isinstance(node, Conv) and node.inputs[0] in found:
+    waiting = [place[reader.name] for reader in graph.readers[chain[-1].name]]
+    seen: set[int] = set()
+    while waiting:  # in the order of the graph, and only what reads a closed channel: networks may have many gates
+        at = heapq.heappop(waiting)
+        if at in seen:
+            continue
+        seen.add(at)
+        node = graph.nodes[at]
+        if isinstance(node, Conv):
             saved += round(node.macs(*graph.input_shapes(node)) * float((found[node.inputs[0]] >= 0).mean()))
         through = None if isinstance(node, Add) else zeroed_through(graph, node, found)
         if through is not None and (through >= 0).any():
             found[node.name] = through
+            for reader in graph.readers[node.name]:
+                heapq.heappush(waiting, place[reader.name])
     usual = hidden_width(made)
     return min(usual, int(saved * WORTH / (read + made))), usual * (read + made), saved
 
