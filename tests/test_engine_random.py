@@ -161,7 +161,7 @@ def networks(draw: st.DrawFn) -> Graph:
 @pytest.mark.parametrize("isa", [*available_isas(), *available_isas("float16"), *emulating_isas("float16")])
 def test_random_networks_do_what_the_reference_does(isa: str) -> None:
     @settings(
-        max_examples=int(os.environ.get("MANIDP_EXAMPLES", "50")),
+        max_examples=int(os.environ.get("MANIDP_EXAMPLES", "25")),
         deadline=None,
         derandomize="MANIDP_EXAMPLES" not in os.environ,
         database=None,

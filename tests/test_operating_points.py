@@ -107,3 +107,19 @@ def test_an_unknown_budget_names_the_known_ones_and_the_engine_goes_on() -> None
     assert engine.memory == before
     engine.run(IMAGES, budget="p1")
     assert engine.memory > before  # a point's own weights are told
+
+
+def test_other_weights_in_the_same_code_give_what_compiling_them_gives(engine: Engine) -> None:
+    chance = np.random.default_rng(1)
+    given = engine.checkpoint.weights
+    others = {name: (value + 0.1 * chance.random(value.shape)).astype(np.float32) for name, value in given.items()}
+    before = engine.run(IMAGES)
+    with engine.reweighted(others) as again:
+        found = again.run(IMAGES)
+    wanted = Engine(replace(engine.checkpoint, weights=others)).run(IMAGES)
+    assert not np.array_equal(found.logits, before.logits)
+    np.testing.assert_array_equal(found.logits, wanted.logits)
+    np.testing.assert_array_equal(found.gate_values, wanted.gate_values)
+    np.testing.assert_array_equal(engine.run(IMAGES).logits, before.logits)
+    with pytest.raises(CheckpointError, match="conv_9"):
+        engine.reweighted({"conv_9.weight": np.zeros(3, np.float32)})

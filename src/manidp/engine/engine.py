@@ -10,6 +10,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from itertools import chain, filterfalse, repeat, starmap
 from queue import SimpleQueue
@@ -184,7 +186,21 @@ class Engine:
         self.precision, self.isa = precision, choose_isa(precision, isa)
         self._again = partial(type(self), precision=precision, threads=self.threads, isa=isa)
         self._points: dict[str, _Address] = {}  # packed weights of the operating points that have been asked for
-        self._runner: _Runner | None = _Runner(Program(self._plan(checkpoint.weights), self.isa), self.threads)
+        self._program = Program(self._plan(checkpoint.weights), self.isa)
+        self._runner: _Runner | None = _Runner(self._program, self.threads)
+
+    def reweighted(self, values: Mapping[str, NDArray[np.float32]]) -> Engine:
+        """An engine of the same network with other values of some weights: without compiling, in memory of its own.
+
+        values: name of a parameter of the graph -> its array. Raises CheckpointError for other names or shapes.
+        """
+        made = object.__new__(type(self))
+        made.__dict__ |= self.__dict__
+        made.checkpoint = replace(self.checkpoint, weights={**self.checkpoint.weights, **values})
+        made._points, made._program = {}, copy(self._program)
+        made._program.constants = made._plan(made.checkpoint.weights).constants  # no code depends on them
+        made._runner = _Runner(made._program, self.threads)
+        return made
 
     def _plan(self, weights: Mapping[str, NDArray[np.float32]]) -> Plan:
         std = np.array(self.checkpoint.preprocessing.std, dtype=np.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -90,30 +91,33 @@ def _thresholds(
     sizes = graph.gate_channels
     chosen = {name: checkpoint.weights[name] for name in graph.thresholds}
     best: tuple[float, dict[str, NDArray[np.float32]], float] | None = None
-    for _ in range(ROUNDS):
-        scores, macs = _run(replace(checkpoint, weights={**checkpoint.weights, **chosen}, points=()), images)
-        if best is None or abs(macs - target) < best[0]:
-            best = abs(macs - target), chosen, macs
-        if best[0] <= TOLERANCE * target:
-            break
-        of_gates = dict(zip(sizes, np.split(scores, np.cumsum(list(sizes.values()))[:-1], axis=1), strict=True))
-        limits = thresholds_for_budget(graph, of_gates, target)
-        chosen = {f"{gate}.threshold": np.array(limit, np.float32) for gate, limit in limits.items()}
+    with _probe(checkpoint) as probe:
+        for _ in range(ROUNDS):
+            scores, macs = _run(probe, chosen, images)
+            if best is None or abs(macs - target) < best[0]:
+                best = abs(macs - target), chosen, macs
+            if best[0] <= TOLERANCE * target:
+                break
+            of_gates = dict(zip(sizes, np.split(scores, np.cumsum(list(sizes.values()))[:-1], axis=1), strict=True))
+            limits = thresholds_for_budget(graph, of_gates, target)
+            chosen = {f"{gate}.threshold": np.array(limit, np.float32) for gate, limit in limits.items()}
     assert best is not None
     return best[1], best[2]
 
 
-def _run(checkpoint: Checkpoint, images: NDArray[Any]) -> tuple[NDArray[np.float32], float]:
-    """Scores (N, channels of all gates) of the images, closed channels' too, and mean multiply-adds."""
-    graph = checkpoint.graph
-    probe = _with_scores(graph)
-    wide = replace(
-        checkpoint,
-        graph=probe,
-        weights={name: checkpoint.weights[name] for name in probe.parameters},
-        classes=tuple(f"score {i}" for i in range(probe.num_classes)),
-    )
-    with Engine(wide) as engine:
+def _probe(checkpoint: Checkpoint) -> Engine:
+    """An engine of the same network, its logits the scores of all gates, closed channels' too, one after the other."""
+    graph = _with_scores(checkpoint.graph)
+    weights = {name: checkpoint.weights[name] for name in graph.parameters}
+    classes = tuple(f"score {i}" for i in range(graph.num_classes))
+    return Engine(replace(checkpoint, graph=graph, weights=weights, classes=classes, points=()))
+
+
+def _run(
+    probe: Engine, thresholds: Mapping[str, NDArray[np.float32]], images: NDArray[Any]
+) -> tuple[NDArray[np.float32], float]:
+    """Scores (N, channels of all gates) of the images under these thresholds, and mean multiply-adds."""
+    with probe.reweighted(thresholds) as engine:
         results = [engine.run(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
     scores = np.concatenate([result.logits for result in results])
     macs = np.concatenate([result.macs for result in results])
