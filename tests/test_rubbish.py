@@ -158,7 +158,7 @@ def compiled(checkpoint: Checkpoint, make: Any = engine.Engine, **options: Any) 
 
 
 def prepare(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name in ("train", "diagnose", "prune"):
+    if name in ("train", "diagnose", "prune", "calibrate", "freeze"):
         pytest.importorskip("torch.nn", reason="training needs PyTorch: pip install 'manidp[torch]'")
     if name == "report":
         charts = pytest.importorskip(
@@ -168,7 +168,9 @@ def prepare(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(charts, "_overview", lambda *_: charts.Figure())
     if name == "calibrate":  # what takes long in it is tested apart (test_calibrate.py)
         points = (OperatingPoint("50%", {}, 1.0),)
-        monkeypatch.setattr("manidp.training.calibrate.calibrate", lambda found, *_: replace(found, points=points))
+        monkeypatch.setattr(
+            "manidp.training.calibrate.calibrate", lambda found, *_, **__: replace(found, points=points)
+        )
     if name == "diagnose":  # so is this (with_torch/test_diagnose.py)
         found = Diagnosis(4, 2, 1.0, 1.0, 1.0, 2, {"gate": 0.5}, {"gate": 0.5}, (Variant("as it is", 2, 1.0),), 4)
         monkeypatch.setattr("manidp.torch.diagnose.diagnose", lambda *_: found)

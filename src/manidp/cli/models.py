@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from manidp.cli import show
 from manidp.cli.options import Cascade, Data, Json, asked_cascade, check_outputs, deciding, labelled, refusals, suffix
-from manidp.errors import GraphError, ManiDPError, short, some
+from manidp.errors import GraphError, ManiDPError, MissingExtraError, short, some
 from manidp.terminal import complain, say, say_json
+
+if TYPE_CHECKING:
+    from manidp.training.backend import Backend
+
+Statistics = Annotated[
+    bool, typer.Option(help="Estimate batch statistics anew, with PyTorch: pip install 'manidp[torch]'.")
+]
 
 
 def info(
@@ -99,18 +106,18 @@ def calibrate(
         Path | None, typer.Option("--out", "-o", help="The checkpoint to write: a .safetensors file.")
     ] = None,
     cascade: Cascade = None,
+    statistics: Statistics = True,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
     """Add operating points to a gated model without training: thresholds under which it takes other budgets.
 
-    With --cascade nothing is written: it says the confidence with which two operating points together take the budget.
-    The images of --data decide; with CIFAR-10, 5,000 training images decide, and the test images measure. A model is
-    surer of images that it was trained on, so that others then take more than the budget: hold some out (train
-    --holdout), and give them as --data.
+    Other channels are then open, so that each point gets batch statistics of its own, too. With --cascade nothing is
+    written: it says the confidence with which two operating points together take the budget. The images of --data
+    decide; with CIFAR-10, 5,000 training images decide, and the test images measure. A model is surer of images that it
+    was trained on, so that others then take more than the budget: hold some out (train --holdout), and give them as
+    --data.
     """
-    from dataclasses import replace
-
     from manidp.engine.engine import Engine
     from manidp.formats.checkpoint import save_checkpoint
     from manidp.hub.find import find_model
@@ -128,6 +135,7 @@ def calibrate(
     if out is not None:
         suffix(out, (".safetensors",))
         check_outputs([out], [found.path])
+    backend = _estimating() if statistics and out is not None else None
     images, description = labelled(data, {model: checkpoint})
     chosen = deciding(data, images, 5_000)
     if out is None:
@@ -142,7 +150,7 @@ def calibrate(
             say(f"--cascade {cascade} --confidence {confidence:.6g}: {rows[0].went_on:.1%} of the images went on")
         return
     for share in shares:
-        checkpoint = calibrated(checkpoint, chosen, share)
+        checkpoint = calibrated(checkpoint, chosen, share, backend=backend)
     engine, names = Engine(checkpoint), {f"{model} at {one.name}": one.name for one in checkpoint.points}
     rows = evaluate(dict.fromkeys(names, engine), images, names)
     points = [replace(one, accuracy=row.correct / row.total) for one, row in zip(checkpoint.points, rows, strict=True)]
@@ -154,6 +162,15 @@ def calibrate(
         say(f"{out}: written")
 
 
+def _estimating() -> Backend:
+    """What estimates batch statistics."""
+    try:
+        from manidp.torch.backend import Torch
+    except MissingExtraError as error:
+        raise MissingExtraError(f"{error}; or leave batch statistics as they are: --no-statistics") from error
+    return Torch()
+
+
 def freeze(
     model: Annotated[str, typer.Argument(help="A gated model; as for --model of evaluate.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint to write: a .safetensors file.")],
@@ -161,29 +178,35 @@ def freeze(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Freeze only the gates of these names, as in 'stage_1.*'; repeatable."),
     ] = None,
+    statistics: Statistics = True,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
     """Write the static twin of a gated model: a dense network with the same channels for every image.
 
     Each gate keeps the channels that it opens most often, and the others are removed. The twin takes no more
-    multiply-adds than the model does on average. It is not trained further; `train --from` does. The images of --data
-    decide; with CIFAR-10, 10,000 training images decide, and the test images measure. With --gates, the other gates go
-    on deciding: `diagnose` tells which gates hardly do.
+    multiply-adds than the model does on average. Its batch statistics are estimated anew; it is not trained further, as
+    `train --from` would. The images of --data decide; with CIFAR-10, 10,000 training images decide, and the test images
+    measure. With --gates, the other gates go on deciding: `diagnose` tells which gates hardly do.
     """
     from manidp.engine.engine import Engine
     from manidp.formats.checkpoint import save_checkpoint
     from manidp.gating.static import freeze as frozen
     from manidp.hub.find import find_model
     from manidp.predict import evaluate
+    from manidp.training.statistics import estimated
 
     suffix(out, (".safetensors",))
     found = find_model(model)
     check_outputs([out], [found.path])
     checkpoint = found.checkpoint
     chosen = _matching(gates, checkpoint.graph.gate_channels) if gates else None
+    backend = _estimating() if statistics else None
     images, description = labelled(data, {model: checkpoint})
-    twin = frozen(checkpoint, deciding(data, images, 10_000), chosen)
+    decide = deciding(data, images, 10_000)
+    twin = frozen(checkpoint, decide, chosen)
+    if backend is not None:
+        twin = replace(twin, weights={**twin.weights, **estimated(backend, twin, decide)})
     save_checkpoint(twin, out)
     rows = evaluate({model: Engine(checkpoint), str(out): Engine(twin)}, images)
     if as_json:

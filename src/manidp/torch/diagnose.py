@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +22,11 @@ from manidp.torch.network import GateRecord, Network
 from manidp.training.backend import estimate_statistics
 from manidp.training.diagnosis import Diagnosis, Variant, differing
 from manidp.training.evaluate import evaluate
-from manidp.training.recipe import Recipe
+from manidp.training.statistics import BATCH, to_observe
 
 Rule = Callable[[str, Tensor, Tensor, Callable[[], Tensor]], Tensor]
 """A gate's name, its scores (B, C), its factors (B, C), what tells the classes (B,) that the network as it is sees
 -> factors."""
-BATCH = 128
 
 
 def diagnose(
@@ -64,8 +62,7 @@ def diagnose(
         "gates of another image": lambda name, score, gate, classes: gate.roll(1, 0),
     }
     variants = []
-    data = ImageSet(images, np.zeros(len(images), np.int64), ("any",))
-    learner = Torch().learner(checkpoint, data, _as_trained(checkpoint))
+    learner = Torch().learner(checkpoint, *to_observe(checkpoint, images))
     for done, (name, rule) in enumerate(rules.items(), 1):
         learner.network = _Changed(checkpoint, plain, rule)
         estimate_statistics(learner, 0, len(images), min(BATCH, len(images)))
@@ -126,14 +123,3 @@ def _of_classes(kept: NDArray[np.bool_], classes: NDArray[np.int64], count: int)
     """(classes, C) bool: the majority within each class; of all images for a class that none is seen to be of."""
     shares = [kept[classes == c] if (classes == c).any() else kept for c in range(count)]
     return torch.from_numpy(np.stack([share.mean(0) > 0.5 for share in shares]))
-
-
-def _as_trained(checkpoint: Checkpoint) -> Recipe:
-    """How the checkpoint's recipe crops and flips; a model without one saw whole pictures, as far as is known."""
-    told: Any = checkpoint.provenance.get("recipe")
-    told = told if isinstance(told, dict) else {}
-    mirrored = told.get("padding_mode") == "reflect"
-    return Recipe(
-        batch_size=BATCH, augment=told.get("augment") is True, padding_mode="reflect" if mirrored else "constant",
-        precision="float32",
-    )  # fmt: skip

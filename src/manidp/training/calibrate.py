@@ -1,8 +1,11 @@
-"""Add an operating point to a gated checkpoint without training: thresholds under which it takes another budget."""
+"""Add an operating point to a gated checkpoint without training.
+
+Its thresholds are those under which the network takes another budget. With a framework, its batch statistics are what
+they become under these thresholds: other channels are open, and maps have other means and variances.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,23 +17,33 @@ from manidp.errors import GraphError, TrainingError
 from manidp.formats.checkpoint import Checkpoint, OperatingPoint
 from manidp.graph import Concat, Graph, Node
 from manidp.graph.macs import least_and_most_macs, ungated_macs
+from manidp.training.backend import Backend, Weights
 from manidp.training.recipe import point_name
 from manidp.training.schedule import thresholds_for_budget
+from manidp.training.statistics import estimated
 
 TOLERANCE = 0.002  # of the budget
 MISSED = 0.01  # of the budget: more is an error
+SETTLED = 6  # rounds of thresholds and batch statistics, which move each other
 ROUNDS = 12  # thresholds of early gates move the scores of later ones: repeated on fresh scores
 BATCH = 500  # images a call
 _WIDEST = 64  # values that one Concat joins
 
 
-def calibrate(checkpoint: Checkpoint, images: NDArray[Any], budget: float, name: str | None = None) -> Checkpoint:
+def calibrate(
+    checkpoint: Checkpoint,
+    images: NDArray[Any],
+    budget: float,
+    name: str | None = None,
+    backend: Backend | None = None,
+) -> Checkpoint:
     """The checkpoint with one operating point more, in the order of their multiply-adds.
 
     images: as ``Engine.run`` takes them; they should be pictures to train with, not to test with. budget: share of the
     dense network's multiply-adds that an image may take on average, 0..1. name: of the point, by default the budget in
     percent; a point of this name is replaced. One keep rate for all gates sets the thresholds, as in training (Tang et
-    al. 2021, made continuous); batch statistics stay as they are.
+    al. 2021, made continuous). backend: what estimates the point's batch statistics on the images, then uint8
+    (N, H, W, C); without one they stay as they are, which costs much accuracy far from the default budget.
     Raises GraphError without gates that have thresholds, TrainingError for a budget that the network cannot take.
     """
     graph = checkpoint.graph
@@ -43,7 +56,7 @@ def calibrate(checkpoint: Checkpoint, images: NDArray[Any], budget: float, name:
             f"a budget is a share of the dense multiply-adds, for this network {least / dense:.1%} (all gates closed) "
             f"to {most / dense:.1%} (all open), and images to calibrate on; got {budget:.1%} and {len(images)} images"
         )
-    values, macs = _thresholds(checkpoint, images, budget * dense)
+    values, macs = _values(checkpoint, images, budget * dense, backend)
     if abs(macs - budget * dense) > MISSED * budget * dense:
         raise TrainingError(
             f"a budget of {budget:.1%} of the dense multiply-adds cannot be met with thresholds alone: the closest is "
@@ -83,26 +96,45 @@ def confidence_for(
     return float(sure[order[count]]) if count < len(order) else 1.0
 
 
-def _thresholds(
-    checkpoint: Checkpoint, images: NDArray[Any], target: float
-) -> tuple[dict[str, NDArray[np.float32]], float]:
-    """Thresholds under which the images take ``target`` multiply-adds on average, and what they do take."""
-    graph = checkpoint.graph
-    sizes = graph.gate_channels
-    chosen = {name: checkpoint.weights[name] for name in graph.thresholds}
-    best: tuple[float, dict[str, NDArray[np.float32]], float] | None = None
+def _values(
+    checkpoint: Checkpoint, images: NDArray[Any], target: float, backend: Backend | None
+) -> tuple[Weights, float]:
+    """Values under which the images take ``target`` multiply-adds on average, and what they do take."""
+    values = {name: checkpoint.weights[name] for name in checkpoint.graph.thresholds}
+    best: tuple[float, Weights, float] | None = None
+    aim = target
     with _probe(checkpoint) as probe:
-        for _ in range(ROUNDS):
-            scores, macs = _run(probe, chosen, images)
+        for _ in range(1 if backend is None else SETTLED):
+            values = values | _thresholds(probe, checkpoint.graph, values, images, aim)
+            if backend is not None:
+                there = replace(checkpoint, weights={**checkpoint.weights, **values}, points=())
+                values = values | estimated(backend, there, images)
+            _, macs = _run(probe, values, images)
             if best is None or abs(macs - target) < best[0]:
-                best = abs(macs - target), chosen, macs
+                best = abs(macs - target), values, macs
             if best[0] <= TOLERANCE * target:
                 break
-            of_gates = dict(zip(sizes, np.split(scores, np.cumsum(list(sizes.values()))[:-1], axis=1), strict=True))
-            limits = thresholds_for_budget(graph, of_gates, target)
-            chosen = {f"{gate}.threshold": np.array(limit, np.float32) for gate, limit in limits.items()}
+            aim *= target / macs
     assert best is not None
     return best[1], best[2]
+
+
+def _thresholds(probe: Engine, graph: Graph, values: Weights, images: NDArray[Any], target: float) -> Weights:
+    """Thresholds with which, the other values as given, the images come closest to ``target`` multiply-adds."""
+    sizes = graph.gate_channels
+    chosen = {name: values[name] for name in graph.thresholds}
+    best: tuple[float, Weights] | None = None
+    for _ in range(ROUNDS):
+        scores, macs = _run(probe, values | chosen, images)
+        if best is None or abs(macs - target) < best[0]:
+            best = abs(macs - target), chosen
+        if best[0] <= TOLERANCE * target:
+            break
+        of_gates = dict(zip(sizes, np.split(scores, np.cumsum(list(sizes.values()))[:-1], axis=1), strict=True))
+        limits = thresholds_for_budget(graph, of_gates, target)
+        chosen = {f"{gate}.threshold": np.array(limit, np.float32) for gate, limit in limits.items()}
+    assert best is not None
+    return best[1]
 
 
 def _probe(checkpoint: Checkpoint) -> Engine:
@@ -113,11 +145,9 @@ def _probe(checkpoint: Checkpoint) -> Engine:
     return Engine(replace(checkpoint, graph=graph, weights=weights, classes=classes, points=()))
 
 
-def _run(
-    probe: Engine, thresholds: Mapping[str, NDArray[np.float32]], images: NDArray[Any]
-) -> tuple[NDArray[np.float32], float]:
-    """Scores (N, channels of all gates) of the images under these thresholds, and mean multiply-adds."""
-    with probe.reweighted(thresholds) as engine:
+def _run(probe: Engine, values: Weights, images: NDArray[Any]) -> tuple[NDArray[np.float32], float]:
+    """Scores (N, channels of all gates) of the images under these values, and mean multiply-adds."""
+    with probe.reweighted(values) as engine:
         results = [engine.run(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
     scores = np.concatenate([result.logits for result in results])
     macs = np.concatenate([result.macs for result in results])
