@@ -171,6 +171,8 @@ def prepare(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             "manidp.training.calibrate.calibrate", lambda found, *_, **__: replace(found, points=points)
         )
+    if name == "freeze":
+        monkeypatch.setattr("manidp.training.statistics.estimated", lambda *_: {})
     if name == "diagnose":  # so is this (with_torch/test_diagnose.py)
         found = Diagnosis(4, 2, 1.0, 1.0, 1.0, 2, {"gate": 0.5}, {"gate": 0.5}, (Variant("as it is", 2, 1.0),), 4)
         monkeypatch.setattr("manidp.torch.diagnose.diagnose", lambda *_: found)
@@ -187,7 +189,7 @@ def prepare(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, value in {"MANIDP_OFFLINE": "1", "MANIDP_CACHE": str(place / "cache")}.items():
         monkeypatch.setenv(variable, value)
     # What takes long and is not what is tested: building the tree of commands, compiling, measuring.
-    monkeypatch.setattr(cli, "app", COMMANDS[""])
+    monkeypatch.setattr(sys.modules["manidp.cli.app"], "app", COMMANDS[""])
     monkeypatch.setattr(engine, "Engine", compiled)
     few = load_sample().take(np.arange(0, 200, 50))
     monkeypatch.setattr(images, "load_sample", lambda: few)
