@@ -68,8 +68,9 @@ def engine(weights: dict[str, Array]) -> Engine:
     return Engine(checkpoint_of(GRAPH, weights))
 
 
-@pytest.mark.parametrize("isa", ISA + HALF_ISA)
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.58, 1.0])
+@pytest.mark.parametrize(
+    ("isa", "share"), [(isa, 0.58) for isa in ISA + HALF_ISA] + [(ISA[0], share) for share in (0.0, 0.01, 1.0)]
+)
 def test_a_gated_resnet_with_all_one_most_or_no_channels_closed(isa: str, share: float, images: Array) -> None:
     weights = with_thresholds(GRAPH, random_weights(GRAPH), images, {gate.name: share for gate in GRAPH.gates})
     check(GRAPH, weights, images, isa)
@@ -227,7 +228,7 @@ def test_a_saliency_exactly_on_the_threshold_is_closed(isa: str) -> None:
 @pytest.mark.parametrize(
     "graph", [GRAPH, ZOO["Inception, gated"], ZOO["ShuffleNetV2, gated"], ZOO["ShuffleNetV1, gated"]]
 )
-@pytest.mark.parametrize("isa", ISA + HALF_ISA)
+@pytest.mark.parametrize("isa", ISA)  # which weights are read does not depend on their type
 def test_weights_of_closed_channels_are_never_read(isa: str, graph: Graph) -> None:
     """Put NaN into every weight that the first image's gates make superfluous: nothing changes."""
     weights, one = some_open(graph), images_for(graph)[:1]
