@@ -24,7 +24,7 @@ from manidp.training.statistics import estimated
 
 TOLERANCE = 0.002  # of the budget
 MISSED = 0.01  # of the budget: more is an error
-SETTLED = 6  # rounds of thresholds and batch statistics, which move each other
+SETTLED = 6, 0.005  # rounds of thresholds and batch statistics, which move each other; of the budget
 ROUNDS = 12  # thresholds of early gates move the scores of later ones: repeated on fresh scores
 BATCH = 500  # images a call
 _WIDEST = 64  # values that one Concat joins
@@ -104,7 +104,7 @@ def _values(
     best: tuple[float, Weights, float] | None = None
     aim = target
     with _probe(checkpoint) as probe:
-        for _ in range(1 if backend is None else SETTLED):
+        for _ in range(1 if backend is None else SETTLED[0]):
             values = values | _thresholds(probe, checkpoint.graph, values, images, aim)
             if backend is not None:
                 there = replace(checkpoint, weights={**checkpoint.weights, **values}, points=())
@@ -112,7 +112,7 @@ def _values(
             _, macs = _run(probe, values, images)
             if best is None or abs(macs - target) < best[0]:
                 best = abs(macs - target), values, macs
-            if best[0] <= TOLERANCE * target:
+            if best[0] <= SETTLED[1] * target:
                 break
             aim *= target / macs
     assert best is not None
