@@ -132,6 +132,8 @@ class Service:
             raise RefusedError(422, "budget must be the name of an operating point, or a share such as 45% or 0.45")
         try:
             asked = asked_budget(budget) if isinstance(budget, str) else float(budget)
+            if isinstance(asked, float) and asked > 1:
+                raise RefusedError(422, "budget is a share of the dense multiply-adds, at most 1 or 100%")
             return self.engine.checkpoint.point(asked).name
         except (CheckpointError, OverflowError) as error:
             raise RefusedError(422, str(error)) from None
@@ -397,6 +399,7 @@ def make_app(service: Service) -> FastAPI:
         answer.headers.update(error.headers or {})
         return answer
 
+    app.openapi()["components"] = {"schemas": told.schemas}
     app.add_middleware(Watch, service=service)
     return app
 
