@@ -86,6 +86,8 @@ def test_an_answer_tells_top_kept_and_channels(client: TestClient) -> None:
         ("?deadline_ms=0", FILES[0], 422, "deadline_ms"),
         ("?deadline_ms=inf", FILES[0], 422, "deadline_ms"),
         ("?top=1.5", FILES[0], 422, "top"),
+        ("?top=1_0", FILES[0], 422, "top"),
+        ("?top=%D9%A1", FILES[0], 422, "top"),
         ("?channels=maybe", FILES[0], 422, "channels"),
         ("?colour=red", FILES[0], 422, "options are"),
     ],
@@ -96,11 +98,20 @@ def test_what_makes_no_sense_is_one_line(client: TestClient, query: str, body: b
     assert words in answer.json()["error"]
 
 
-@pytest.mark.parametrize("value", [True, [1], {"a": 1}, 10**400, "?"])
+def test_pictures_are_large_or_many(client: TestClient) -> None:
+    large = png(np.zeros((40, 40, 3), np.uint8))
+    answers = [client.post("/v1/classify", files=[("pictures", large)] * count) for count in (5, 6)]
+    assert [answer.status_code for answer in answers] == [200, 422]
+    assert "at most 8,000 pixels" in answers[1].json()["error"]
+
+
+@pytest.mark.parametrize("value", [True, [1], {"a": 1}, 10**400, "?", "\ud800", 90_000 * "?"])
 def test_options_of_any_type_are_refused(client: TestClient, value: Any) -> None:
     for option in ("budget", "deadline_ms", "top"):
-        answer = client.post("/v1/classify", json={"pictures": [base64.b64encode(FILES[0]).decode()], option: value})
+        body = json.dumps({"pictures": [base64.b64encode(FILES[0]).decode()], option: value})
+        answer = client.post("/v1/classify", content=body, headers={"content-type": "application/json"})
         assert answer.status_code in (400, 422), (option, answer.text)
+        assert len(answer.content) < 500
 
 
 def test_other_addresses_methods_and_models(client: TestClient) -> None:
