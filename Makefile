@@ -92,6 +92,7 @@ fuzz: $(VENV)/.dev  ## Try many more mutants of every kind of file than the test
 
 load: $(VENV)/.dev data  ## Our server beside the same server around ONNX Runtime, under load that does not wait (4 minutes, machine idle)
 	$(VENV)/bin/python benchmarks/load.py --out benchmarks/load.json
+	$(VENV)/bin/python benchmarks/render_load.py
 
 api: $(VENV)/.dev  ## Try the server's description against the server, with schemathesis
 	$(VENV)/bin/python -m pip install --quiet 'schemathesis>=4'

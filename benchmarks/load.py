@@ -178,6 +178,12 @@ class Load:
             await asyncio.wait(tasks)
         return found
 
+    async def close(self) -> None:
+        """Close all connections that wait for a request."""
+        while self._idle:
+            self._idle.pop().transport.abort()
+        await asyncio.sleep(0)
+
     def row(self, server: str, factor: float, offered: float, target: float, found: list[Any]) -> Row:
         """What came of a load."""
         seconds, right, images, budgets = [], 0, 0, Counter[str]()

@@ -747,3 +747,17 @@ def test_a_picture_in_memory_is_read_like_a_file_within_its_own_limit(tmp_path: 
         decode_picture(content, (8, 8), 599)
     with pytest.raises(ImageError, match=r"^not a readable JPEG"):
         decode_picture(b"GIF", (8, 8))
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_takes_minutes() -> None:
+    file = io.BytesIO()
+    Image.fromarray(noise(64, 64, 3)).save(file, "jpeg", progressive=True)
+    content = file.getvalue()
+    wanted = decode_picture(content, (8, 8), 64 * 64)
+    behind = content + 1000 * b"\xff\xda\0\2"  # such as the film of a phone's picture
+    np.testing.assert_array_equal(decode_picture(behind, (8, 8), 64 * 64), wanted)
+    last = content[content.rindex(b"\xff\xda") : -2]
+    for bomb in (content[:-2] + 10 * last + content[-2:], content[:2] + 30_000 * b"\xff\xfe\0\2" + content[2:]):
+        with pytest.raises(ImageError, match=r"^expected a JPEG of at most 16 scans of 4,096 pixels, got more$"):
+            decode_picture(bomb, (8, 8), 64 * 64)
+    assert decode_picture(content[:-2] + 10 * last + content[-2:], (8, 8), 128 * 64).shape == (8, 8, 3)

@@ -33,7 +33,7 @@ from manidp.graph import Activation, BatchNorm, Conv, GlobalPool, Graph, Input, 
 from manidp.hub.find import find_model
 from manidp.predict import predict
 from manidp.score import scorer
-from manidp.score.run import Scored, score
+from manidp.score.run import Scored, here, score
 from manidp.score.sources import ROWS, open_source
 from networks import spread_weights
 
@@ -432,3 +432,31 @@ def test_the_command_says_what_it_did(
     )
     assert said().endswith("out: 2 images, 1 of them could not be read; all were there already\n")
     assert json.loads(said("--json"))["before"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "address"),
+    [
+        (["--ray"], None), (["--ray", "-m", "x"], None), (["--ray", "127.0.0.1:6379"], "127.0.0.1:6379"),
+        (["--ray=ray://head:10001"], "ray://head:10001"), (["--ray", "local"], "local"),
+        (["--workers", "2"], "refused"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("first", [True, False])
+def test_the_address_of_ray_may_be_left_out(
+    words: list[str], address: str | None, first: bool, model: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def on_ray(address: str | None, workers: int | None) -> Any:
+        asked.append(address)
+        return here
+
+    monkeypatch.setattr("manidp.score.cluster.on_ray", on_ray)
+    source = folder(tmp_path / "pictures", {"a.png": png(1)})
+    words = [str(model.path) if word == "x" else word for word in words]
+    rest = [source, "-o", str(tmp_path / "out"), "-m", str(model.path)]
+    monkeypatch.setattr(sys, "argv", ["manidp", "score", *(words + rest if first else rest + words)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert (end.value.code or 0, asked) == ((2, []) if address == "refused" else (0, [address]))

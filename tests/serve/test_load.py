@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 
 from manidp.data.images import load_sample
+from manidp.formats.checkpoint import OperatingPoint, save_checkpoint
+from manidp.hub.find import find_model
 from manidp.serve.limits import Limits
 from manidp.serve.protocol import format_infer, parse_infer
-from serve.served import engine, small_model
+from serve.served import engine, process, small_model
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def load() -> Any:
-    spec = importlib.util.spec_from_file_location("load", ROOT / "benchmarks" / "load.py")
+def benchmark(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec and spec.loader
-    module = sys.modules["load"] = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def load() -> Any:
+    return benchmark("load")
 
 
 def test_arrivals_are_a_poisson_process(load: Any) -> None:
@@ -58,3 +68,48 @@ def test_a_row_counts_what_came_in_time_and_was_right(load: Any) -> None:
     assert row.budgets == {"50%": 1.0}
     assert "| 2x | manidp | 50.0% | 25.0% | 25.0% |" in load.markdown_row(row)
     json.dumps(load.asdict(row))
+
+
+def test_the_document_has_the_table_of_the_recorded_run(load: Any) -> None:
+    render, document = benchmark("render_load"), (ROOT / "docs" / "serve.md").read_text()
+    if render.RECORD.exists():
+        assert render.rendered(document, json.loads(render.RECORD.read_text())) == document
+    row = load.Row("manidp", 2, 10.0, 40, 1.0, 0.99, 0.0, 1.5, 30.0, 0.925, {"default": 0.25, "35%": 0.75})
+    options = {"model": "m", "dense": "d", "pictures": 8, "images": 10_000, "target": 50.0, "seconds": 20.0}
+    record = {"options": options, "machine": {"cpu": "some", "cores": 2}, "rows": [load.asdict(row)],
+              "saturation_requests_per_second": {"manidp": 900.4, "dense": 400.0}}  # fmt: skip
+    told = render.rendered(document, record)
+    line = "| 2x | manidp | 100.0% | 99.0% | 0.0% | 1.5 ms | 30.0 ms | 92.50% | default 25%, 35% 75% |"
+    assert f"<!-- load -->\n{load.HEADING}\n{line}\n\n`m` beside `d`" in told
+    assert "at most: manidp 900, dense 400. some, 2 cores.\n<!-- /load -->" in told
+    assert render.rendered(told, record) == told
+
+
+def test_a_real_server_goes_down_under_load_drops_nothing_and_comes_back(load: Any, tmp_path: Path) -> None:
+    """Requests come faster than the default point answers them, without waiting for anything."""
+    model = find_model("manidp-res20").checkpoint
+    assert model.default_point.accuracy is not None
+    closed = {name: np.asarray(9, np.float32) for name in model.graph.thresholds}
+    cheap = OperatingPoint("closed", closed, macs=1e6, accuracy=model.default_point.accuracy)
+    save_checkpoint(replace(model, points=(cheap,)), tmp_path / "two.safetensors")
+    with process(tmp_path / "two.safetensors", "--threads", 1, "--target", 500, "--no-log") as (_, port):
+        requests = load.Load(port, "two", load_sample(64), 64)
+
+        async def loaded() -> list[Any]:
+            alone = [await requests.open_loop(np.zeros(1)) for _ in range(5)]
+            rate = 1.5 / float(np.median([took for ((took, _),) in alone]))
+            found = await requests.open_loop(load.poisson(rate, 2.5, seed=1))
+            await requests.close()
+            return list(found)
+
+        found = asyncio.run(loaded())
+        row = requests.row("manidp", 1.5, 0.0, 0.5, found)
+        assert (row.answered, row.refused) == (1.0, 0.0)
+        assert row.budgets.keys() == {"default", "closed"}
+        assert b'"budget":"default"' in found[0][1][2]
+        assert b'"budget":"closed"' in found[-1][1][2]
+        for _ in range(100):
+            if httpx2.get(f"http://127.0.0.1:{port}/v1/status").json()["budget"] == "default":
+                return
+            time.sleep(0.05)
+        raise AssertionError("the default point did not come back")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
+import re
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +22,7 @@ import tritonclient.http as triton
 
 from manidp.formats.checkpoint import save_checkpoint
 from manidp.result import probabilities
+from manidp.serve.connection import Refusals
 from serve.served import IMAGES, engine, png, process, small_model
 
 OPTIONS = "--name", "small", "--threads", 2, "--target", 10_000, "--timeout", 2, "--max-connections", 20, "--grace", 0.5
@@ -119,8 +123,15 @@ def test_ten_thousand_parts_and_bombs_are_refused(port: int) -> None:
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n"
 
 
+def refusals(port: int) -> Counter[str]:
+    """What /metrics counts of refused connections, by reason."""
+    text = httpx2.get(f"http://127.0.0.1:{port}/metrics").text
+    found = re.findall(r'^manidp_connections_refused_total\{reason="(.*)"\} (\d+)', text, re.MULTILINE)
+    return Counter({reason: int(count) for reason, count in found})
+
+
 def test_slow_silent_and_idle_clients_are_sent_away_and_others_served_meanwhile(port: int) -> None:
-    started = time.monotonic()
+    started, before = time.monotonic(), refusals(port)
     with ThreadPoolExecutor() as pool:
         slow = pool.submit(spoken, port, POST, b"Content-Le", pause=0.1, wait=15)
         silent = pool.submit(spoken, port, wait=15)
@@ -130,6 +141,34 @@ def test_slow_silent_and_idle_clients_are_sent_away_and_others_served_meanwhile(
     assert silent.result() == b""
     assert idle.result().count(b"HTTP/1.1 200 OK") == 1
     assert time.monotonic() - started < 12
+    assert refusals(port) - before == {"headers too slow": 1, "nothing sent": 1}
+
+
+def test_connections_that_no_route_sees_are_counted(port: int) -> None:
+    before = refusals(port)
+    for _ in range(2):
+        spoken(port, b"rubbish\r\n\r\n")
+        spoken(port, b"GET /" + b"y" * 70_000 + b" HTTP/1.1\r\n\r\n")
+        spoken(port, b"GET / HTTP/1.1\r\nx: " + b"y" * 17_000 + b"\r\n\r\n")
+        spoken(port, 5000 * (LIVE + b"\r\n"))
+    assert refusals(port) - before == {"not HTTP": 2, "headers too long": 4, "too many requests ahead": 2}
+
+
+def test_the_log_tells_of_refused_connections_in_few_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manidp.serve.connection.PAUSE", 0.05)
+    counted: list[str] = []
+    lines: list[dict[str, object]] = []
+
+    async def flood() -> None:
+        refused = Refusals(counted.append, lambda **entry: lines.append(entry))
+        for number in range(1000):
+            refused.add("not HTTP", f"192.0.2.{number % 9}")
+        await asyncio.sleep(0.2)
+        refused.add("too many", None)
+
+    asyncio.run(flood())
+    assert len(counted) == 1001
+    assert [line["connections"] for line in lines] == [{"not HTTP": 1}, {"not HTTP": 999}, {"too many": 1}]
 
 
 def test_connections_are_limited(port: int) -> None:
@@ -140,6 +179,7 @@ def test_connections_are_limited(port: int) -> None:
         assert spoken(port).split(b" ")[1] == b"503"
     for _ in range(100):  # the server sees in its own time that they have gone
         if spoken(port, LIVE + b"Connection: close\r\n\r\n").split(b" ")[1] == b"200":
+            assert refusals(port)["too many"] > 0
             return
         time.sleep(0.05)
     raise AssertionError("connections that have gone still count")

@@ -122,3 +122,37 @@ def test_lengths_that_lie_are_refused() -> None:
     body, length = asking(IMAGES, "UINT8", binary=True)
     with pytest.raises(RefusedError, match="12,287 came"):
         parse_infer(body[:-1], length, small_model(), LIMITS)
+
+
+TENSOR = {"name": "image", "datatype": "UINT8", "shape": [1, 32, 32, 3]}
+
+
+@pytest.mark.parametrize("size", [0, 3071, 3073, -3072, 2**63, 10**30, 3072.0, 1.5, "3072", True, [3072], {}])
+@pytest.mark.parametrize("tail", [3072, 3073])
+def test_binary_sizes_that_lie_are_refused(size: Any, tail: int) -> None:
+    head = json.dumps({"inputs": [TENSOR | {"parameters": {"binary_data_size": size}}]}).encode()
+    with pytest.raises(RefusedError, match=r"of UINT8 are 3,072 bytes; binary_data_size says .*came$"):
+        parse_infer(head + bytes(tail), str(len(head)), small_model(), LIMITS)
+
+
+@pytest.mark.parametrize("length", ["-1", "+5", " 9", "1e3", "0x10", "1_0", "\u0661", "", "9" * 5000])
+def test_a_header_length_that_is_no_number_is_refused(length: str) -> None:
+    with pytest.raises(RefusedError, match=r"must be a whole number; got .{0,70}$"):
+        parse_infer(b"{}", length, small_model(), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ([TENSOR, TENSOR], "one tensor"),
+        ([TENSOR, {"name": "mask", "datatype": "BOOL", "shape": [1]}], "one tensor"),
+        *(([TENSOR | {"datatype": kind, "shape": [1, 3, 32, 32]}], f"UINT8 or FP32; got '{kind}'")
+          for kind in ("FP16", "BF16", "INT8", "FP64", "BYTES", "uint8")),
+    ],
+)  # fmt: skip
+def test_what_other_models_take_in_binary_is_refused_by_name(tensors: list[dict[str, Any]], words: str) -> None:
+    sizes = [{"parameters": {"binary_data_size": 3072}} | one for one in tensors]
+    head = json.dumps({"inputs": sizes}).encode()
+    with pytest.raises(RefusedError, match=words) as error:
+        parse_infer(head + bytes(3072 * len(tensors)), str(len(head)), small_model(), LIMITS)
+    assert error.value.status == 400

@@ -26,6 +26,7 @@ if os.environ.get("MANIDP_TEST_RAY") != "1":
     pytest.skip("slow; make test-ray runs it", allow_module_level=True)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray's own files and processes
 ]
 COUNT = ROWS + 50

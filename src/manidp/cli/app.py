@@ -23,10 +23,10 @@ app = typer.Typer(
 )
 for _command in (
     run.classify, run.evaluate, models.freeze, models.calibrate, train.data, models.info, train.train, train.prune,
-    models.convert, run.report, run.diagnose, run.bench, score.score, inspect.inspect,
-    serve.serve,
+    models.convert, run.report, run.diagnose, run.bench, inspect.inspect, serve.serve,
 ):  # fmt: skip
     app.command()(_command)
+app.command(cls=score.ScoreCommand)(score.score)
 app.add_typer(hub.app, name="hub")
 
 

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from manidp.cli import show
 from manidp.cli.options import Budget, Json, Model, Precision, Threads
 from manidp.terminal import progress, say, say_json, steps
+
+_ADDRESS = re.compile(r"\S+:[0-9]+|local|auto")  # of a Ray cluster
+
+
+class ScoreCommand(TyperCommand):
+    """``score``, where the address of ``--ray`` may be left out; typer has no option of this kind."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        words = (
+            word + "=" * (word == "--ray" and not _ADDRESS.fullmatch(after)) for word, after in pairwise([*args, ""])
+        )
+        return super().parse_args(ctx, [*words])
 
 
 def score(
@@ -29,10 +44,12 @@ def score(
         str | None, typer.Option(help="Parquet: the column of image bytes. Default: the only one that can hold them.")
     ] = None,
     ray: Annotated[
-        bool, typer.Option("--ray", help="Score on Ray's workers: of the cluster of RAY_ADDRESS, or on this machine.")
-    ] = False,
-    ray_address: Annotated[
-        str | None, typer.Option(help="Score on the workers of the Ray cluster at this address; local: a new one here.")
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Score on Ray's workers: of the cluster at HOST:PORT or ray://HOST:PORT; without an address, of the "
+            "cluster of RAY_ADDRESS or on this machine; local: of a new cluster here.",
+        ),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Number of Ray's workers. Default: processors / --threads.", min=1)
@@ -52,10 +69,10 @@ def score(
     from manidp.score.sources import open_source
 
     way: Way = here
-    if ray or ray_address is not None:
+    if ray is not None:
         from manidp.score.cluster import on_ray
 
-        way = on_ray(ray_address, workers)
+        way = on_ray(ray or None, workers)
     elif workers is not None:
         raise typer.BadParameter("workers are Ray's; give --ray too", param_hint="--workers")
     with progress() as bars:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import stat
 import threading
 import warnings
@@ -33,6 +34,9 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", "
 T = TypeVar("T")
 MAX_PICTURE_PIXELS = 2**26
 MAX_PICTURE_BYTES = 2**28
+SCANS = 16  # of a JPEG of as many pixels as may be, more of a smaller one; encoders make about 10
+SEGMENTS = 20_000  # of a JPEG
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 def load_picture(path: str | Path, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -71,6 +75,13 @@ def decode_picture(content: bytes, size: tuple[int, int], pixels: int = MAX_PICT
     pixels: the most that it may have.
     """
     return _decoded(io.BytesIO(content), len(content), pixels, lambda picture: fit_picture(picture, size, pixels))
+
+
+def pixels_of(content: bytes) -> int:
+    """How many pixels the content of a picture file says it has; nothing is decoded. Raises ImageError."""
+    return _decoded(
+        io.BytesIO(content), len(content), MAX_PICTURE_PIXELS, lambda picture: picture.width * picture.height
+    )
 
 
 def _decoded(file: str | Path | io.BytesIO, length: int, pixels: int, make: Callable[[Image.Image], T]) -> T:
@@ -148,6 +159,11 @@ def rgb_picture(picture: Image.Image, pixels: int = MAX_PICTURE_PIXELS) -> Image
 def _check_pixels(picture: Image.Image, pixels: int) -> None:
     if picture.width * picture.height > pixels:
         raise ImageError(f"expected at most {pixels:,} pixels, got {picture.width} x {picture.height}")
+    if isinstance(picture, JpegImageFile) and picture.fp is not None:
+        place = picture.fp.tell()
+        picture.fp.seek(0)
+        _check_scans(picture.fp.read(MAX_PICTURE_BYTES), picture.width * picture.height, pixels)
+        picture.fp.seek(place)
     if isinstance(picture, TiffImageFile):
         tags = picture.tag_v2
         tile = [tags.get(ExifTags.Base[side], 1) for side in ("TileWidth", "TileLength")]
@@ -161,6 +177,25 @@ def _check_pixels(picture: Image.Image, pixels: int) -> None:
             )
     if picture.mode in ("I", "F"):
         raise ImageError("expected 8 or 16 bits a channel, got numbers of 32 bits")
+
+
+def _check_scans(content: bytes, size: int, pixels: int) -> None:
+    """A JPEG of many scans has all of its ``size`` pixels in each, and may be small and take minutes nevertheless.
+
+    Raises ImageError where all scans have more than SCANS times ``pixels``, and for more than SEGMENTS segments.
+    """
+    place, scans = 0, 0
+    for _ in range(SEGMENTS):
+        found = _MARKER.search(content, place)
+        if found is None or found[0] == b"\xff\xd9":  # nothing is read behind the end of the picture
+            return
+        place = found.end()
+        if found[0] != b"\xff\xd8":
+            place += int.from_bytes(content[place : place + 2])
+        scans += found[0] == b"\xff\xda"
+        if scans * size > SCANS * pixels:
+            break
+    raise ImageError(f"expected a JPEG of at most {SCANS} scans of {pixels:,} pixels, got more")
 
 
 def _upright(picture: Image.Image) -> Image.Image:

@@ -120,7 +120,8 @@ class Checkpoint:
             if within:
                 return max(within, key=lambda point: point.macs or 0.0)
         listed = some(map(self._told, known), 12)
-        raise CheckpointError(f"no operating point fits the budget {budget!r}; this model has {listed}")
+        asked = quoted(budget, 60) if isinstance(budget, str) else repr(budget)
+        raise CheckpointError(f"no operating point fits the budget {asked}; this model has {listed}")
 
     def at(self, budget: str | float) -> Checkpoint:
         """The checkpoint whose own weights are those of an operating point, without others."""

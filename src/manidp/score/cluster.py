@@ -1,27 +1,29 @@
-"""Scoring on many machines or processes: Ray's actors, each with an engine of its own, take units in turn.
+"""Scoring on many machines or processes: units through Ray Data, whose pool of actors holds an engine each.
 
 All of them see the source and the folder of results under the same paths. A unit's parts have fixed names and appear
-whole, so a unit that a worker did not finish is begun again by another one after the parts that are there, and one that
-two workers score at once is there once. Ray sends code and arrays between its processes as pickles; nothing of a source
-is one.
+whole, so a unit that a worker did not finish is begun again after the parts that are there, and one that two workers
+score at once is there once. Ray sends code and arrays between its processes as pickles; nothing of a source is one.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
-from collections import deque
-from functools import partial
+from collections import Counter, deque
+from dataclasses import asdict
+from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 from manidp.errors import ManiDPError, MissingExtraError, ScoreError, reason
 from manidp.score.results import Done
 from manidp.score.run import Plan, Tell, Todo, Way
-from manidp.score.scorer import Spent
-from manidp.score.sources import Unit
+from manidp.score.scorer import Scorer, Spent
 
 CONNECT = 10.0  # seconds to reach a cluster
 DEATHS = 3  # of workers on one unit, after which it is given up
+AT_ONCE = 1000  # units that Ray is told of, so that a folder of any size is never listed as a whole
 
 
 def on_ray(address: str | None = None, workers: int | None = None) -> Way:
@@ -35,22 +37,56 @@ def on_ray(address: str | None = None, workers: int | None = None) -> Way:
 
 def _ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else stderr tells what Ray does about a lost worker
     try:
         import ray
+        import ray.data
     except ImportError as error:
-        raise MissingExtraError("--ray needs Ray: pip install 'manidp[score,ray]'") from error
+        raise MissingExtraError(f"--ray needs Ray Data: pip install 'manidp[score,ray]' ({error})") from error
     return ray
 
 
+class _Begun:
+    """An actor: how often each unit was begun, which a worker that died cannot tell."""
+
+    def __init__(self) -> None:
+        self._times = Counter[int]()
+
+    def once_more(self, number: int) -> int:
+        self._times[number] += 1
+        return self._times[number]
+
+
 class _Worker:
-    """An actor: an engine that outlives the units it scores."""
+    """An engine that outlives the units it scores. Where its process dies, Ray makes another and gives it the unit.
 
-    def __init__(self, plan: Plan) -> None:
-        self._scorer = plan.scorer()
+    plan: where Ray has it; todo: where it has each unit, by number, and the parts that are there.
+    """
 
-    def score(self, unit: Unit, parts: int) -> Spent:
-        """Score a unit; what all units of this worker took."""
-        deque(self._scorer.score(unit, parts), 0)
+    def __init__(self, plan: list[Any], todo: dict[int, Any], begun: Any) -> None:
+        self._ray, self._todo, self._begun = _ray(), todo, begun
+        self._plan: Plan = self._ray.get(plan[0])
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return self._plan.scorer()
+
+    def __call__(self, row: dict[str, int]) -> dict[str, Any]:
+        """Score the unit of a number: what that took, and what went wrong, of which Ray would keep the text alone."""
+        try:
+            return {"unit": row["item"], "error": "", **asdict(self._score(row["item"]))}
+        except ManiDPError as error:
+            return {"unit": row["item"], "error": str(error), **asdict(Spent())}
+
+    def _score(self, number: int) -> Spent:
+        unit, parts = self._ray.get(self._todo[number])
+        times = self._ray.get(self._begun.once_more.remote(number))
+        if times > DEATHS:
+            raise ScoreError(f"unit {number} of the source ended {DEATHS} workers, one after the other")
+        done = Done(parts) if times == 1 else self._plan.results.done().get(number, Done())
+        self._scorer.spent = Spent()
+        if not done.whole:
+            deque(self._scorer.score(unit, done.parts), 0)
         return self._scorer.spent
 
 
@@ -62,9 +98,24 @@ def _spread(ray: Any, address: str | None, workers: int | None, plan: Plan, todo
             ray.init(address=address, log_to_driver=False, logging_level="error")
         except (ValueError, RuntimeError, OSError) as error:
             raise ScoreError(f"Ray cannot be had at {address or 'its default address'}: {reason(error)}") from error
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    ray.data.DataContext.get_current().enable_progress_bars = False  # ours tells of images
     try:
         count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)) // plan.threads)
-        return _Spreading(ray, plan, todo, tell).run(count)
+        pool = ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=1)
+        sent, begun, spent = [ray.put(plan)], ray.remote(_Begun).options(num_cpus=0).remote(), Spent()
+        while some := {found[0].number: found for found in islice(todo, AT_ONCE)}:
+            there = {number: ray.put(found) for number, found in some.items()}
+            numbers = ray.data.from_items(list(some), override_num_blocks=len(some))
+            scored = numbers.map(_Worker, fn_constructor_args=(sent, there, begun), num_cpus=plan.threads, compute=pool)
+            for row in scored.iter_rows():
+                if row["error"]:
+                    raise ScoreError(row["error"])
+                unit, _ = some[row["unit"]]
+                spent.decode += row["decode"]
+                spent.engine += row["engine"]
+                tell(unit, unit.size)
+        return spent
     finally:
         if ours:
             ray.shutdown()
@@ -75,45 +126,3 @@ def _reach(address: str | None) -> None:
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=CONNECT).close()
-
-
-class _Spreading:
-    """Who works on what; a unit is asked for when a worker is free, so that only as many are held."""
-
-    def __init__(self, ray: Any, plan: Plan, todo: Todo, tell: Tell) -> None:
-        self._ray, self._plan, self._todo, self._tell = ray, plan, todo, tell
-        self._actor = ray.remote(_Worker).options(num_cpus=plan.threads)
-        self._sent = ray.put(plan)
-        self._running: dict[Any, tuple[Any, Unit, int]] = {}  # of each result awaited: worker, unit, deaths on it
-        self._spent: dict[Any, Spent] = {}
-
-    def run(self, count: int) -> Spent:
-        for _ in range(count):
-            self._next(self._actor.remote(self._sent))
-        while self._running:
-            [ready], _ = self._ray.wait(list(self._running), num_returns=1)
-            worker, unit, deaths = self._running.pop(ready)
-            try:
-                self._spent[worker] = self._ray.get(ready)
-            except self._ray.exceptions.RayActorError as error:
-                if deaths + 1 == DEATHS:
-                    raise ScoreError(
-                        f"unit {unit.number} of the source ended {DEATHS} workers, one after the other: {reason(error)}"
-                    ) from error
-                done = self._plan.results.done().get(unit.number, Done())
-                if not done.whole:
-                    self._start(self._actor.remote(self._sent), unit, done.parts, deaths + 1)
-                    continue
-                worker = self._actor.remote(self._sent)
-            except self._ray.exceptions.RayTaskError as error:
-                raise error.cause if isinstance(error.cause, ManiDPError) else error from None
-            self._tell(unit, unit.size)
-            self._next(worker)
-        return Spent(sum(one.decode for one in self._spent.values()), sum(one.engine for one in self._spent.values()))
-
-    def _next(self, worker: Any) -> None:
-        if (found := next(self._todo, None)) is not None:
-            self._start(worker, *found, 0)
-
-    def _start(self, worker: Any, unit: Unit, parts: int, deaths: int) -> None:
-        self._running[worker.score.remote(unit, parts)] = worker, unit, deaths

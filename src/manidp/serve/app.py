@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from manidp.data.images import load_sample
-from manidp.data.pictures import decode_picture
+from manidp.data.pictures import decode_picture, pixels_of
 from manidp.engine.engine import Engine
 from manidp.errors import CheckpointError, ImageError, quoted
 from manidp.formats.checkpoint import OperatingPoint
@@ -132,6 +132,8 @@ class Service:
             raise RefusedError(422, "budget must be the name of an operating point, or a share such as 45% or 0.45")
         try:
             asked = asked_budget(budget) if isinstance(budget, str) else float(budget)
+            if isinstance(asked, float) and asked > 1:
+                raise RefusedError(422, "budget is a share of the dense multiply-adds, at most 1 or 100%")
             return self.engine.checkpoint.point(asked).name
         except (CheckpointError, OverflowError) as error:
             raise RefusedError(422, str(error)) from None
@@ -148,6 +150,8 @@ def _deadline(value: object, started: float) -> float | None:
 
 
 def _number(value: object) -> float:
+    if isinstance(value, str) and not (value.isascii() and "_" not in value):  # which Python's numbers may have
+        return math.nan
     try:
         return float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
@@ -234,11 +238,14 @@ def _channels(result: Result) -> list[dict[str, str]]:
     return [{gate: rows[i].tobytes().decode() for gate, rows in digits.items()} for i in range(len(result.logits))]
 
 
-def _decoded(asked: Asked, size: tuple[int, int], pixels: int) -> NDArray[np.uint8]:
+def _decoded(asked: Asked, size: tuple[int, int], limits: Limits) -> NDArray[np.uint8]:
     images = np.empty((len(asked.pictures), *size, 3), np.uint8)
+    left = limits.pixels_together
     for number, content in enumerate(asked.pictures):
         try:
-            images[number] = decode_picture(content, size, pixels)
+            if len(asked.pictures) > 1 and (left := left - pixels_of(content)) < 0:
+                raise RefusedError(422, f"the pictures of a request have at most {limits.pixels_together:,} pixels")
+            images[number] = decode_picture(content, size, limits.pixels)
         except ImageError as error:
             raise RefusedError(422, f"picture {number}: {error}") from None
         except MemoryError:
@@ -304,7 +311,7 @@ def make_app(service: Service) -> FastAPI:
             point = service.asked_point(options.get("budget"))
             with batcher.place(len(asked.pictures), point, _deadline(options.get("deadline_ms"), started)) as place:
                 images = await asyncio.get_running_loop().run_in_executor(
-                    service.threads, _decoded, asked, size, limits.pixels
+                    service.threads, _decoded, asked, size, limits
                 )
                 answer = await place.compute(images)
         request.scope["manidp"].update(pictures=len(images), budget=answer.point)
@@ -397,6 +404,7 @@ def make_app(service: Service) -> FastAPI:
         answer.headers.update(error.headers or {})
         return answer
 
+    app.openapi()["components"] = {"schemas": told.schemas}
     app.add_middleware(Watch, service=service)
     return app
 

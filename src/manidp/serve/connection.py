@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -11,12 +13,42 @@ from manidp.serve.limits import Limits
 
 PIPELINE = 16  # requests that may wait behind the one being answered
 LINGER = 2.0  # seconds in which a client may still send what nobody reads, to get its answer
+PAUSE = 10.0  # seconds between two lines of the log about refused connections, whoever makes how many
+
+
+class Refusals:
+    """Connections that end before their request is one, or before its answer is read, which no route ever sees.
+
+    Each is counted at once. The log has a line for the first one, and then every PAUSE seconds one for all since.
+    """
+
+    def __init__(self, count: Callable[[str], None], line: Callable[..., None] | None = None) -> None:
+        self._count, self._line = count, line
+        self._since = Counter[str]()
+        self._silent = False
+
+    def add(self, reason: str, client: str | None) -> None:
+        """One more; within a running event loop."""
+        self._count(reason)
+        self._since[reason] += 1
+        self._client = client
+        if not self._silent:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._silent = bool(self._since)
+        if self._since:
+            if self._line:
+                self._line(event="refused", connections=dict(self._since), last_client=self._client)
+            self._since.clear()
+            asyncio.get_running_loop().call_later(PAUSE, self._tell)
 
 
 class Connection(HttpToolsProtocol):
-    """One connection. ``limits`` is set by the server that makes a subclass of its own."""
+    """One connection. ``limits`` and ``refusals`` are set by the server that makes a subclass of its own."""
 
     limits: Limits
+    refusals: Refusals
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._head = 0  # bytes since the last request ended
@@ -25,6 +57,7 @@ class Connection(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = self.loop.call_later(self.limits.header_seconds, self._too_slow)
         super().connection_made(_Lingering(transport, self))  # type: ignore[arg-type]
         if len(self.connections) > self.limits.connections:
+            self._refused("too many")
             self._end(b"503 Service Unavailable", b"too many connections; try again", b"retry-after: 1\r\n", False)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -40,7 +73,11 @@ class Connection(HttpToolsProtocol):
             self._head += len(data)
         super().data_received(data)
         if not self._in_body and self._head > self.limits.header and not self._leaving:
-            self._end(b"431 Request Header Fields Too Large", b"the headers are too long")
+            self._too_long()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refused("not HTTP")
+        super().send_400_response(msg)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_body:  # else a trailer, which nobody asked for
@@ -53,8 +90,9 @@ class Connection(HttpToolsProtocol):
             return
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > self.limits.header:
-            self._end(b"431 Request Header Fields Too Large", b"the headers are too long")
+            self._too_long()
         elif len(self.pipeline) >= PIPELINE:
+            self._refused("too many requests ahead")
             self.transport.abort()
             self._leaving = True
         else:
@@ -82,7 +120,8 @@ class Connection(HttpToolsProtocol):
 
     def timeout_keep_alive_handler(self) -> None:
         if self.transport.get_write_buffer_size():
-            self.transport.abort()  # a client that does not read its answer
+            self._refused("answer not read")
+            self.transport.abort()
         else:
             super().timeout_keep_alive_handler()
 
@@ -109,8 +148,16 @@ class Connection(HttpToolsProtocol):
         self._in_body = linger  # what follows is not read
         self.transport.close()
 
+    def _refused(self, reason: str) -> None:
+        self.refusals.add(reason, self.client[0] if self.client else None)
+
+    def _too_long(self) -> None:
+        self._refused("headers too long")
+        self._end(b"431 Request Header Fields Too Large", b"the headers are too long")
+
     def _too_slow(self) -> None:
         self._timer = None
+        self._refused("headers too slow" if self._head else "nothing sent")
         if self._head:
             self._end(b"408 Request Timeout", b"the headers took too long")
         else:

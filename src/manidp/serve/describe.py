@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any
 
 from fastapi import Response
 
 from manidp.formats.checkpoint import Checkpoint
+from manidp.graph.macs import ungated_macs
 from manidp.serve import protocol
 from manidp.serve.bodies import PICTURES
 from manidp.serve.limits import LONGEST_DEADLINE, Limits
@@ -18,7 +20,6 @@ ABOUT = (
 )
 SAMPLES = 12  # bundled test images that are shown
 JSON = "application/json"
-KINDS = ("image/jpeg", "image/png", "image/webp", "image/bmp", "image/gif", "image/tiff")
 Schema = dict[str, Any]
 
 TEXT: Schema = {"type": "string"}
@@ -26,6 +27,11 @@ NUMBER: Schema = {"type": "number"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 SHARE: Schema = {"type": "number", "minimum": 0}
 YES: Schema = {"type": "boolean"}
+FILE: Schema = {"type": "string", "format": "binary"}
+DEADLINE: Schema = {
+    "type": "number", "minimum": 1, "maximum": LONGEST_DEADLINE, "description":
+    "Milliseconds, from the request's first byte, after which the answer is of no use.",
+}  # fmt: skip
 
 
 def _object(properties: dict[str, Schema], *optional: str) -> Schema:
@@ -85,24 +91,42 @@ class Described:
         self.points = [one.name for one in checkpoint.every_point]
 
     @cached_property
-    def classify(self) -> dict[str, Any]:
-        options: dict[str, Schema] = {
-            "budget": {"type": "string", "enum": self.points, "description":
-                       "The most that may be spent: an operating point, or a share of the dense multiply-adds, 45% "
-                       "or 0.45, that has a point within it. Under load less may be spent; the answer says what was."},
-            "deadline_ms": {"type": "number", "minimum": 1, "maximum": LONGEST_DEADLINE, "description":
-                            "Milliseconds, from the request's first byte, after which the answer is of no use."},
+    def schemas(self) -> dict[str, Schema]:
+        """Bodies that a schema alone does not make valid: what is a picture, or how many numbers a shape asks for.
+
+        Routes name them in words, and have as their schema the body of which every value is valid.
+        """
+        most = {"minItems": 1, "maxItems": self.limits.pictures}
+        base64 = TEXT | {"contentEncoding": "base64", "minLength": 1}
+        form, document = (_object({PICTURES: _list(one, **most), **self._options}, *self._options)
+                          for one in (FILE, base64))  # fmt: skip
+        return {"ClassifyForm": form, "ClassifyDocument": document, "InferRequest": self._any_request}
+
+    @cached_property
+    def _options(self) -> dict[str, Schema]:
+        return {
+            "budget": self._budget,
+            "deadline_ms": DEADLINE,
             "top": {"type": "integer", "minimum": 1, "maximum": 1000, "description": "How many classes. Default: 5."},
             "channels": {"type": "boolean", "description": "Also tell which channels of each gate ran."},
-        }  # fmt: skip
-        file: Schema = {"type": "string", "format": "binary"}
-        base64: Schema = {"type": "string", "contentEncoding": "base64", "minLength": 1}
-        most = {"minItems": 1, "maxItems": self.limits.pictures}
-        content: dict[str, Any] = {
-            "multipart/form-data": {"schema": _object({PICTURES: _list(file, **most), **options}, *options)},
-            JSON: {"schema": _object({PICTURES: _list(base64, **most), **options}, *options)},
-            "application/octet-stream": {"schema": file},
-            **{kind: {"schema": file} for kind in KINDS},
+        }
+
+    @cached_property
+    def _budget(self) -> Schema:
+        shares = [one.macs / ungated_macs(self.checkpoint.graph) for one in self.checkpoint.every_point if one.macs]
+        share = [{"type": "number", "minimum": min(shares), "maximum": 1}] if shares and min(shares) <= 1 else []
+        return {"anyOf": [{"type": "string", "enum": self.points}, *share], "description":
+                "The most that may be spent: an operating point, or a share of the dense multiply-adds, 0.45 or 45%, "
+                "that has a point within it. Under load less may be spent; the answer says what was."}  # fmt: skip
+
+    @cached_property
+    def classify(self) -> dict[str, Any]:
+        body = {
+            "required": True,
+            "content": {"image/*": {"schema": FILE}},
+            "description": "One picture: JPEG, PNG, WebP, BMP, GIF or TIFF. Several, and options with them, are "
+            "multipart/form-data, #/components/schemas/ClassifyForm, or application/json, "
+            "#/components/schemas/ClassifyDocument.",
         }
         picture = {
             "class": TEXT, "probability": SHARE, "top": _list(_object({"class": TEXT, "probability": SHARE})),
@@ -113,8 +137,8 @@ class Described:
                           "pictures": _list(_object(picture, "channels"))})  # fmt: skip
         return _route(
             "Classify pictures", "classify", answer, (400, 408, 413, 415, 422, 429, 431, 503, 504),
-            requestBody={"required": True, "content": content},
-            parameters=[{"name": name, "in": "query", "schema": schema} for name, schema in options.items()],
+            requestBody=body,
+            parameters=[{"name": name, "in": "query", "schema": schema} for name, schema in self._options.items()],
         )  # fmt: skip
 
     @cached_property
@@ -175,34 +199,55 @@ class Described:
     def model_ready(self) -> dict[str, Any]:
         return self._of_model("Whether the model is ready", _object({"ready": YES}), (503,))
 
+    def _infer_request(self, *inputs: Schema) -> Schema:
+        parameters = {"budget": _or_null(self._budget), "deadline_ms": _or_null(DEADLINE), "binary_data_output": YES}
+        wanted = {"type": "object", "required": ["name"], "properties": {
+            "name": {"enum": list(protocol.OUTPUTS)},
+            "parameters": {"type": "object", "properties": {"binary_data": YES}}}}  # fmt: skip
+        return {"type": "object", "required": ["inputs"], "properties": {
+            "id": _or_null(TEXT), "inputs": _list({"oneOf": [*inputs]}, minItems=1, maxItems=1),
+            "outputs": _or_null(_list(wanted)), "parameters": {"type": "object", "properties": parameters},
+        }}  # fmt: skip
+
+    def _tensor(self, kind: str, **told: Schema) -> Schema:
+        sides = protocol.input_shapes(self.checkpoint)[kind]
+        count = {"type": "integer", "minimum": 1, "maximum": self.limits.pictures}
+        shape = {"type": "array", "prefixItems": [count, *({"const": side} for side in sides)], "items": False,
+                 "minItems": 1 + len(sides)}  # fmt: skip
+        properties = {"name": {"const": protocol.INPUT}, "datatype": {"const": kind}, "shape": shape, **told}
+        return {"type": "object", "required": ["name", "datatype", "shape"], "properties": properties}
+
+    @cached_property
+    def _any_request(self) -> Schema:
+        data = {"type": "array", "description": "Flat, or nested as the shape is; absent in binary."}
+        parameters = {"type": "object", "properties": {"binary_data_size": COUNT}}
+        return self._infer_request(
+            *(self._tensor(kind, data=data, parameters=parameters) for kind in protocol.input_shapes(self.checkpoint))
+        )
+
+    @cached_property
+    def _pixels_request(self) -> Schema:
+        """One image of pixels in JSON."""
+        tensor = self._tensor("UINT8")
+        sides = protocol.input_shapes(self.checkpoint)["UINT8"]
+        tensor["properties"]["shape"]["prefixItems"][0] = {"const": 1}
+        tensor["properties"]["data"] = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255},
+                                        "minItems": math.prod(sides), "maxItems": math.prod(sides)}  # fmt: skip
+        tensor["required"].append("data")
+        return self._infer_request(tensor)
+
     @cached_property
     def infer(self) -> dict[str, Any]:
-        tensors = [
-            _object({
-                "name": {"const": protocol.INPUT}, "datatype": {"const": kind},
-                "shape": {"type": "array", "prefixItems": [{"type": "integer", "minimum": 1,
-                          "maximum": self.limits.pictures}, *({"const": side} for side in sides)],
-                          "items": False, "minItems": 4},
-                "data": {"type": "array", "description": "Flat, or nested as the shape is; absent in binary."},
-                "parameters": {"type": "object"},
-            }, "data", "parameters")
-            for kind, sides in protocol.input_shapes(self.checkpoint).items()
-        ]  # fmt: skip
-        wanted = {"type": "object", "required": ["name"], "properties": {
-            "name": {"enum": list(protocol.OUTPUTS)}, "parameters": {"type": "object"}}}  # fmt: skip
-        request = {"type": "object", "required": ["inputs"], "properties": {
-            "id": TEXT, "parameters": {"type": "object"}, "outputs": _list(wanted),
-            "inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": {"oneOf": tensors}}}}  # fmt: skip
+        body = {"required": True, "content": {JSON: {"schema": self._pixels_request}}, "description":
+                "One image of pixels in JSON. Several, normalised ones, and tensors in binary: "
+                "#/components/schemas/InferRequest."}  # fmt: skip
         output = _object({
             "name": TEXT, "datatype": TEXT, "shape": _list(COUNT), "data": {"type": "array"},
             "parameters": {"type": "object"},
         }, "data", "parameters")  # fmt: skip
         answer = _object({"model_name": TEXT, "model_version": TEXT, "id": TEXT, "parameters": {"type": "object"},
                           "outputs": _list(output)}, "id")  # fmt: skip
-        told = self._of_model(
-            "Infer", answer, (400, 408, 413, 415, 422, 429, 431, 503, 504),
-            requestBody={"required": True, "content": {JSON: {"schema": request}}},
-        )  # fmt: skip
+        told = self._of_model("Infer", answer, (400, 408, 413, 415, 422, 429, 431, 503, 504), requestBody=body)
         told["responses"][200]["content"]["application/octet-stream"] = {"schema": {"type": "string"}}
         return told
 

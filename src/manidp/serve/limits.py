@@ -22,7 +22,8 @@ class RefusedError(Exception):
 class Limits:
     """Bytes, counts and seconds; each is far above what a request needs that is meant well.
 
-    body: bytes of a request. pictures: of a request; pixels: of a picture before it is fitted. fields: brackets and
+    body: bytes of a request. pictures: of a request; pixels: of a picture before it is fitted, and four times as many
+    of all pictures of a request. fields: brackets and
     quotes of a JSON document; commas: its commas, as many as there are numbers. header: bytes of the request line and
     all headers. seconds: from a request's first byte to the last byte of its answer; header_seconds: to the end of its
     headers; keep_alive: between two requests. connections: open at one time. held: bytes of all bodies in memory.
@@ -41,6 +42,11 @@ class Limits:
     connections: int = 1000
     held: int = 256 * MIB
     grace: float = 1.0
+
+    @property
+    def pixels_together(self) -> int:
+        """Of all pictures of a request."""
+        return 4 * self.pixels
 
 
 class Held:

@@ -28,6 +28,8 @@ class Metrics:
         self.refused = Counter(
             "refused", "Requests refused for load (429, 503) or their deadline (504)", ["status"], **own
         )
+        self.connections = Counter("connections_refused", "Connections ended before a request was read or its answer",
+                                   ["reason"], **own)  # fmt: skip
         self.images = Counter("images", "Images answered, by the operating point used", ["budget"], **own)
         self.macs = Counter("macs", "Multiply-adds computed, by operating point", ["budget"], **own)
         self.batch = Histogram("batch_images", "Images in a batch of the engine", buckets=SIZES, **own)

@@ -162,14 +162,14 @@ def _listed(data: object, kind: str) -> NDArray[Any]:
     while types == {list} and len(set(map(len, flat))) == 1:
         flat = list(chain.from_iterable(flat))
         types = set(map(type, flat))
-    if not types or not types <= ({int} if kind == "UINT8" else {int, float}):
+    if not types or not types <= {int, float}:
         raise RefusedError(400, f"data must be a list of numbers of {kind}, flat or nested as the shape is")
     try:
         values = np.array(flat, np.float64)
     except OverflowError:
         raise RefusedError(400, "the tensor holds numbers that are not finite (or exceed FP32)") from None
-    if kind == "UINT8" and (values.min() < 0 or values.max() > 255):
-        raise RefusedError(400, "numbers of UINT8 are from 0 to 255")
+    if kind == "UINT8" and not ((values >= 0) & (values <= 255) & (values == np.floor(values))).all():
+        raise RefusedError(400, "numbers of UINT8 are whole, from 0 to 255")
     with np.errstate(over="ignore"):
         return values.astype(_INPUTS[kind])
 

@@ -12,7 +12,7 @@ import uvicorn
 
 from manidp.errors import ManiDPError, reason
 from manidp.serve.app import Service, make_app
-from manidp.serve.connection import Connection
+from manidp.serve.connection import Connection, Refusals
 from manidp.terminal import say_json
 
 SWITCH = 0.0005  # seconds between looks at who wants the interpreter: the engine's thread must not wait for handlers
@@ -50,7 +50,9 @@ def serve(service: Service, host: str, port: int) -> None:
         raise ManiDPError(
             f"{host}, port {port}: {reason(error)}; say where to listen with --host and --port"
         ) from error
-    connection = type("Connection", (Connection,), {"limits": service.limits})
+    refused = service.metrics.connections
+    refusals = Refusals(lambda reason: refused.labels(reason).inc(), service.log.line if service.log else None)
+    connection = type("Connection", (Connection,), {"limits": service.limits, "refusals": refusals})
     config = uvicorn.Config(
         make_app(service), http=connection, ws="none", lifespan="on", log_config=None, access_log=False,
         server_header=False, proxy_headers=False, timeout_keep_alive=int(service.limits.keep_alive),
