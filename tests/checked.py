@@ -192,7 +192,9 @@ def _regions(plan: Plan, workspace: int, isa: Isa) -> Iterator[tuple[int, Region
             maps[map_.at] = (begin, end, begin - gap - isa.lanes * size, end + beyond)
             if map_.gap:
                 gaps[map_.at - map_.gap] = (begin - 4 * map_.gap, begin, begin, begin)
-    yield from gaps.items()
+    for at, (begin, end, first, last) in gaps.items():  # another map may have begun there
+        low, high, *read = maps.get(at, (begin, end, first, last))
+        maps[at] = (low, max(high, end), read[0], max(read[1], end))
     yield from maps.items()
     begins = sorted([*set(plan.vectors.values()), *(r[0] // 4 for r in maps.values()), plan.workspace])
     for begin, end in itertools.pairwise(begins):

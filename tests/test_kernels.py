@@ -9,7 +9,7 @@ import pytest
 from engine_cases import Array, plan_of, run_program
 from manidp.engine import planner
 from manidp.engine.engine import Program
-from manidp.engine.kernels import linear, pointwise, pool, select
+from manidp.engine.kernels import linear, matrix, pointwise, pool, select
 from manidp.engine.kernels.convolution import Kernel
 from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
@@ -42,6 +42,7 @@ CONVOLUTIONS: list[tuple[Kernel, dict[str, Any]]] = [
     (Direct(), {"kernel": (1, 4), "padding": (0, 1, 2, 2), "dilation": (1, 2)}),
     (Direct(), {"kernel": (4, 2), "padding": 1, "dilation": 2, "stride": 2}),
     *((Matrix(rows), {"kernel": 1, "padding": 0, **more}) for rows in (False, True) for more in ({}, {"stride": 2})),
+    *((Matrix(rows), {"kernel": kernel, "stride": 2}) for rows in (False, True) for kernel in (3, (2, 4))),
     (Depthwise(), {"kernel": 3}),
     (Depthwise(), {"kernel": 5, "padding": 2, "stride": 2}),
     (Winograd(2), {"kernel": 3}),
@@ -55,6 +56,7 @@ def test_a_convolution_is_what_its_model_says(
     kernel: Kernel, fields: dict[str, Any], isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planner, "KERNELS", (kernel,))
+    monkeypatch.setattr(matrix, "_WIDE", 1)
     fields = {"channels": 6, "groups": 6} | fields if isinstance(kernel, Depthwise) else {"channels": 9} | fields
     conv = Conv(name="conv", inputs=("image",), **fields)
     nodes = (Input(name="image", dims=(6, 9, 11)), conv)
