@@ -25,6 +25,7 @@ from manidp.engine.kernels.direct import Direct
 from manidp.engine.kernels.matrix import Matrix
 from manidp.engine.kernels.pointwise import Pointwise, Reduce, ResetPooled
 from manidp.engine.kernels.select import Decide, ListChannels
+from manidp.engine.kernels.small import Small
 from manidp.engine.kernels.vector import VectorOp
 from manidp.engine.kernels.winograd import Winograd
 from manidp.engine.memory import Constants, place
@@ -53,7 +54,7 @@ from manidp.graph import (
 
 Array = NDArray[Any]
 
-KERNELS: tuple[Kernel, ...] = (Winograd(2), Winograd(4), Depthwise(), Matrix(False), Matrix(True), Direct())
+KERNELS: tuple[Kernel, ...] = (Winograd(2), Winograd(4), Depthwise(), Matrix(False), Matrix(True), Small(), Direct())
 
 
 def make_plan(
@@ -160,7 +161,7 @@ class _Planner:
         if task.fused and isinstance(task.fused[0], BatchNorm):
             scale, shift = self._affine(task.fused[0])
             weight, bias = weight * scale[:, None, None, None], bias * scale + shift
-        rows = kernel.pack(weight, self.element)
+        rows = kernel.pack(weight, self.element, self.lanes)
         at = self.constants.add(rows, self.element, owner)
         packed = Packed(at, rows.shape[1], self.constants.add(bias, owner=owner))
         inputs = self._channels(node.inputs[0], "read")

@@ -59,7 +59,7 @@ class Matrix(Kernel):
         few = window_of(node).taps > 1 and height * width <= 2 * lanes
         return (1.2 if few else 0.9 if self.rows else 0.8) * super().cost(node, height, width, lanes, element)
 
-    def pack(self, weight: NDArray[np.float64], element: Element) -> NDArray[np.float64]:
+    def pack(self, weight: NDArray[np.float64], element: Element, lanes: int) -> NDArray[np.float64]:
         """Rows in an odd number of cache lines, or K outputs after the other, of each input after input K weights."""
         flat = weight.reshape(len(weight), -1)
         if self.rows:
