@@ -48,6 +48,8 @@ CONVOLUTIONS: list[tuple[Kernel, dict[str, Any]]] = [
     (Small(), {"kernel": (4, 2), "padding": (0, 1, 2, 2), "dilation": (1, 2)}),
     (Depthwise(), {"kernel": 3}),
     (Depthwise(), {"kernel": 5, "padding": 2, "stride": 2}),
+    (Depthwise(), {"kernel": (4, 2), "padding": (0, 1, 3, 2), "dilation": (1, 2), "stride": 2}),
+    (Depthwise(), {"kernel": (2, 4), "padding": (2, 3, 0, 0), "stride": 3}),
     (Winograd(2), {"kernel": 3}),
     (Winograd(4), {"kernel": 3}),
 ]
