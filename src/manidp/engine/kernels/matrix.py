@@ -9,7 +9,8 @@
 
 So weights are read once for many positions, and what is read over and over lies close together, however far apart the
 map's channels are. Where all outputs are computed, weights lie in the order in which they are read; where a gate closes
-some, they lie in rows, an output each. For 1x1, and for wide strided convolutions.
+some, they lie in rows, an output each. For 1x1, and for strided convolutions of many channels or of
+the image.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from manidp.engine.walk import single, tap
 from manidp.graph import Conv, sides
 
 OUTPUTS = 4  # at a time
-_WIDE, _TAPS = 64, 9  # of strided ones: fewest inputs and most taps for which it pays to gather what is under a tap
+_WIDE, _STEM, _TAPS = 64, 4, 9  # of strided ones it pays to gather what is under a tap from or up to so many inputs
 _CACHE = 128 * 1024  # bytes of inputs that all outputs are made of before the next ones are taken
 
 _X, _WEIGHTS, _BIAS, _LI, _LO = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%li"), Pointer("%lo")
@@ -52,7 +53,8 @@ class Matrix(Kernel):
     def supports(self, node: Conv, inputs: int, element: Element) -> bool:
         window = window_of(node)
         one = window.taps == 1 and not any(sides(node.padding))
-        return node.groups == 1 and (one or (window.stride > 1 and inputs >= _WIDE and window.taps <= _TAPS))
+        strided = window.stride > 1 and not _STEM < inputs < _WIDE and window.taps <= _TAPS
+        return node.groups == 1 and (one or strided)
 
     def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
         """A direct convolution takes 1.2 to 1.5 times as long by measurement (AVX2); less on maps of two vectors."""
