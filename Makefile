@@ -11,7 +11,7 @@ OTHER ?= python3.13
 CORE := $(addprefix tests/test_,checkpoint.py ckpt.py engine.py files.py graph.py hub.py images.py macs.py reference.py \
 	static.py terminal.py)
 
-.PHONY: help run test check load api screenshot fuzz data model cards table figure support score test-mindspore test-torch test-python test-ray clean
+.PHONY: help run test check load api screenshot fuzz data model cards table figure support score zoo test-mindspore test-torch test-python test-ray clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -119,6 +119,9 @@ test-torch:  ## The tests of torch and ONNX with another torch: TORCH=2.11.0
 
 score: $(VENV)/.dev data  ## Images a second of `manidp score` beside a DataLoader with ONNX Runtime (machine idle)
 	$(VENV)/bin/python benchmarks/score.py
+
+zoo: $(VENV)/.dev  ## The dense engine beside ONNX Runtime on well-known networks; one of them: ONLY=mobilenet-v2 (10 minutes, machine idle)
+	PYTHONPATH=tests/with_torch $(VENV)/bin/python benchmarks/dense_zoo.py $(ONLY) --out build/zoo.json
 
 test-ray: $(VENV)/.dev  ## Test `manidp score --ray` on Ray's workers on this machine
 	$(VENV)/bin/python -m pip install --quiet --editable '.[score,ray]'

@@ -191,8 +191,12 @@ def _regions(plan: Plan, workspace: int, isa: Isa) -> Iterator[tuple[int, Region
             end = max(end, maps[map_.at][1] if map_.at in maps else 0)  # some maps share their memory
             maps[map_.at] = (begin, end, begin - gap - isa.lanes * size, end + beyond)
             if map_.gap:
-                gaps[map_.at - map_.gap] = (begin - 4 * map_.gap, begin, begin, begin)
-    yield from gaps.items()
+                at = map_.at - map_.gap
+                last = max(begin, gaps[at][1] if at in gaps else 0)
+                gaps[at] = (begin - 4 * map_.gap, last, last, last)
+    for at, (begin, end, first, last) in gaps.items():  # another map may have begun there
+        low, high, *read = maps.get(at, (begin, end, first, last))
+        maps[at] = (low, max(high, end), read[0], max(read[1], end))
     yield from maps.items()
     begins = sorted([*set(plan.vectors.values()), *(r[0] // 4 for r in maps.values()), plan.workspace])
     for begin, end in itertools.pairwise(begins):

@@ -9,11 +9,12 @@ import pytest
 from engine_cases import Array, plan_of, run_program
 from manidp.engine import planner
 from manidp.engine.engine import Program
-from manidp.engine.kernels import linear, pointwise, pool, select
+from manidp.engine.kernels import linear, matrix, pointwise, pool, select
 from manidp.engine.kernels.convolution import Kernel
 from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.kernels.matrix import Matrix
+from manidp.engine.kernels.small import Small
 from manidp.engine.kernels.winograd import Winograd
 from manidp.engine.target import ISAS, available_isas
 from manidp.graph import Conv, Flatten, GlobalPool, Graph, Input, Linear, Node, Pool, Select
@@ -42,8 +43,13 @@ CONVOLUTIONS: list[tuple[Kernel, dict[str, Any]]] = [
     (Direct(), {"kernel": (1, 4), "padding": (0, 1, 2, 2), "dilation": (1, 2)}),
     (Direct(), {"kernel": (4, 2), "padding": 1, "dilation": 2, "stride": 2}),
     *((Matrix(rows), {"kernel": 1, "padding": 0, **more}) for rows in (False, True) for more in ({}, {"stride": 2})),
+    *((Matrix(rows), {"kernel": kernel, "stride": 2}) for rows in (False, True) for kernel in (3, (2, 4))),
+    *((Small(), {"channels": channels, "kernel": 3, "stride": stride}) for channels in (9, 56) for stride in (1, 2)),
+    (Small(), {"kernel": (4, 2), "padding": (0, 1, 2, 2), "dilation": (1, 2)}),
     (Depthwise(), {"kernel": 3}),
     (Depthwise(), {"kernel": 5, "padding": 2, "stride": 2}),
+    (Depthwise(), {"kernel": (4, 2), "padding": (0, 1, 3, 2), "dilation": (1, 2), "stride": 2}),
+    (Depthwise(), {"kernel": (2, 4), "padding": (2, 3, 0, 0), "stride": 3}),
     (Winograd(2), {"kernel": 3}),
     (Winograd(4), {"kernel": 3}),
 ]
@@ -55,6 +61,7 @@ def test_a_convolution_is_what_its_model_says(
     kernel: Kernel, fields: dict[str, Any], isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planner, "KERNELS", (kernel,))
+    monkeypatch.setattr(matrix, "_WIDE", 1)
     fields = {"channels": 6, "groups": 6} | fields if isinstance(kernel, Depthwise) else {"channels": 9} | fields
     conv = Conv(name="conv", inputs=("image",), **fields)
     nodes = (Input(name="image", dims=(6, 9, 11)), conv)

@@ -24,6 +24,7 @@ from engine_cases import Array, assert_same_result, plan_of, run_program
 from manidp.engine import memory
 from manidp.engine.engine import Program
 from manidp.engine.ir import FLOAT, Function, Index, Pointer
+from manidp.engine.kernels import matrix
 from manidp.engine.steps import Channels, Plan, VectorKey
 from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.gating.manidp import head
@@ -70,7 +71,7 @@ def test_every_access_of_random_networks_is_in_its_region(isa: str) -> None:
         weights = with_thresholds(graph, random_weights(graph, seed), images, {g.name: keep for g in graph.gates})
         if bytes_:
             images = rng.integers(0, 256, (2, *graph.input.dims[1:], graph.input.dims[0]), np.uint8)
-        with mock.patch.object(memory, "SMALL", 0 if shared else memory.SMALL):
+        with mock.patch.object(memory, "SMALL", 0 if shared else memory.SMALL), mock.patch.object(matrix, "_WIDE", 1):
             plan = plan_of(graph, weights, isa)
         result, outside, accesses = run_checked(plan, isa, images)
         assert not outside

@@ -103,9 +103,9 @@ class PaddedBasic(nn.Module):
 class Bottleneck(nn.Module):
     """He et al. 2016, figure 5 right; with ``groups`` Xie et al. 2017, figure 3c."""
 
-    def __init__(self, into: int, out: int, stride: int, groups: int = 1) -> None:
+    def __init__(self, into: int, out: int, stride: int, groups: int = 1, width: int | None = None) -> None:
         super().__init__()
-        width = out // 2
+        width = width or out // 2
         self.body = nn.Sequential(conv(into, width, 1), conv(width, width, 3, stride, groups), linear_conv(width, out))
         self.shortcut = nn.Sequential() if (into, stride) == (out, 1) else linear_conv(into, out, 1, stride)
 
@@ -223,11 +223,13 @@ class Inverted(nn.Module):
     """Sandler et al. 2018, figure 3; with a squeeze Howard et al. 2019, figure 4."""
 
     def __init__(
-        self, into: int, out: int, stride: int, act: type[nn.Module] = nn.ReLU6, squeeze: nn.Module | None = None
-    ) -> None:
+        self, into: int, out: int, stride: int, act: type[nn.Module] = nn.ReLU6, squeeze: nn.Module | None = None,
+        kernel: int = 3, expansion: int = 3,
+    ) -> None:  # fmt: skip
         super().__init__()
-        wide = 3 * into
-        parts: list[nn.Module] = [conv(into, wide, 1, act=act), conv(wide, wide, 3, stride, wide, act)]
+        wide = expansion * into
+        parts: list[nn.Module] = [conv(into, wide, 1, act=act)] if expansion > 1 else []
+        parts += [conv(wide, wide, kernel, stride, wide, act)]
         parts += [squeeze] if squeeze is not None else []
         self.body = nn.Sequential(*parts, linear_conv(wide, out))
         self.residual = (into, stride) == (out, 1)
@@ -435,9 +437,14 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
 
 def fresh(name: str, seed: int = 0) -> nn.Module:
     """The network of this name with weights of ``seed`` and batch statistics that are not those of a new one."""
+    return seeded(ZOO[name], seed)
+
+
+def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """What ``make`` makes, so."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        module = ZOO[name]()
+        module = make()
         for part in module.modules():
             if isinstance(part, (nn.BatchNorm2d, nn.BatchNorm1d)):
                 nn.init.normal_(part.running_mean, std=0.1)  # type: ignore[arg-type]

@@ -173,7 +173,7 @@ def _layouts(graph: Graph, steps: Sequence[Step], lanes: int) -> dict[MapKey, La
         for key in step.maps():
             find(key)
         together = step.together()
-        for key in together[1:]:
+        for key in together:
             parent[find(key)] = find(together[0])
     size = {key: graph.shapes[key.node][1:] for key in parent}
     pitch: dict[MapKey, int] = {}
@@ -192,7 +192,7 @@ def _layouts(graph: Graph, steps: Sequence[Step], lanes: int) -> dict[MapKey, La
             (taps[0] // source.phases, (taps[-1] + frame.phases - 1) // source.phases)
             for taps in (window.lines, window.columns)
         )
-        below = max(0, rows_out - 1 + last - (rows_in - 1))
+        below = max(0, max(1, window.stride // source.phases) * (rows_out - 1) + last - (rows_in - 1))
         gap = max(-above, below) * step_pitch + max(-left, right, 0)
         gaps[kind(source)] = max(gaps.get(kind(source), 0), gap)
     return {

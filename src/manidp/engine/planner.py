@@ -23,6 +23,7 @@ from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.kernels.matrix import Matrix
 from manidp.engine.kernels.pointwise import Pointwise
+from manidp.engine.kernels.small import Small
 from manidp.engine.kernels.vector import VectorOp
 from manidp.engine.kernels.winograd import Winograd
 from manidp.engine.memory import place
@@ -48,7 +49,7 @@ from manidp.graph import (
     Slice,
 )
 
-KERNELS: tuple[Kernel, ...] = (Winograd(2), Winograd(4), Depthwise(), Matrix(False), Matrix(True), Direct())
+KERNELS: tuple[Kernel, ...] = (Winograd(2), Winograd(4), Depthwise(), Matrix(False), Matrix(True), Small(), Direct())
 
 
 def make_plan(
@@ -151,7 +152,7 @@ class _Planner:
         if task.fused and isinstance(task.fused[0], BatchNorm):
             scale, shift = self.draft.affine(task.fused[0])
             weight, bias = weight * scale[:, None, None, None], bias * scale + shift
-        rows = kernel.pack(weight, self.element)
+        rows = kernel.pack(weight, self.element, self.lanes)
         at = self.draft.constants.add(rows, self.element, owner)
         packed = Packed(at, rows.shape[1], self.draft.constants.add(bias, owner=owner))
         inputs = self.draft.channels(node.inputs[0], "read")

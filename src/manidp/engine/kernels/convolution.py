@@ -74,7 +74,7 @@ class Kernel(ABC):
         """
         return window_of(node).stride, 1
 
-    def pack(self, weight: NDArray[np.float64], element: Element) -> NDArray[np.float64]:
+    def pack(self, weight: NDArray[np.float64], element: Element, lanes: int) -> NDArray[np.float64]:
         """weight (outputs, inputs / groups, height, width) as it is read: (outputs, elements of a row)."""
         return weight.reshape(len(weight), -1)
 

@@ -1,4 +1,8 @@
-"""The depthwise convolution: each channel by itself, vector by vector, its weights in registers."""
+"""The depthwise convolution: each channel by itself, a few vectors at a time.
+
+Taps of one column are added up first: which lanes do not wrap around is the same for all of them. With stride 2 the
+map is read as it lies, row by row; every second element of two vectors makes one.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.engine.ir import Element, Function, Index, Pointer
+from manidp.engine.ir import Element, Function, Index, Pointer, Vec
 from manidp.engine.kernels import epilogue as epilogues
 from manidp.engine.kernels.convolution import Kernel, Packed
 from manidp.engine.kernels.direct import windows_of
-from manidp.engine.module import Module
-from manidp.engine.steps import Channels, Epilogue, MapKey, MapStep, Step, window_of
-from manidp.engine.walk import single, tap
+from manidp.engine.module import WORKSPACE, Module
+from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, MapStep, Step, window_of
+from manidp.engine.walk import Mask, Span, Tile, mask_of, single, tap
 from manidp.graph import Conv
 
-_X, _WEIGHTS, _BIAS, _LIST, _N = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%list"), Index("%n")
+_VECTORS = 2  # at a time
+
+_X, _WEIGHTS, _BIAS, _LIST = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%list")
+_N, _SCRATCH = Index("%n"), Pointer("%scratch")
 
 
 @dataclass(frozen=True)
@@ -29,18 +36,26 @@ class Depthwise(Kernel):
     def supports(self, node: Conv, inputs: int, element: Element) -> bool:
         return node.groups == node.channels == inputs
 
+    def phases(self, node: Conv) -> tuple[int, int]:
+        stride = window_of(node).stride
+        return (1 if stride == 2 else stride), 1
+
     def step(
         self, node: Conv, source: MapKey, packed: Packed, inputs: Channels, outputs: Channels, epilogue: Epilogue
     ) -> Step:
-        return ConvolveEach(node, source, packed, outputs, epilogue)
+        kind = ConvolveEachSecond if window_of(node).stride == 2 else ConvolveEach
+        return kind(node, source, packed, outputs, epilogue)
 
     def model(self, x: NDArray[np.float32], weight: NDArray[np.float64], node: Conv) -> NDArray[Any]:
-        """Tap by tap; each product and sum rounded once."""
+        """The sum of each column tap by tap, then column by column; each product and sum rounded once."""
         kind = weight[:, 0].astype(x.dtype).astype(np.float64)
         windows = windows_of(x, node).astype(np.float64)
         total = np.zeros(windows.shape[:4], x.dtype)
-        for u, v in np.ndindex(*kind.shape[1:]):
-            total = (total + windows[..., u, v] * kind[:, u, v, None, None]).astype(x.dtype)
+        for v in range(kind.shape[2]):
+            column = np.zeros_like(total)
+            for u in range(kind.shape[1]):
+                column = (column + windows[..., u, v] * kind[:, u, v, None, None]).astype(x.dtype)
+            total = total + column
         return total
 
 
@@ -59,37 +74,118 @@ class ConvolveEach(MapStep):
 
     def emit(self, module: Module, f: Function) -> None:
         source, frame = module.plan.maps[self.source].layout, module.plan.maps[self.epilogue.frame].layout
-        window, tile = window_of(self.node), single(frame, module.lanes)
+        window = window_of(self.node)
         operands = epilogues.operands_of(module, f, self.epilogue)
 
         def write(g: Function) -> None:
-            taps = [tap(module, source, frame, tile, down, right) for down in window.lines for right in window.columns]
-
             def one_channel(j: Index) -> list[Index]:
                 channel = g.index(_LIST, j)
-                x = g.at(_X, g.scaled(channel, source.channel))
                 row = g.at(_WEIGHTS, g.scaled(channel, window.taps))
-                bias = g.splat_float(_BIAS, channel)
                 weights = [g.splat(g.scalar(row, n)) for n in range(window.taps)]
-
-                def one_block(block: Index) -> list[Index]:
-                    start = g.scaled(block, module.lanes)
-                    element = epilogues.Element(module, g, frame, self.epilogue, channel, start)
-                    here, total = g.at(x, start), g.constant(0)
-                    for (offset, (mask,)), weight in zip(taps, weights, strict=True):
-                        total = g.fma(g.zero_unless(mask.bits(g, block), g.load(here, offset)), weight, total)
-                    element.make(0, block, g.arithmetic("fadd", total, bias))
-                    element.pool()
-                    return []
-
-                g.loop(tile.blocks, one_block)
+                columns = [weights[n :: len(window.columns)] for n in range(len(window.columns))]
+                x, bias = g.at(_X, g.scaled(channel, source.channel)), g.splat_float(_BIAS, channel)
+                self._channel(module, g, channel, x, columns, bias)
                 return []
 
             g.loop(_N, one_channel)
 
         key = ("depthwise", window, source, frame, self.epilogue.signature)
-        arguments = [_X, _WEIGHTS, _BIAS, _LIST, _N, *epilogues.parameters_of(operands)]
+        arguments = [_X, _WEIGHTS, _BIAS, _LIST, _N, _SCRATCH, *epilogues.parameters_of(operands)]
         name = module.function(key, arguments, write)
         list_, _, count = module.lists(f, self.channels)
         x, weights = module.map_at(f, self.source), module.constant_at(f, self.packed.weights)
-        f.call(name, x, weights, module.constant_at(f, self.packed.bias), list_, count, *operands)
+        scratch = f.at(WORKSPACE, module.plan.workspace)
+        f.call(name, x, weights, module.constant_at(f, self.packed.bias), list_, count, scratch, *operands)
+
+    def _channel(
+        self, module: Module, g: Function, channel: Index, x: Pointer, weights: list[list[Vec]], bias: Vec
+    ) -> None:
+        """Vector by vector, rows one after the other; ``weights`` of each column."""
+        source, frame = module.plan.maps[self.source].layout, module.plan.maps[self.epilogue.frame].layout
+        window, tile = window_of(self.node), single(frame, module.lanes)
+        columns = [[tap(module, source, frame, tile, down, right) for down in window.lines] for right in window.columns]
+
+        def some(first: Index, vectors: int) -> None:
+            start = g.scaled(first, module.lanes)
+            element = epilogues.Element(module, g, frame, self.epilogue, channel, start)
+            here, blocks = g.at(x, start), [g.plus(first, v) for v in range(vectors)]
+            totals = [bias] * vectors
+            for taps, of_column in zip(columns, weights, strict=True):
+                sums = [g.constant(0)] * vectors
+                for (offset, _), weight in zip(taps, of_column, strict=True):
+                    for v in range(vectors):
+                        sums[v] = g.fma(g.load(here, offset + v * g.lanes), weight, sums[v])
+                (mask,) = taps[0][1]
+                for v, block in enumerate(blocks):
+                    totals[v] = g.arithmetic("fadd", totals[v], g.zero_unless(mask.bits(g, block), sums[v]))
+            for v, block in enumerate(blocks):
+                element.make(0, block, totals[v], v * g.lanes)
+            element.pool()
+
+        def one_block(index: Index) -> list[Index]:
+            some(g.scaled(index, _VECTORS), _VECTORS)
+            return []
+
+        blocks, rest = divmod(tile.blocks, _VECTORS)
+        if blocks:
+            g.loop(blocks, one_block)
+        if rest:
+            some(Index(blocks * _VECTORS), rest)
+
+
+class ConvolveEachSecond(ConvolveEach):
+    """The same with stride 2: into scratch memory row by row, then as a map."""
+
+    def together(self) -> list[MapKey]:
+        return [self.epilogue.frame, *self.epilogue.maps]
+
+    def _channel(
+        self, module: Module, g: Function, channel: Index, x: Pointer, weights: list[list[Vec]], bias: Vec
+    ) -> None:
+        source, frame = module.plan.maps[self.source].layout, module.plan.maps[self.epilogue.frame].layout
+        window, lanes, tile = window_of(self.node), module.lanes, single(frame, module.lanes)
+        pieces = Tile(1, 1, -(-frame.width // lanes))
+        row = Layout(1, frame.width, 1, pieces.blocks * lanes, pieces.blocks * lanes)  # of outputs
+        module.reserve_scratch(max(tile.blocks * lanes, (frame.height - 1) * frame.pitch + row.pitch))
+
+        def mask(right: int) -> Mask:
+            return mask_of(module, row, 0, pieces, 0, columns=Span(right, source.width, 2))
+
+        # every second element of each 16 bytes of two vectors is one instruction, their order one more for a column
+        chunk = 16 // module.element.size
+        halves = [first + n for first in range(0, lanes, chunk) for n in (0, lanes)]
+        taken = [first + 2 * n for first in halves for n in range(chunk // 2)]  # of the first vector and the second
+        order = sorted(range(lanes), key=taken.__getitem__)
+
+        def one_row(y: Index) -> list[Index]:
+            line, into = g.at(x, g.scaled(y, 2 * source.pitch)), g.at(_SCRATCH, g.scaled(y, frame.pitch))
+
+            def one_piece(p: Index) -> list[Index]:
+                here, total = g.at(line, g.scaled(p, 2 * lanes)), bias
+                loaded: dict[int, list[tuple[Vec, Vec]]] = {}  # columns -> two vectors from there on, of each line
+                for right, of_column in zip(window.columns, weights, strict=True):
+                    odd = right - 1 in loaded
+                    if not odd:
+                        places = [down * source.pitch + right for down in window.lines]
+                        loaded[right] = [(g.load(here, at), g.load(here, at + lanes)) for at in places]
+                    sum_ = g.constant(0)
+                    for (low, high), weight in zip(loaded[right - odd], of_column, strict=True):
+                        values = g.shuffle(g.vector, low, [lane + odd for lane in taken], high)
+                        sum_ = g.fma(values, weight, sum_)
+                    sum_ = g.shuffle(g.vector, sum_, order)
+                    total = g.arithmetic("fadd", total, g.zero_unless(mask(right).bits(g, p), sum_))
+                g.store(total, into, g.scaled(p, lanes))
+                return []
+
+            g.loop(pieces.blocks, one_piece)
+            return []
+
+        def one_block(block: Index) -> list[Index]:
+            start = g.scaled(block, lanes)
+            element = epilogues.Element(module, g, frame, self.epilogue, channel, start)
+            element.make(0, block, g.load(_SCRATCH, start))
+            element.pool()
+            return []
+
+        g.loop(frame.height, one_row)
+        g.loop(tile.blocks, one_block)

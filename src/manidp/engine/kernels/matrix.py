@@ -1,15 +1,16 @@
-"""The 1x1 convolution as a product of matrices: outputs x inputs times inputs x positions.
+"""A convolution as a product of matrices: outputs x (inputs x taps) times (inputs x taps) x positions.
 
     for positions that fit the cache, some blocks of V vectors:
-        x = what the kept inputs hold there, one after the other in scratch memory
+        x = what the kept inputs hold there under each tap, one after the other in scratch memory
         for K outputs:
             for each block:
-                for j in kept inputs:
+                for j in kept inputs and taps:
                     a[k][v] += weight[k][j] * x[block][j][v]
 
 So weights are read once for many positions, and what is read over and over lies close together, however far apart the
 map's channels are. Where all outputs are computed, weights lie in the order in which they are read; where a gate closes
-some, they lie in rows, an output each.
+some, they lie in rows, an output each. For 1x1, and for strided convolutions of many channels or of
+the image.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from manidp.engine.kernels import epilogue as epilogues
 from manidp.engine.kernels.convolution import Kernel, Packed, apart
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.module import WORKSPACE, Module
-from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, MapStep, Step
-from manidp.engine.walk import single
-from manidp.graph import Conv, pair, sides
+from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, MapStep, Step, Window, window_of
+from manidp.engine.walk import single, tap
+from manidp.graph import Conv, sides
 
 OUTPUTS = 4  # at a time
+_WIDE, _STEM, _TAPS = 64, 4, 9  # of strided ones it pays to gather what is under a tap from or up to so many inputs
 _CACHE = 128 * 1024  # bytes of inputs that all outputs are made of before the next ones are taken
 
 _X, _WEIGHTS, _BIAS, _LI, _LO = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%li"), Pointer("%lo")
@@ -49,13 +51,17 @@ class Matrix(Kernel):
         return self.rows
 
     def supports(self, node: Conv, inputs: int, element: Element) -> bool:
-        return pair(node.kernel) == (1, 1) and node.groups == 1 and not any(sides(node.padding))
+        window = window_of(node)
+        one = window.taps == 1 and not any(sides(node.padding))
+        strided = window.stride > 1 and not _STEM < inputs < _WIDE and window.taps <= _TAPS
+        return node.groups == 1 and (one or strided)
 
     def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
-        """A direct convolution takes 1.2 to 1.5 times as long by measurement (AVX2)."""
-        return (0.9 if self.rows else 0.8) * -(-height * width // lanes)
+        """A direct convolution takes 1.2 to 1.5 times as long by measurement (AVX2); less on maps of two vectors."""
+        few = window_of(node).taps > 1 and height * width <= 2 * lanes
+        return (1.2 if few else 0.9 if self.rows else 0.8) * super().cost(node, height, width, lanes, element)
 
-    def pack(self, weight: NDArray[np.float64], element: Element) -> NDArray[np.float64]:
+    def pack(self, weight: NDArray[np.float64], element: Element, lanes: int) -> NDArray[np.float64]:
         """Rows in an odd number of cache lines, or K outputs after the other, of each input after input K weights."""
         flat = weight.reshape(len(weight), -1)
         if self.rows:
@@ -99,7 +105,7 @@ def _blocks(total: int, most: int) -> _Blocks:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MultiplyMatrices(MapStep):
-    """A 1x1 convolution and what follows it."""
+    """A convolution as a product of matrices, and what follows it."""
 
     node: Conv
     rows: bool
@@ -116,7 +122,8 @@ class MultiplyMatrices(MapStep):
         source, frame = module.plan.maps[self.source].layout, module.plan.maps[self.epilogue.frame].layout
         lanes, size = module.lanes, module.element.size
         blocks = _blocks(single(frame, lanes).blocks, (module.isa.registers - 1) // (OUTPUTS + 1))
-        slot = self.inputs.count * blocks.vectors * lanes + 64 // size
+        window = window_of(self.node)
+        slot = self.inputs.count * window.taps * blocks.vectors * lanes + 64 // size
         most = max(1, _CACHE // (slot * size))
         sweep = -(-blocks.count // -(-blocks.count // most))
         module.reserve_scratch(sweep * slot + OUTPUTS * blocks.vectors * lanes)
@@ -125,9 +132,10 @@ class MultiplyMatrices(MapStep):
         if self.outputs.kept is None:
             tiles = -(-self.outputs.count // OUTPUTS)
             sizes = range(self.outputs.count // tiles, -(-self.outputs.count // tiles) + 1)
-        code = _Code(module, self.rows, blocks, sizes, source, frame, self.epilogue, epilogues.parameters_of(operands))
+        extra = epilogues.parameters_of(operands)
+        code = _Code(module, self.rows, window, blocks, sizes, source, frame, self.epilogue, extra)
         arguments = [_X, _WEIGHTS, _BIAS, _LI, _NI, _LO, _NO, _ROW, _SCRATCH, _SLOT, _SWEEP, *code.extra]
-        key = ("matrices", self.rows, blocks, sizes, source, frame, self.epilogue.signature)
+        key = ("matrices", self.rows, window, blocks, sizes, source, frame, self.epilogue.signature)
         name = module.function(key, arguments, code.write)
         li, _, ni = module.lists(f, self.inputs)
         lo, _, no = module.lists(f, self.outputs)
@@ -144,6 +152,7 @@ class _Code:
 
     module: Module
     rows: bool
+    window: Window
     blocks: _Blocks
     sizes: range
     source: Layout
@@ -197,11 +206,17 @@ class _Code:
         return [(vectors, begin, middle), (vectors - 1, g.plus(first, g.minus(middle, begin)), end)]
 
     def _gather(self) -> str:
-        """The function that puts what the kept inputs hold at some blocks one after the other."""
-        blocks, channel = self.blocks, self.source.channel
+        """The function that puts what the kept inputs hold at some blocks, under tap after tap, one after the other."""
+        blocks, channel, window = self.blocks, self.source.channel, self.window
+        one = single(self.frame, self.module.lanes)
 
         def write(g: Function) -> None:
             ranges = self._ranges(g, _FIRST, _END)
+            taps = [
+                tap(self.module, self.source, self.frame, one, down, right)
+                for down in window.lines
+                for right in window.columns
+            ]
 
             def one_input(j: Index) -> list[Index]:
                 x = g.at(_X, g.scaled(g.index(_LI, j), channel))
@@ -209,11 +224,15 @@ class _Code:
 
                     def one_block(b: Index, vectors: int = vectors, low: Index = low) -> list[Index]:
                         block = g.plus(low, b)
-                        here = g.at(x, g.scaled(blocks.first(g, block), g.lanes))
+                        first = blocks.first(g, block)
+                        here = g.at(x, g.scaled(first, g.lanes))
                         into = g.at(_SCRATCH, g.scaled(g.minus(block, _FIRST), _SLOT))
-                        into = g.at(into, g.scaled(j, vectors * g.lanes))
-                        for v in range(vectors):
-                            g.store(g.load(here, v * g.lanes), into, v * g.lanes)
+                        into = g.at(into, g.scaled(j, window.taps * vectors * g.lanes))
+                        for t, (offset, (mask,)) in enumerate(taps):
+                            for v in range(vectors):
+                                value = g.load(here, offset + v * g.lanes)
+                                value = g.zero_unless(mask.bits(g, g.plus(first, v)), value)
+                                g.store(value, into, (t * vectors + v) * g.lanes)
                         return []
 
                     g.loop(g.minus(high, low), one_block)
@@ -221,29 +240,38 @@ class _Code:
 
             g.loop(_NI, one_input)
 
-        return self.module.function(("gather", blocks, channel), [_X, _LI, _NI, _SCRATCH, _FIRST, _END, _SLOT], write)
+        key = ("gather", blocks, channel, window.taps > 1 and (window, self.source, self.frame))
+        return self.module.function(key, [_X, _LI, _NI, _SCRATCH, _FIRST, _END, _SLOT], write)
 
     def _multiply(self, outputs: int, vectors: int) -> str:
         """The function that multiplies and adds: some outputs of a block, from all kept inputs."""
+
+        taps = self.window.taps
 
         def write(g: Function) -> None:
             rows = [g.at(_WEIGHTS, g.scaled(g.index(_LO, k), _ROW)) for k in range(outputs)] if self.rows else []
 
             def one_input(j: Index, *sums: Vec) -> list[Vec]:
-                x, i = g.at(_X, g.scaled(j, vectors * g.lanes)), g.index(_LI, j)
-                values = [g.load(x, v * g.lanes) for v in range(vectors)]
-                column, totals = g.at(_WEIGHTS, g.scaled(i, outputs)), list(sums)
-                for k in range(outputs):
-                    weight = g.splat(g.scalar(rows[k], i) if self.rows else g.scalar(column, k))
-                    for v, value in enumerate(values):
-                        totals[k * vectors + v] = g.fma(value, weight, totals[k * vectors + v])
-                return totals
+                i = g.index(_LI, j)
+
+                def one_tap(t: Index, *sums: Vec) -> list[Vec]:
+                    place, number = (g.plus(g.scaled(n, taps), t) if taps > 1 else n for n in (j, i))
+                    x = g.at(_X, g.scaled(place, vectors * g.lanes))
+                    values = [g.load(x, v * g.lanes) for v in range(vectors)]
+                    column, totals = g.at(_WEIGHTS, g.scaled(number, outputs)), list(sums)
+                    for k in range(outputs):
+                        weight = g.splat(g.scalar(rows[k], number) if self.rows else g.scalar(column, k))
+                        for v, value in enumerate(values):
+                            totals[k * vectors + v] = g.fma(value, weight, totals[k * vectors + v])
+                    return totals
+
+                return g.loop(taps, one_tap, *sums)
 
             zeros = [Vec("zeroinitializer")] * (outputs * vectors)
             for at, total in enumerate(g.loop(_NI, one_input, *zeros)):
                 g.store(total, _PRODUCTS, at * g.lanes)
 
-        key = ("multiply", self.rows, outputs, vectors)
+        key = ("multiply", self.rows, taps, outputs, vectors)
         return self.module.function(key, [_X, _WEIGHTS, _LI, _NI, _LO, _ROW, _PRODUCTS], write)
 
     def _outputs(self, vectors: int) -> str:

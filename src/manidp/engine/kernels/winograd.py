@@ -102,7 +102,7 @@ class Winograd(TileKernel):
     def phases(self, node: Conv) -> tuple[int, int]:
         return self.side, self.side
 
-    def pack(self, weight: NDArray[np.float64], element: Element) -> NDArray[np.float64]:
+    def pack(self, weight: NDArray[np.float64], element: Element, lanes: int) -> NDArray[np.float64]:
         """Of each output point by point, column first, so that a tile reads as many streams as it has outputs."""
         return apart(self._points(weight).transpose(0, 3, 2, 1).reshape(len(weight), -1), element)
 
