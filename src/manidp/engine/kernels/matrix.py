@@ -32,7 +32,9 @@ from manidp.engine.walk import single, tap
 from manidp.graph import Conv, sides
 
 OUTPUTS = 4  # at a time
-_WIDE, _STEM, _TAPS = 64, 4, 9  # of strided ones it pays to gather what is under a tap from or up to so many inputs
+# of strided ones: what is under a tap pays to be gathered from so many inputs on, or up to few for so many outputs
+_WIDE, _FEW, _OUTPUTS = 64, 4, 16
+_TAPS = 9  # and up to so many taps
 _CACHE = 128 * 1024  # bytes of inputs that all outputs are made of before the next ones are taken
 
 _X, _WEIGHTS, _BIAS, _LI, _LO = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%li"), Pointer("%lo")
@@ -53,8 +55,8 @@ class Matrix(Kernel):
     def supports(self, node: Conv, inputs: int, element: Element) -> bool:
         window = window_of(node)
         one = window.taps == 1 and not any(sides(node.padding))
-        strided = window.stride > 1 and not _STEM < inputs < _WIDE and window.taps <= _TAPS
-        return node.groups == 1 and (one or strided)
+        pays = inputs >= _WIDE or (inputs <= _FEW and node.channels >= _OUTPUTS)
+        return node.groups == 1 and (one or (window.stride > 1 and pays and window.taps <= _TAPS))
 
     def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
         """A direct convolution takes 1.2 to 1.5 times as long by measurement (AVX2); less on maps of two vectors."""
