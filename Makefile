@@ -114,7 +114,7 @@ test-mindspore: .venv-mindspore/.ready  ## The tests that need MindSpore, in its
 test-torch:  ## The tests of torch and ONNX with another torch: TORCH=2.11.0
 	$(PYTHON) -m venv .venv-torch
 	.venv-torch/bin/python -m pip install --quiet torch==$(TORCH)
-	.venv-torch/bin/python -m pip install --quiet --editable '.[torch,onnx]' 'pytest>=9' 'hypothesis>=6.120'
+	.venv-torch/bin/python -m pip install --quiet --editable '.[torch,onnx,plots]' 'pytest>=9' 'hypothesis>=6.120'
 	.venv-torch/bin/python -m pytest tests/with_torch tests/training tests/test_onnx.py
 
 score: $(VENV)/.dev data  ## Images a second of `manidp score` beside a DataLoader with ONNX Runtime (machine idle)
