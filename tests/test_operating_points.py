@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -123,3 +125,14 @@ def test_other_weights_in_the_same_code_give_what_compiling_them_gives(engine: E
     np.testing.assert_array_equal(engine.run(IMAGES).logits, before.logits)
     with pytest.raises(CheckpointError, match="conv_9"):
         engine.reweighted({"conv_9.weight": np.zeros(3, np.float32)})
+
+
+def test_a_closed_engine_holds_no_code_and_gives_none_on() -> None:
+    engine = Engine(replace(pointed(), points=()))
+    assert engine._runner is not None
+    program = weakref.ref(engine._runner.program)
+    engine.close()
+    gc.collect()
+    assert program() is None
+    with pytest.raises(ManiDPError, match="this engine is closed"):
+        engine.reweighted({})

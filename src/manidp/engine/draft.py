@@ -45,6 +45,12 @@ class Draft:
         """Begin anew with the pooled sums of these channels of a map."""
         self.steps.append(ResetPooled(self.pooled[VectorKey(name, kind)], channels))
 
+    def pool_anew(self, name: str) -> None:
+        """Vectors for all pooled sums of a map, begun anew in every channel."""
+        for kind in self.pooled_kinds(name):
+            self.partial_sums(name, kind)
+            self.reset_sums(name, kind, Channels(self.graph.shapes[name][0]))
+
     def pooled_kinds(self, name: str) -> list[PoolKind]:
         """How the map is pooled by its readers."""
         return sorted({reader.kind for reader in self.graph.readers[name] if isinstance(reader, GlobalPool)})

@@ -97,6 +97,7 @@ class _Runner:
         except MemoryError as error:
             raise ManiDPError(f"there is no memory for {needed}; ask for fewer") from error
         constants[:] = program.constants
+        self.program = program
         self.constants = _Address(constants, program)
         self._run = program.run
         self.begin()
@@ -186,21 +187,26 @@ class Engine:
         self.precision, self.isa = precision, choose_isa(precision, isa)
         self._again = partial(type(self), precision=precision, threads=self.threads, isa=isa)
         self._points: dict[str, _Address] = {}  # packed weights of the operating points that have been asked for
-        self._program = Program(self._plan(checkpoint.weights), self.isa)
-        self._runner: _Runner | None = _Runner(self._program, self.threads)
+        self._runner: _Runner | None = _Runner(Program(self._plan(checkpoint.weights), self.isa), self.threads)
 
     def reweighted(self, values: Mapping[str, NDArray[np.float32]]) -> Engine:
         """An engine of the same network with other values of some weights: without compiling, in memory of its own.
 
-        values: name of a parameter of the graph -> its array. Raises CheckpointError for other names or shapes.
+        values: name of a parameter of the graph -> its array. Raises CheckpointError for other names or shapes,
+        ManiDPError once the engine is closed.
         """
+        program = copy(self._open().program)
         made = object.__new__(type(self))
         made.__dict__ |= self.__dict__
         made.checkpoint = replace(self.checkpoint, weights={**self.checkpoint.weights, **values})
-        made._points, made._program = {}, copy(self._program)
-        made._program.constants = made._plan(made.checkpoint.weights).constants  # no code depends on them
-        made._runner = _Runner(made._program, self.threads)
+        program.constants = made._plan(made.checkpoint.weights).constants  # no code depends on them
+        made._points, made._runner = {}, _Runner(program, self.threads)
         return made
+
+    def _open(self) -> _Runner:
+        if self._runner is None:
+            raise ManiDPError("this engine is closed; load the model anew")
+        return self._runner
 
     def _plan(self, weights: Mapping[str, NDArray[np.float32]]) -> Plan:
         std = np.array(self.checkpoint.preprocessing.std, dtype=np.float64)
@@ -278,9 +284,7 @@ class Engine:
         ``load_picture`` does. Or a list of such, with images of one kind: uint8 (H, W, C), paths and pictures, or
         float (C, H, W). Raises ImageError for what is none of these and for numbers that are not finite.
         """
-        runner = self._runner
-        if runner is None:
-            raise ManiDPError("this engine is closed; load the model anew")
+        runner = self._open()
         if cascade is None and confidence is None:
             constants = self._constants(runner, budget)
             return self._pass(runner, batch_of(images, self.graph.input.dims), constants)

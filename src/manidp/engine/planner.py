@@ -273,9 +273,7 @@ class _Planner:
     def _concat(self, node: Concat) -> None:
         phases = self.phases[node.inputs[0]]
         self.phases[node.name] = phases
-        for kind in self.draft.pooled_kinds(node.name):
-            self.draft.partial_sums(node.name, kind)
-            self.draft.reset_sums(node.name, kind, Channels(self.graph.shapes[node.name][0]))
+        self.draft.pool_anew(node.name)
         first = 0
         for source in node.inputs:
             epilogue = Epilogue(
@@ -297,9 +295,7 @@ class _Planner:
     def _pool_stored(self, name: str) -> None:
         """Pooled sums of a map that its own step could not make on the way."""
         channels = Channels(self.graph.shapes[name][0])
-        for kind in self.draft.pooled_kinds(name):
-            self.draft.partial_sums(name, kind)
-            self.draft.reset_sums(name, kind, channels)
+        self.draft.pool_anew(name)
         if self.draft.pooled_kinds(name):
             key = MapKey(name, self.phases[name])
             epilogue = Epilogue(key, stored=False, pooled=self.draft.pooled_sums(name))

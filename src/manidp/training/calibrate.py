@@ -105,11 +105,12 @@ def _values(
     aim = target
     with _probe(checkpoint) as probe:
         for _ in range(1 if backend is None else SETTLED[0]):
-            values = values | _thresholds(probe, checkpoint.graph, values, images, aim)
+            chosen, macs = _thresholds(probe, checkpoint.graph, values, images, aim)
+            values = values | chosen
             if backend is not None:
                 there = replace(checkpoint, weights={**checkpoint.weights, **values}, points=())
                 values = values | estimated(backend, there, images)
-            _, macs = _run(probe, values, images)
+                _, macs = _run(probe, values, images)
             if best is None or abs(macs - target) < best[0]:
                 best = abs(macs - target), values, macs
             if best[0] <= SETTLED[1] * target:
@@ -119,22 +120,24 @@ def _values(
     return best[1], best[2]
 
 
-def _thresholds(probe: Engine, graph: Graph, values: Weights, images: NDArray[Any], target: float) -> Weights:
-    """Thresholds with which, the other values as given, the images come closest to ``target`` multiply-adds."""
+def _thresholds(
+    probe: Engine, graph: Graph, values: Weights, images: NDArray[Any], target: float
+) -> tuple[Weights, float]:
+    """Thresholds with which, the other values as given, the images come closest to ``target``, and what they take."""
     sizes = graph.gate_channels
     chosen = {name: values[name] for name in graph.thresholds}
-    best: tuple[float, Weights] | None = None
+    best: tuple[float, Weights, float] | None = None
     for _ in range(ROUNDS):
         scores, macs = _run(probe, values | chosen, images)
         if best is None or abs(macs - target) < best[0]:
-            best = abs(macs - target), chosen
+            best = abs(macs - target), chosen, macs
         if best[0] <= TOLERANCE * target:
             break
         of_gates = dict(zip(sizes, np.split(scores, np.cumsum(list(sizes.values()))[:-1], axis=1), strict=True))
         limits = thresholds_for_budget(graph, of_gates, target)
         chosen = {f"{gate}.threshold": np.array(limit, np.float32) for gate, limit in limits.items()}
     assert best is not None
-    return best[1]
+    return best[1], best[2]
 
 
 def _probe(checkpoint: Checkpoint) -> Engine:
