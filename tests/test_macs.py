@@ -64,6 +64,18 @@ def test_everything_kept_costs_what_dense_costs_and_nothing_kept_only_the_fixed_
     assert macs_per_image(graph, nothing).tolist() == [442_368 + 2 * 131_072 + 640 + 61_952] * 2
 
 
+def test_a_batch_counted_in_pieces_is_counted_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = with_gates(resnet(8))
+    rng = np.random.default_rng(0)
+    kept = {gate: rng.random((5, channels)) < 0.5 for gate, channels in graph.gate_channels.items()}
+    whole, nodes = macs_per_image(graph, kept), node_macs(graph, kept)
+    np.testing.assert_array_equal(sum(nodes.values()), whole)
+    monkeypatch.setattr("manidp.graph.counters._PIECE", 2 * len(graph.counters.numbers))
+    np.testing.assert_array_equal(macs_per_image(graph, kept), whole)
+    for name, own in node_macs(graph, kept).items():
+        np.testing.assert_array_equal(own, nodes[name])
+
+
 def test_groups_and_depthwise_count_pairs_within_each_group() -> None:
     nodes = (
         Input(name="image", dims=(4, 6, 6)),

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.graph import Graph
-from manidp.graph.macs import macs_per_image
 
 Array = NDArray[np.floating[Any]]
 
@@ -45,7 +44,9 @@ class Result:
     @cached_property
     def macs(self) -> NDArray[np.int64]:
         """(B,) multiply-adds of each image, gates included, of both passes of a cascade."""
-        last = np.broadcast_to(macs_per_image(self.graph, self.kept), len(self.logits)).copy()
+        open_ = np.ones((len(self.logits), self.gate_values.shape[1] + 1), bool)
+        np.greater(self.gate_values, 0, out=open_[:, :-1])
+        last = self.graph.counters.total(open_)
         return last if self.macs_before is None else last + self.macs_before
 
     @cached_property

@@ -15,7 +15,7 @@ from manidp.engine.engine import Engine
 from manidp.errors import ManiDPError
 from manidp.result import Result
 from manidp.serve.batching import Batcher, Ran, warm_up
-from manidp.serve.dial import Costs, ladder
+from manidp.serve.dial import BURST, FULL, MOST, Costs, ladder
 from manidp.serve.limits import RefusedError
 from serve.served import IMAGES, small_model
 
@@ -127,9 +127,13 @@ def test_points_asked_for_run_apart_and_never_above_the_one_in_force() -> None:
     with_batcher(body)
 
 
-def test_under_load_the_point_goes_down_before_anything_is_refused_then_429() -> None:
+@pytest.mark.parametrize(("spell", "most"), [(False, MOST), (True, FULL)])
+def test_under_load_the_point_goes_down_before_anything_is_refused_then_429(spell: bool, most: float) -> None:
     async def body(batcher: Batcher, engine: FakeEngine, now: list[float]) -> None:
         engine.go.clear()
+        if spell:  # requests have been late for longer than a burst lasts
+            assert not batcher.overload.refuses(now[0], TARGET)
+            now[0] += 1.01 * BURST * TARGET
         tasks: list[asyncio.Task[Any]] = []
         levels = []
         with pytest.raises(RefusedError) as error:
@@ -143,7 +147,7 @@ def test_under_load_the_point_goes_down_before_anything_is_refused_then_429() ->
         assert error.value.retry == 1
         assert levels == sorted(levels)
         assert levels[-1] == 1  # the floor
-        assert batcher.wait(1) < TARGET
+        assert 0.9 * most * TARGET < batcher.wait(1) <= most * TARGET
         engine.go.set()
         points = [one.point for one in await asyncio.gather(*tasks)]
         assert points[0] == "default"
@@ -153,6 +157,27 @@ def test_under_load_the_point_goes_down_before_anything_is_refused_then_429() ->
             now[0] += 0.05
             batcher._turn(now[0])
         assert batcher.in_force.name == "default"
+
+    with_batcher(body)
+
+
+def test_one_pause_of_the_event_loop_is_no_wait_and_a_loop_that_is_always_late_is() -> None:
+    async def body(batcher: Batcher, engine: FakeEngine, now: list[float]) -> None:
+        async def looked() -> None:
+            count = len(seen)
+            while len(seen) == count:
+                await asyncio.sleep(0.001)
+
+        seen: list[float] = []
+        batcher._turn = seen.append  # type: ignore[method-assign, assignment]
+        for late in (1.0, 0.0, 0.0, 0.0):
+            now[0] += 0.05 + late
+            await looked()
+            assert batcher.wait(1) == 0
+        for _ in range(4):
+            now[0] += 0.05 + 0.3
+            await looked()
+        assert batcher.wait(1) == pytest.approx(0.3)
 
     with_batcher(body)
 

@@ -8,7 +8,7 @@ import pytest
 
 from manidp.errors import ManiDPError
 from manidp.formats.checkpoint import OperatingPoint
-from manidp.serve.dial import BUSY, DOWN, HOLD, UP, Costs, Dial, Rate, ladder, within
+from manidp.serve.dial import BURST, BUSY, DOWN, FULL, HOLD, MOST, UP, Costs, Dial, Overload, Rate, ladder, within
 from serve.served import small_model
 
 TARGET = 0.05
@@ -115,3 +115,21 @@ def test_a_rate_is_that_of_the_last_second_or_so() -> None:
 def test_the_slack_decides_for_the_first_point_that_fits_else_the_last() -> None:
     seconds = {"a": 3.0, "b": 2.0, "c": 1.0}
     assert [within(slack, seconds, seconds.__getitem__) for slack in (9.0, 3.0, 2.5, 1.0, 0.1)] == list("aabcc")
+
+
+def test_a_burst_is_taken_and_load_that_stays_is_refused() -> None:
+    overload, late = Overload(TARGET), 1.5 * FULL * TARGET
+    assert not overload.refuses(0.0, late)
+    assert not overload.refuses(BURST * TARGET, late)  # for so long it may be a burst
+    assert overload.refuses(1.01 * BURST * TARGET, late)
+    assert not overload.refuses(1.02 * BURST * TARGET, FULL * TARGET)  # in time
+    now = 1.01 * BURST * TARGET
+    for _ in range(20):  # the queue shrinks while requests are refused: that is no end of it
+        now += 0.9 * HOLD
+        assert overload.refuses(now, late)
+    assert not overload.refuses(now + 1.01 * HOLD, late)  # another burst
+
+
+def test_what_would_take_too_long_is_refused_in_a_burst_as_well() -> None:
+    assert not Overload(TARGET).refuses(0.0, MOST * TARGET)
+    assert Overload(TARGET).refuses(0.0, 1.01 * MOST * TARGET)

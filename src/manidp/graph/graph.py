@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from manidp.errors import GraphError, some
 from manidp.graph import channels, json
+from manidp.graph.counters import Counters, counters
 from manidp.graph.ops import OPS, Input, Linear, Multiply, Node, Select, Shape
 from manidp.limits import NAME_LENGTH, Limits
 
@@ -217,6 +218,11 @@ class Graph:
         found = ((node, self.input_shapes(node)) for node in self.nodes)
         counted = ((node, shapes, node.macs(*shapes)) for node, shapes in found)
         return tuple(entry for entry in counted if entry[2])
+
+    @cached_property
+    def counters(self) -> Counters:
+        """How the channels that gates leave open make the multiply-adds."""
+        return counters(self)
 
     def input_shapes(self, node: Node) -> tuple[Shape, ...]:
         """Shapes of the values that a node reads."""

@@ -31,7 +31,10 @@ def node_macs(graph: Graph, kept: Kept | None = None) -> dict[str, int] | dict[s
     """
     if kept is None:
         return {node.name: count for node, _, count in graph.computing}
-    return _per_image(graph, kept, _batch(graph, kept))
+    open_, counters = opened(graph, kept, _batch(graph, kept)), graph.counters
+    own = dict(zip(counters.nodes, counters.by_node(open_).T, strict=True))
+    full = {node.name: np.full(len(open_), count, np.int64) for node, _, count in graph.computing}
+    return full | own
 
 
 def dense_macs(graph: Graph) -> int:
@@ -54,8 +57,7 @@ def macs_per_image(graph: Graph, kept: Kept) -> NDArray[np.int64]:
 
     A graph without gates costs every image the same; its batch is unknown, so the answer is one number, shape (1,).
     """
-    batch = _batch(graph, kept)
-    return sum(_per_image(graph, kept, batch).values(), start=np.zeros(batch, dtype=np.int64))
+    return graph.counters.total(opened(graph, kept, _batch(graph, kept)))
 
 
 def layers(graph: Graph) -> list[dict[str, Any]]:
@@ -92,22 +94,3 @@ def _batch(graph: Graph, kept: Kept) -> int:
 def opened(graph: Graph, kept: Kept, batch: int = 1) -> NDArray[np.bool_]:
     """(B, channels of all gates + 1) what is open, by its number (``Graph.zeroed``): number -1, the last, always is."""
     return np.concatenate([*(kept[gate] for gate in graph.gate_channels), np.ones((batch, 1), bool)], axis=1)
-
-
-def _per_image(graph: Graph, kept: Kept, batch: int) -> dict[str, NDArray[np.int64]]:
-    macs = {}
-    open_ = opened(graph, kept, batch)
-    for node, shapes, count in graph.computing:
-        if node.inputs[0] in graph.zeroed or node.name in graph.wanted:
-            read = _mask(graph, node.inputs[0], graph.zeroed, open_)
-            made = _mask(graph, node.name, graph.wanted, open_)
-            macs[node.name] = node.macs_kept(shapes, read, made)
-        else:
-            macs[node.name] = np.full(batch, count, np.int64)
-    return macs
-
-
-def _mask(graph: Graph, value: str, by: Mapping[str, NDArray[np.intp]], open_: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(B, C) which channels of a value count; all of them where no gate governs it."""
-    numbers = by.get(value)
-    return np.ones((len(open_), graph.shapes[value][0]), bool) if numbers is None else open_[:, numbers]

@@ -22,7 +22,6 @@ Pair = int | tuple[int, int]  # one number for both, or (vertical, horizontal)
 Padding = (
     int | tuple[int, int] | tuple[int, int, int, int]
 )  # all sides, (vertical, horizontal), (top, left, bottom, right)
-Mask = NDArray[np.bool_]
 
 ActivationKind = Literal[
     "relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid", "tanh", "gelu", "softplus", "mish"
@@ -106,13 +105,12 @@ class Node:
         """Multiply-adds of one image with every channel kept, given the shapes of the inputs."""
         return 0
 
-    def macs_kept(self, inputs: tuple[Shape, ...], read: Mask, made: Mask) -> NDArray[np.int64]:
-        """(B,) multiply-adds of each image.
+    def pair_macs(self, *inputs: Shape) -> tuple[int, int] | None:
+        """(groups, multiply-adds for one channel that is read and one that is made, both in one group).
 
-        read (B, channels of the first input) and made (B, channels of the value): what is not known to be zero, and
-        what is wanted. By default everything is computed.
+        None if everything is computed, whatever gates close. The channels read are those of the first input.
         """
-        return np.full(len(made), self.macs(*inputs), dtype=np.int64)
+        return None
 
     def __str__(self) -> str:
         return f"node '{self.name}' ({type(self).__name__})"
@@ -226,13 +224,8 @@ class Conv(_Window):
     def macs(self, *inputs: Shape) -> int:
         return math.prod(self.shape(*inputs)) * inputs[0][0] // self.groups * math.prod(pair(self.kernel))
 
-    def macs_kept(self, inputs: tuple[Shape, ...], read: Mask, made: Mask) -> NDArray[np.int64]:
-        counts = [
-            mask.reshape(len(mask), self.groups, mask.shape[1] // self.groups).sum(axis=2, dtype=np.int64)
-            for mask in (read, made)
-        ]
-        pairs: NDArray[np.int64] = (counts[0] * counts[1]).sum(axis=1)
-        return pairs * math.prod(pair(self.kernel)) * math.prod(self.positions(*inputs[0][1:]))
+    def pair_macs(self, *inputs: Shape) -> tuple[int, int]:
+        return self.groups, math.prod(pair(self.kernel)) * math.prod(self.positions(*inputs[0][1:]))
 
 
 @dataclass(frozen=True, kw_only=True)

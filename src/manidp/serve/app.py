@@ -57,6 +57,7 @@ class Service:
     """A model that is served, and all that its handlers share.
 
     ladder: operating points for the dial, the best first. target: seconds within which requests are to be answered.
+    ``on_warm`` is called before the first request is taken, ``on_fault`` where the model could not be warmed up.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Service:
     draining: bool = False
     fault: BaseException | None = None
     on_fault: Callable[[], None] = lambda: None
+    on_warm: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.held = Held(self.limits.held)
@@ -107,6 +109,7 @@ class Service:
             costs = await asyncio.get_running_loop().run_in_executor(self.threads, warm_up, self.engine, names)
             batcher = Batcher(self.engine, self.ladder, costs, self.target, self.metrics.ran)
             batcher.start()
+            self.on_warm()
             self.batcher = batcher
         except Exception as error:
             self.fault = error

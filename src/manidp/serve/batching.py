@@ -25,12 +25,12 @@ from manidp.engine.engine import Engine
 from manidp.errors import ManiDPError
 from manidp.formats.checkpoint import OperatingPoint
 from manidp.result import Result
-from manidp.serve.dial import Costs, Dial, Rate, within
+from manidp.serve.dial import Costs, Dial, Overload, Rate, within
 from manidp.serve.limits import RefusedError
 
 SHARE = 0.25  # of the target: what a batch may take, where it has more images than the engine has threads
-FULL = 0.8  # of the target: what would be answered later than this is refused
 TICK = 0.05  # seconds between looks at the dial when nothing comes
+TICKS = 4  # looks of which the most punctual one tells how late the event loop is: one pause is no load
 LOOKS = 3  # runs of each kind that warm-up takes the fastest of
 
 
@@ -124,12 +124,13 @@ class Batcher:
     ) -> None:
         self.engine, self.ladder, self.costs, self.target = engine, tuple(ladder), costs, target
         self.dial = Dial(len(self.ladder), target)
+        self.overload = Overload(target)
         self.rate = Rate()
         self._observe, self._clock = observe, clock
         self._jobs: deque[Place] = deque()
         self._waiting: Counter[str | None] = Counter()  # images in the queue, by the name of the point asked for
         self._engine_free_at = 0.0
-        self._lag = 0.0
+        self._late = deque([0.0], TICKS)  # seconds by which the last looks came too late
         self._some = asyncio.Event()
         self._pool: Executor = ThreadPoolExecutor(1, "engine")
         self._tasks: list[asyncio.Task[None]] = []
@@ -164,7 +165,7 @@ class Batcher:
         now = self._clock()
         running = max(0.0, self._engine_free_at - now) if self._engine_free_at else 0.0
         queue = (images * self.costs.image(self._used(asked, level)) for asked, images in self._waiting.items())
-        return self._lag + running + sum(queue)
+        return min(self._late) + running + sum(queue)
 
     @contextmanager
     def place(self, count: int, asked: str | None, deadline: float | None) -> Iterator[Place]:
@@ -178,7 +179,8 @@ class Batcher:
         last = len(self.ladder) - 1
         wait = self.wait(last)
         done = wait + self.costs.batch(count, self._used(asked, last))
-        if done > (math.inf if deadline is None else deadline - now) or (self._busy() and done > FULL * self.target):
+        too_late = deadline is not None and done > deadline - now
+        if too_late or (self._busy() and self.overload.refuses(now, done)):
             raise RefusedError(429, "the server cannot answer in time, even at its cheapest point; try again later",
                           retry=max(1, math.ceil(wait)))  # fmt: skip
         place = Place(self, count, asked, math.inf if deadline is None else deadline)
@@ -212,7 +214,7 @@ class Batcher:
         while True:
             expected = self._clock() + TICK
             await asyncio.sleep(TICK)
-            self._lag += (max(0.0, self._clock() - expected) - self._lag) / 4
+            self._late.append(max(0.0, self._clock() - expected))
             self._turn(self._clock())
 
     async def _compute(self) -> None:

@@ -18,6 +18,9 @@ DOWN = 0.4  # of the target: a longer wait takes the dial down a step
 UP = 0.1  # of the target: only with a shorter wait, and
 BUSY = 0.75  # of the engine's time: only with less to do at the better point, does the dial come back
 HOLD = 1.0  # seconds that this must have held, for each step back
+FULL = 0.8  # of the target: what would be answered later than this is late
+BURST = 5.0  # of the target: requests may be late for so long before they are refused, and
+MOST = 3.0  # of the target: only where they would be answered within this
 
 
 def ladder(
@@ -129,6 +132,28 @@ class Dial:
             self._calm_since = now
             self.level -= 1
         return self.level
+
+
+@dataclass
+class Overload:
+    """Tells load that stays, and is refused, from what passes: a burst of requests, or a pause of the machine.
+
+    A spell of late requests ends when none was late for HOLD seconds (after Nichols & Jacobson, ACM Queue 2012: a queue
+    is bad where it stands, good where it absorbs bursts). target: seconds within which requests are to be answered.
+    """
+
+    target: float
+    _since: float = -math.inf
+    _last: float = -math.inf
+
+    def refuses(self, now: float, seconds: float) -> bool:
+        """Whether a request that would be answered after so many seconds is refused."""
+        if seconds <= FULL * self.target:
+            return False
+        if now - self._last > HOLD:
+            self._since = now
+        self._last = now
+        return seconds > MOST * self.target or now - self._since > BURST * self.target
 
 
 def within(slack: float, points: Iterable[str], seconds: Callable[[str], float]) -> str:

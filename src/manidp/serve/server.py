@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -63,6 +64,7 @@ def serve(service: Service, host: str, port: int) -> None:
     server = _Server(config, service)
     service.on_fault = lambda: setattr(server, "should_exit", True)
     at, number = listening.getsockname()[:2]
+    service.on_warm = _settle
     say_json({"event": "listening", "host": at, "port": number, "model": service.name})
     switch = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH)
@@ -71,8 +73,15 @@ def serve(service: Service, host: str, port: int) -> None:
     finally:
         sys.setswitchinterval(switch)
         listening.close()
+        gc.unfreeze()
         if service.log:
             service.log.close()
         say_json({"event": "stopped"})
     if service.fault is not None:
         raise service.fault
+
+
+def _settle() -> None:
+    """What is there once the engine is warm stays: without this, each full collection looked at it for 30 to 70 ms."""
+    gc.collect()
+    gc.freeze()
