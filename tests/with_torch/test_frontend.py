@@ -144,6 +144,8 @@ def test_channels_are_sliced_and_shuffled() -> None:
     assert [node.groups for node in made.graph.nodes if isinstance(node, Shuffle)] == [4]
     made = small(lambda s, x: torch.cat([x.view(-1, 4, 2, 12, 10)[:, :, 1], x.view(-1, 2, 4, 12, 10)[:, 0]], 1))
     assert kinds(made).count("Shuffle") == 1 and kinds(made).count("Slice") == 2
+    made = small(lambda s, x: x[:, [0, 2, 4, 6, 1, 3, 5, 7]] + x.flip(1))  # by index, and backwards: one by one
+    assert kinds(made).count("Shuffle") == 1 and kinds(made).count("Slice") == 8
 
 
 def test_constants() -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.nn.functional as F
 
 import manidp
 from manidp import cli, reference
 from manidp.data.preprocessing import Preprocessing
+from manidp.engine.engine import Engine
 from manidp.errors import FrontendError
 from manidp.formats.checkpoint import load_checkpoint
 from manidp.gating.place import gate
@@ -21,7 +23,7 @@ from manidp.torch.userfile import imported as imported_from
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'manidp[onnx]'")
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install 'manidp[onnx]'")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-from zoo import imported  # noqa: E402
+from zoo import EXAMPLE, fresh, imported  # noqa: E402
 
 import manidp.torch.onnx  # noqa: E402
 from manidp.onnx import write_onnx  # noqa: E402
@@ -114,6 +116,90 @@ def test_a_gelu_that_is_written_out_is_one(nodes: Any, tmp_path: Path) -> None:
     assert [type(one).__name__ for one in checkpoint.graph.nodes] == ["Input", "Conv", "Activation", "GlobalPool"]
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's exporter warns of itself
+@pytest.mark.parametrize("name", ["shufflenet-v2", "regnet-y"])
+def test_a_network_that_torch_exported_is_the_module(name: str, tmp_path: Path) -> None:
+    """For one image, so that the batch is written down in reshapes and expansions."""
+    module = fresh(name).eval()
+    torch.onnx.export(module, (EXAMPLE,), str(tmp_path / "x.onnx"), input_names=["image"], dynamo=False)
+    checkpoint = manidp.from_onnx(tmp_path / "x.onnx")
+    images = torch.from_numpy(array(2, 3, 32, 32))
+    with torch.no_grad():
+        meant = module(images).numpy()
+    came = reference.run(checkpoint.graph, checkpoint.weights, images.numpy()).logits
+    assert np.abs(came - meant).max() <= 1e-4 * np.abs(meant).max()
+
+
+def between(*nodes: Any) -> list[Any]:
+    """A convolution "c" of 8 channels, the nodes, which make "z", and a pooling."""
+    return [node("Conv", "image a.b.weight", "c"), *nodes, node("GlobalMaxPool", "z", "p"), node("Flatten", "p",
+            "logits")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("places", "axis", "made"),
+    [
+        ([0, 4, 1, 5, 2, 6, 3, 7], 1, ["Shuffle"]),
+        ([1, 3, -3, -1], -3, ["Shuffle", "Slice"]),
+        ([6, 7, 2, 2], 1, ["Slice", "Slice", "Slice", "Concat"]),
+        ([[5]], 1, ["Slice"]),
+        (5, 1, ["Slice"]),
+    ],
+)  # fmt: skip
+def test_channels_are_picked_in_any_order(places: Any, axis: int, made: list[str], tmp_path: Path) -> None:
+    """The import compares with ONNX Runtime; here that it finds ranges and shuffles, and that the engine runs them."""
+    kept = np.array([0, np.size(places), 10, 8])
+    nodes = between(node("Gather", "c places", "y", axis=axis), node("Reshape", "y kept", "z"))
+    arrays = {**ARRAYS, "places": np.array(places), "kept": kept}
+    checkpoint = manidp.from_onnx(written(tmp_path / "x.onnx", nodes, arrays))
+    assert [type(one).__name__ for one in checkpoint.graph.nodes] == ["Input", "Conv", *made, "GlobalPool"]
+    images = array(2, 3, 12, 10)
+    wanted = reference.run(checkpoint.graph, checkpoint.weights, images).logits
+    np.testing.assert_allclose(Engine(checkpoint).run(images).logits, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("places", "options", "message"),
+    [
+        ([0, 8], {"axis": 1}, "c2: Gather: it picks place 8 of 8"),
+        ([-9], {"axis": 1}, "c2: Gather: it picks place -9 of 8"),
+        (np.zeros(0, np.int64), {"axis": 1}, "c2: Gather: it picks nothing"),
+        ([0], {"axis": 4}, "c2: Gather: axis 4 of a tensor that has 4"),
+        ([0.5], {"axis": 1}, "c2: Gather: places that are no constant whole numbers"),
+        ([2, 1, 0], {"axis": 2}, "a part of a tensor that is not channels of it"),
+        ([0], {}, "the module's output is its logits"),
+        (
+            [0, 3] * 33,
+            {"axis": 1},
+            "channels in an order of 66 ranges one behind the other; at most 64 are put together",
+        ),
+    ],
+)
+def test_what_else_is_picked_is_refused(places: Any, options: dict[str, int], message: str, tmp_path: Path) -> None:
+    nodes = between(node("Gather", "c places", "c2", **options), node("Relu", "c2", "z"))
+    with pytest.raises(FrontendError, match=message):
+        manidp.from_onnx(written(tmp_path / "x.onnx", nodes, {**ARRAYS, "places": np.array(places)}))
+
+
+def test_sizes_written_down_for_the_files_batch_and_older_forms(tmp_path: Path) -> None:
+    """The import compares with ONNX Runtime: each form stands for what it makes of it."""
+    nodes = between(
+        node("Reshape", "c odd_even", "y1"), node("Transpose", "y1", "y2", perm=[1, 0, 2]),
+        node("Reshape", "y2 parts", "y3"), node("Gather", "y3 zero", "y4", axis=0),
+        node("Concat", "y4 zeros", "y5", axis=1), node("Split", "y5", "y6 y7", axis=1), node("Sum", "y6 y7", "y8"),
+        node("Max", "least y8", "y9"), node("Min", "y9 most", "y10"), node("Pow", "y10 two", "y11"),
+        node("Slice", "y11 last first axes back", "y12"), node("GlobalAveragePool", "y12", "y13"),
+        node("Expand", "y13 whole", "y14"), node("Mul", "y12 y14", "z"),
+    )  # fmt: skip
+    arrays = {
+        **ARRAYS, "odd_even": np.array([12, 2, -1]), "parts": np.array([2, 3, 4, 10, 8]), "least": np.float32(-0.1),
+        "zeros": np.zeros((3, 4, 10, 8), np.float32), "most": np.float32(2), "two": np.float32(2),
+        "last": np.array([-1]), "first": np.array([-9]), "axes": np.array([1]), "back": np.array([-1]),
+        "whole": np.array([3, 4, 10, 8]),
+    }  # fmt: skip
+    manidp.from_onnx(written(tmp_path / "x.onnx", nodes, arrays, (3, 3, 12, 10)))
+
+
 def test_all_that_cannot_be_imported_is_listed(tmp_path: Path) -> None:
     nodes = [
         node("Conv", "image a.b.weight", "c"), node("Einsum", "c", "e", name="first", equation="bchw->bc"),
@@ -138,10 +224,23 @@ def pooled(*nodes: Any) -> list[Any]:
         (pooled(node("Add", "a c", "huge")), {"a": np.zeros((2**15, 1)), "c": np.zeros((1, 2**15))}, {}, "more than"),
         (pooled(node("Reshape", "a.b.bias n", "huge")), {"n": np.array([7])}, {}, "cannot be computed: ValueError"),
         (pooled(node("Loop", "n", "huge")), {"n": np.array([7])}, {}, "huge: Loop: of constants alone"),
-        (BODY[:1], {}, {}, "logits"),
+        (BODY[:1], {}, {}, "no node makes the output 'logits'"),
         (BODY, {}, {"dims": (1, 3, "h", "w")}, "leaves height and width of the image open; give size="),
         (BODY, {}, {"dims": (1, 1, 12, 10)}, r"batch of RGB images \(B, 3, H, W\); this file's is \(1, 1, 12, 10\)"),
-        ([node("Relu", "x", "y"), node("Relu", "y", "x"), node("Add", "x image", "logits")], {}, {}, "KeyError|cannot"),
+        (
+            [node("Relu", "x", "y"), node("Relu", "y", "x"), node("Add", "x image", "logits")],
+            {},
+            {},
+            "y: Relu: it reads 'x', which nothing before it makes",
+        ),
+        (pooled(node("Softmax", "y", "huge")), {}, {}, "huge: Softmax: a network's output is its logits"),
+        (
+            pooled(node("Transpose", "image", "huge", perm=[0])),
+            {},
+            {},
+            "huge: Transpose: it cannot be computed: RuntimeError",
+        ),
+        (BODY, {}, {"dims": (10**6, 3, 12, 10)}, "for 1,000,000 images of 12x10 at a time, which is too much"),
     ],
 )
 def test_a_bad_file_is_one_line(

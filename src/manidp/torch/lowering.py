@@ -412,6 +412,55 @@ class _Lowering:
         )  # fmt: skip
         return replace(x, node=made, axes=axes, dims=dims).merged()
 
+    def index_select(self, x: Any, dim: int, index: Any) -> Value:
+        """Channels in another order: ranges of them, as they are or shuffled, one behind the other."""
+        if not isinstance(index, Constant) or index.tensor.dim() != 1 or index.tensor.is_floating_point() or (
+            index.tensor.dtype == torch.bool
+        ):  # fmt: skip
+            raise _RefusedError("an index that is not a constant row of whole numbers")
+        x = self.plain(x)
+        dim %= len(x.dims)
+        size = x.shape[dim]
+        places: list[int] = [int(place) % size for place in index.tensor]
+        step = places[1] - places[0] if len(places) > 1 else 1
+        if step > 0 and places == list(range(places[0], places[-1] + 1, step)):
+            try:
+                made: Value = self.slice(x, dim, places[0], min(places[-1] + step, size), step)
+                return made
+            except _RefusedError:
+                if dim != 1:
+                    raise
+        if dim != 1 or not (x.is_feature_map() or x.is_vector()):
+            raise _RefusedError("a part of a tensor that is not channels of it")
+        source = self.value(self.map(x) if x.is_feature_map() else self.vector(x))
+        groups, ranges = min(
+            ((groups, _ranges(_dealt(places, size, groups))) for groups in range(1, size + 1) if size % groups == 0),
+            key=lambda found: len(found[1]),
+        )
+        if len(ranges) > Concat.arity[1]:
+            raise _RefusedError(
+                f"channels in an order of {len(ranges)} ranges one behind the other; at most {Concat.arity[1]} are put "
+                "together"
+            )
+        node = source.node
+        if groups > 1:
+            node = self._again(node, f".shuffle{groups}", Shuffle, (node,), groups=groups)
+        parts = [self.slice(self.value(node), 1, start, stop) for start, stop in ranges]
+        made = parts[0] if len(parts) == 1 else self.concat(parts, 1)
+        return replace(made, dims=(*made.dims, *[()] * (len(x.dims) - len(made.dims))))
+
+    def index(self, x: Any, places: Sequence[Any]) -> Value:
+        """Indexing by one tensor, and by nothing before it."""
+        *before, index = places
+        if any(place is not None for place in before):
+            raise _RefusedError("an index along several axes at once")
+        return self.index_select(x, len(before), index)
+
+    def flip(self, x: Any, dims: Sequence[int]) -> Any:
+        for dim in dims:
+            x = self.index_select(x, dim, Constant(torch.arange(self.plain(x).shape[dim]).flip(0)))
+        return x
+
     def slice_scatter(self, x: Any, part: Any, dim: int = 0, start: int | None = None, stop: int | None = None,
                       step: int = 1) -> Any:  # fmt: skip
         """A write to a range of channels: what is before it, the new ones, what is behind."""
@@ -850,6 +899,7 @@ _HANDLERS: dict[str, _Handler] = {
                      "view_copy.default"), _L.view),
     "permute.default": _L.permute, "transpose.int": _L.transpose, "expand.default": _L.expand,
     "split.Tensor": _L.split, "split_with_sizes.default": _L.split, "unbind.int": _L.unbind,
+    "index_select.default": _L.index_select, "index.Tensor": _L.index, "flip.default": _L.flip,
     "select.int": _L.select, "slice.Tensor": _L.slice, "slice_scatter.default": _L.slice_scatter,
     "copy.default": _L.copy, "fill.Scalar": _L.fill, "fill.Tensor": _L.fill, "zeros_like.default": _L.zeros_like,
     "pad.default": _L.pad, "constant_pad_nd.default": _L.constant_pad, "cat.default": _L.concat,
@@ -954,6 +1004,22 @@ def _mapped(parts: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(parts, Mapping):
         return {name: _mapped(part, change) for name, part in parts.items()}
     return change(parts)
+
+
+def _dealt(places: Sequence[int], size: int, groups: int) -> list[int]:
+    """Where these channels, of ``size``, are when all have been shuffled."""
+    return [place % (size // groups) * groups + place // (size // groups) for place in places]
+
+
+def _ranges(places: Sequence[int]) -> list[tuple[int, int]]:
+    """These places as ranges (start, stop), one behind the other."""
+    found: list[tuple[int, int]] = []
+    for place in places:
+        if found and found[-1][1] == place:
+            found[-1] = (found[-1][0], place + 1)
+        else:
+            found.append((place, place + 1))
+    return found
 
 
 def _two(value: Any) -> tuple[int, int]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ def from_onnx(
     model = _model(Path(path), content)
     image, dims = _image(model, size)
     needed = _needed(model)
-    module = _Network(model, _recognised(model, needed), image, dims[0])
+    module = _Network(model, _recognised(model, needed), image, dims)
     example = random_images(*dims[1:])
     checkpoint = from_torch(module, example, preprocessing=preprocessing, classes=classes)
     _compare(model, needed, image, checkpoint, example, max(dims[0], 1))
@@ -111,7 +112,7 @@ def _model(path: Path, content: bytes) -> ModelProto:
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
             raise FrontendError(
                 f"{shown(path)}: weights lie in another file, which is not read; write one file that holds all, with "
-                "onnx.save_model(..., save_as_external_data=False)"
+                "torch.onnx.export(..., external_data=False) or onnx.save_model(..., save_as_external_data=False)"
             )
     return model
 
@@ -134,6 +135,11 @@ def _image(model: ModelProto, size: tuple[int, int] | None) -> tuple[str, tuple[
     height, width = size or (dims[2], dims[3])
     if min(height, width) < 1:
         raise FrontendError("the file leaves height and width of the image open; give size=(H, W)")
+    if dims[0] * 3 * height * width > Limits.from_environment().elements:
+        raise FrontendError(
+            f"the file is for {dims[0]:,} images of {height}x{width} at a time, which is too much; write it for one, "
+            "or leave open how many"
+        )
     return image.name, (dims[0], 3, height, width)
 
 
@@ -244,6 +250,19 @@ class _RefusedError(Exception):
     """What a node does that no op of a graph can, and why."""
 
 
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever goes wrong here makes the node one that is refused: files come from outside."""
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    except _RefusedError:
+        raise
+    except Exception as error:
+        line = str(error).partition("\n")[0]
+        raise _RefusedError(f"it cannot be computed: {type(error).__name__}: {line[:200]}") from error
+
+
 @dataclass(frozen=True)
 class _Step:
     """A node: its name for messages, the values that it reads and makes, and the module that computes it."""
@@ -262,7 +281,8 @@ class _Op(nn.Module):
         self.kind, self.attributes = kind, dict(attributes or {})
         self.constants: dict[int, Array | None] = {}
         self.places: dict[int, str] = {}
-        self.fixed_batch = 0
+        self.outputs = 1
+        self.own: tuple[int, ...] | None = None  # shape of what it reads, for as many images as the file has
 
     def forward(self, *given: Any) -> Any:
         count = len(given) + len(self.constants) + len(self.places)
@@ -281,7 +301,9 @@ class _Op(nn.Module):
 class _Network(nn.Module):
     """The nodes one after the other. Raises FrontendError that lists all nodes that cannot be."""
 
-    def __init__(self, model: ModelProto, nodes: Sequence[NodeProto], image: str, batch: int) -> None:
+    def __init__(
+        self, model: ModelProto, nodes: Sequence[NodeProto], image: str, dims: tuple[int, int, int, int]
+    ) -> None:
         super().__init__()
         self._image, self._output = image, model.graph.output[0].name
         constants: dict[str, Array | None] = {"": None}
@@ -294,23 +316,24 @@ class _Network(nn.Module):
         for index, node in enumerate(nodes):
             told = f"{short(node.name or node.output[0])}: {short(node.op_type)}"
             try:
-                attributes = _attributes(node)
-                if all(name in constants for name in node.input):
-                    made = _folded(node.op_type, attributes, [constants[name] for name in node.input])
-                    constants |= dict(zip(node.output, made, strict=False))
-                    continue
-                if node.domain not in ("", "ai.onnx"):
-                    raise _RefusedError(f"an op of {short(node.domain)}, not of ONNX")
-                if node.op_type == "Shape" or all(name in shapes or name in constants for name in node.input):
-                    if node.op_type not in ("Shape", *_FOLDED):
-                        raise _RefusedError("it cannot be computed of the image's size")
-                    shapes |= set(node.output)
-                elif node.op_type not in _OPS:
-                    raise _RefusedError("no op of a graph is like it")
-                op = _Op(node.op_type, attributes)
-                op.fixed_batch = batch
-                path = self._placed(op, _path(node, index), index, taken)
-                _give(op, {place: constants[name] for place, name in enumerate(node.input) if name in constants})
+                with _refusing():
+                    attributes = _attributes(node)
+                    if all(name in constants for name in node.input):
+                        made = _folded(node.op_type, attributes, [constants[name] for name in node.input])
+                        constants |= dict(zip(node.output, made, strict=False))
+                        continue
+                    if node.domain not in ("", "ai.onnx"):
+                        raise _RefusedError(f"an op of {short(node.domain)}, not of ONNX")
+                    if node.op_type == "Shape" or all(name in shapes or name in constants for name in node.input):
+                        if node.op_type not in ("Shape", *_FOLDED):
+                            raise _RefusedError("it cannot be computed of the image's size")
+                        shapes |= set(node.output)
+                    elif node.op_type not in _OPS:
+                        raise _RefusedError(_WHY_NOT.get(node.op_type, "no op of a graph is like it"))
+                    op = _Op(node.op_type, attributes)
+                    op.outputs = len(node.output)
+                    path = self._placed(op, _path(node, index), index, taken)
+                    _give(op, {place: constants[name] for place, name in enumerate(node.input) if name in constants})
             except _RefusedError as refusal:
                 refused.append(f"{told}: {refusal}")
                 constants = {name: value for name, value in constants.items() if name not in node.output}
@@ -322,6 +345,11 @@ class _Network(nn.Module):
             raise FrontendError(f"{count} {'node' if count == 1 else 'nodes'} of this file cannot be imported", refused)
         if self._output in constants:
             raise FrontendError("the output does not depend on the image")
+        if not any(self._output in step.outputs for step in self._steps):
+            raise FrontendError(f"no node makes the output {quoted(self._output, 60)}")
+        if dims[0]:  # sizes may be written down for as many images
+            with torch.no_grad():
+                self._run(torch.zeros(dims), noting=True)
 
     def _placed(self, op: _Op, path: str, index: int, taken: set[str]) -> str:
         """Where the module is among the others: at its path if that can be one and is free, else by its number."""
@@ -342,19 +370,29 @@ class _Network(nn.Module):
         return whole
 
     def forward(self, image: Tensor) -> Any:
+        return self._run(image)
+
+    def _run(self, image: Tensor, noting: bool = False) -> Any:
+        """The output; ``noting``: each op keeps the shape of what it reads."""
         values: dict[str, Any] = {self._image: image}
         for step in self._steps:
-            inputs = [values[name] for name in step.inputs]
             try:
-                op = self.get_submodule(step.path)
-                assert isinstance(op, _Op)
-                if op.kind != "Shape" and not any(isinstance(one, Tensor) for one in inputs):
-                    given = iter(inputs)
-                    count = len(inputs) + len(op.constants)
-                    every = [op.constants[i] if i in op.constants else next(given) for i in range(count)]
-                    made: Any = tuple(_folded(op.kind, op.attributes, every))
-                else:
-                    made = op(*inputs)
+                with _refusing():
+                    missing = [name for name in step.inputs if name not in values]
+                    if missing:
+                        raise _RefusedError(f"it reads {quoted(missing[0], 60)}, which nothing before it makes")
+                    inputs = [values[name] for name in step.inputs]
+                    op = self.get_submodule(step.path)
+                    assert isinstance(op, _Op)
+                    if noting and isinstance(inputs[0], Tensor):
+                        op.own = tuple(inputs[0].shape)
+                    if op.kind != "Shape" and not any(isinstance(one, Tensor) for one in inputs):
+                        given = iter(inputs)
+                        count = len(inputs) + len(op.constants)
+                        every = [op.constants[i] if i in op.constants else next(given) for i in range(count)]
+                        made: Any = tuple(_folded(op.kind, op.attributes, every))
+                    else:
+                        made = op(*inputs)
             except _RefusedError as refusal:
                 raise FrontendError("1 node of this file cannot be imported", [f"{step.told}: {refusal}"]) from refusal
             made = made if isinstance(made, tuple) else (made,)
@@ -410,7 +448,7 @@ _PLACES = {
     "Conv": {1: "weight", 2: "bias"}, "Gemm": {1: "weight", 2: "bias"}, "MatMul": {1: "weight"},
     "BatchNormalization": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"}, "PRelu": {1: "weight"},
 }  # fmt: skip
-_SETTINGS = ("Clip", "Pad", "Resize", "Dropout")  # their floating constants are no weights
+_SETTINGS = ("Clip", "Concat", "Dropout", "Max", "Min", "Pad", "Pow")  # their floating constants are no weights
 
 
 def _gemm(op: _Op, given: dict[int, Array | None]) -> dict[int, Array | None]:
@@ -483,6 +521,8 @@ def _pool(op: _Op, x: Tensor) -> Tensor:
     sides = _sides(op, x, kernel, dilation)
     if not most and any(sides) and not op.get("count_include_pad", 0):
         raise _RefusedError("an average that leaves the padding out (count_include_pad=0)")
+    if not most and tuple(dilation) != (1, 1):
+        raise _RefusedError("an average with dilation")
     x, padding = padded(x, sides, -math.inf if most else 0.0)
     if most:
         return F.max_pool2d(x, kernel, _strides(op), padding, dilation, ceil)
@@ -490,7 +530,7 @@ def _pool(op: _Op, x: Tensor) -> Tensor:
 
 
 def _batch_norm(op: _Op, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    if op.get("training_mode", 0):
+    if op.get("training_mode", 0) or not op.get("spatial", 1):
         raise _RefusedError("a normalisation by statistics of the batch at hand")
     return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, op.get("epsilon", 1e-5))
 
@@ -502,8 +542,20 @@ def _prelu(op: _Op, x: Tensor, slope: Tensor) -> Tensor:
 
 
 def _clip(op: _Op, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
-    bounds = [op.get("min") if low is None else float(low), op.get("max") if high is None else float(high)]
+    bounds = [op.get("min") if low is None else _number(low), op.get("max") if high is None else _number(high)]
     return x if bounds == [None, None] else torch.clamp(x, *bounds)
+
+
+def _limited(op: _Op, *inputs: Any) -> Tensor:
+    """The larger or smaller of a map and numbers."""
+    x: Tensor = next(one for one in inputs if isinstance(one, Tensor))
+    for bound in [_number(one) for one in inputs if one is not x]:
+        x = torch.clamp(x, min=bound) if op.kind == "Max" else torch.clamp(x, max=bound)
+    return x
+
+
+def _power(op: _Op, x: Tensor, exponent: Any) -> Tensor:
+    return torch.pow(x, _number(exponent))
 
 
 def _hard_sigmoid(op: _Op, x: Tensor) -> Tensor:
@@ -513,9 +565,15 @@ def _hard_sigmoid(op: _Op, x: Tensor) -> Tensor:
     return torch.clamp(x * alpha + beta, 0.0, 1.0)
 
 
+def _number(array: Any) -> float:
+    if not isinstance(array, np.ndarray) or array.size != 1:
+        raise _RefusedError("a bound or an exponent that is not one constant number")
+    return float(array.reshape(-1)[0])
+
+
 def _numbers(array: Any, what: str) -> list[int]:
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
-        raise _RefusedError(f"{what} that depend on the image")
+        raise _RefusedError(f"{what} that are no constant whole numbers")
     return [int(one) for one in array.reshape(-1)]
 
 
@@ -534,10 +592,46 @@ def _reduced(op: _Op, x: Tensor, axes: Any = None) -> Tensor:
 
 def _reshape(op: _Op, x: Tensor, shape: Any = None) -> Tensor:
     sizes = _numbers(shape, "sizes") if shape is not None else list(op.get("shape", ()))
-    sizes = [x.shape[place] if size == 0 and not op.get("allowzero", 0) else size for place, size in enumerate(sizes)]
-    if sizes and op.fixed_batch and sizes[0] == op.fixed_batch:  # written down for the batch that the file has
-        sizes[0] = x.shape[0]
+    now = tuple(x.shape)
+    own = now if op.own is None or (shape is not None and 1 not in op.constants) else op.own
+    sizes = [own[place] if size == 0 and not op.get("allowzero", 0) else size for place, size in enumerate(sizes)]
+    grown = [axis for axis in range(len(own)) if own[axis] != now[axis]]
+    if not grown:
+        return x.reshape(sizes)
+    # written down for another number of images: the dimension that they go to is where they were before
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = math.prod(own) // -math.prod(sizes)
+    before = math.prod(own[: grown[0]])
+    place = next(
+        place for place in range(len(sizes))
+        if math.prod(sizes[:place]) == before or math.prod(sizes[: place + 1]) > before
+    )  # fmt: skip
+    if len(grown) > 1 or sizes[place] * now[grown[0]] % own[grown[0]]:
+        raise _RefusedError("a reshape across the images of a batch")
+    sizes[place] = sizes[place] * now[grown[0]] // own[grown[0]]
     return x.reshape(sizes)
+
+
+def _expand(op: _Op, x: Tensor, shape: Any) -> Tensor:
+    sizes = _numbers(shape, "sizes")
+    own = op.own or tuple(x.shape)
+    shorter = len(sizes) - x.dim()
+    for axis in range(x.dim()):
+        if sizes and shorter + axis >= 0 and sizes[shorter + axis] in (1, own[axis]):
+            sizes[shorter + axis] = x.shape[axis]
+    return x.expand(np.broadcast_shapes(tuple(x.shape), tuple(sizes)))
+
+
+def _concat(op: _Op, *parts: Any) -> Tensor:
+    """Constant parts are there for as many images as the file has, the same for each."""
+    images = next(part for part in parts if isinstance(part, Tensor)).shape[0]
+
+    def repeated(part: Array) -> Tensor:
+        if part.ndim < 2 or (part != part[:1]).any():
+            raise _RefusedError("constants that are not the same for each image")
+        return torch.from_numpy(part[:1].astype(np.float32)).expand(images, *part.shape[1:])
+
+    return torch.cat([repeated(part) if isinstance(part, np.ndarray) else part for part in parts], op.get("axis"))
 
 
 def _flatten(op: _Op, x: Tensor) -> Tensor:
@@ -567,10 +661,11 @@ def _slice(op: _Op, x: Tensor, starts: Any = None, ends: Any = None, axes: Any =
     over = _axes(op, axes, x) or list(range(len(first)))
     step = _numbers(steps, "steps") if steps is not None else [1] * len(first)
     for axis, start, stop, by in zip(over, first, last, step, strict=True):
-        if by < 1:
-            raise _RefusedError("a part in reversed order")
         begin, end, _ = slice(start, stop, by).indices(x.shape[axis])
-        x = x[(*[slice(None)] * axis, slice(begin, end, by))]
+        if by < 0:
+            x = x.index_select(axis, torch.tensor(list(range(begin, end, by))))
+        else:
+            x = x[(*[slice(None)] * axis, slice(begin, end, by))]
     return x
 
 
@@ -578,18 +673,24 @@ def _split(op: _Op, x: Tensor, sizes: Any = None) -> tuple[Tensor, ...]:
     axis = op.get("axis", 0)
     parts = _numbers(sizes, "sizes") if sizes is not None else op.get("split")
     if parts is None:
-        count = op.get("num_outputs", 0) or op.get("outputs", 1)
+        count = op.get("num_outputs", 0) or op.outputs
         return tuple(torch.split(x, -(-x.shape[axis] // count), axis))
     return tuple(torch.split(x, list(parts), axis))
 
 
 def _gather(op: _Op, x: Tensor, index: Any) -> Tensor:
     places, axis = _numbers(index, "places"), op.get("axis", 0)
+    if not -x.dim() <= axis < x.dim():
+        raise _RefusedError(f"axis {axis} of a tensor that has {x.dim()}")
+    size = x.shape[axis]
+    outside = [place for place in places if not -size <= place < size]
+    if outside or not places:
+        raise _RefusedError(f"it picks place {outside[0]} of {size}" if outside else "it picks nothing")
     if index.ndim == 0:
         return x.select(axis, places[0])
-    if places != list(range(places[0], places[0] + len(places))):
-        raise _RefusedError("channels in another order")
-    return x.narrow(axis, places[0], len(places))
+    made = x.index_select(axis, torch.tensor([place % size for place in places]))
+    axis %= x.dim()
+    return made.reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]))
 
 
 def _pad(op: _Op, x: Tensor, pads: Any = None, value: Any = None, axes: Any = None) -> Tensor:
@@ -633,11 +734,18 @@ _OPS: dict[str, Callable[..., Any]] = {
     "Swish": lambda op, x: F.silu(x) if op.get("alpha", 1.0) == 1 else x * torch.sigmoid(x * op.get("alpha")),
     "Add": lambda op, x, y: x + y, "Sub": lambda op, x, y: x - y, "Mul": lambda op, x, y: x * y,
     "Div": lambda op, x, y: x / y, "Neg": lambda op, x: -x, "Sum": _sum,
-    "Concat": lambda op, *parts: torch.cat(parts, op.get("axis")), "Split": _split, "Slice": _slice, "Gather": _gather,
+    "Max": _limited, "Min": _limited, "Pow": _power, "Expand": _expand, "Concat": _concat,
+    "Split": _split, "Slice": _slice, "Gather": _gather,
     "Reshape": _reshape, "Flatten": _flatten, "Squeeze": _squeeze, "Unsqueeze": _unsqueeze, "Pad": _pad,
     "Transpose": lambda op, x: x.permute(op.get("perm", tuple(reversed(range(x.dim()))))),
     "Identity": lambda op, x: x, "Dropout": lambda op, x, *_: x, "Cast": _cast,
     "Shape": lambda op, x: np.array(tuple(x.shape)[op.get("start", 0) : op.get("end")], np.int64),
+}  # fmt: skip
+
+_WHY_NOT = {
+    **dict.fromkeys(("Softmax", "LogSoftmax"), "a network's output is its logits; write the file without it"),
+    **dict.fromkeys(("LayerNormalization", "InstanceNormalization", "GroupNormalization"),
+                    "a normalisation by statistics of the image at hand"),
 }  # fmt: skip
 
 
@@ -711,7 +819,8 @@ def _with(attributes: Attributes, x: Array, axes: Array | None = None) -> Array:
 
 
 _KINDS = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.INT64: np.int64, onnx.TensorProto.INT32: np.int32,
-          onnx.TensorProto.FLOAT16: np.float32, onnx.TensorProto.DOUBLE: np.float32}  # fmt: skip
+          onnx.TensorProto.FLOAT16: np.float32, onnx.TensorProto.DOUBLE: np.float32,
+          onnx.TensorProto.BOOL: np.bool_}  # fmt: skip
 
 
 def _as_kind(attributes: Attributes, x: Array) -> Array:
@@ -730,7 +839,9 @@ _FOLDED: dict[str, Callable[..., Array]] = {
     "Transpose": lambda attributes, x: np.transpose(x, attributes.get("perm")),
     "Add": _elementwise(np.add), "Sub": _elementwise(np.subtract), "Mul": _elementwise(np.multiply),
     "Div": lambda attributes, x, y: _elementwise(np.floor_divide if x.dtype.kind in "iu" else np.divide)({}, x, y),
-    "Sqrt": _elementwise(np.sqrt), "Neg": _elementwise(np.negative), "Reciprocal": _elementwise(np.reciprocal),
+    "Equal": _elementwise(np.equal), "Where": _elementwise(np.where), "Max": _elementwise(np.maximum),
+    "Min": _elementwise(np.minimum), "Sqrt": _elementwise(np.sqrt),
+    "Neg": _elementwise(np.negative), "Reciprocal": _elementwise(np.reciprocal),
 }  # fmt: skip
 
 
@@ -741,10 +852,5 @@ def _folded(kind: str, attributes: Attributes, inputs: Sequence[Array | None]) -
         raise _RefusedError("of constants alone, and not known")
     while inputs and inputs[-1] is None:
         inputs = inputs[:-1]
-    try:
-        with np.errstate(all="ignore"):
-            return [np.asarray(fold(attributes, *inputs))]
-    except _RefusedError:
-        raise
-    except Exception as error:
-        raise _RefusedError(f"it cannot be computed: {type(error).__name__}") from error
+    with _refusing():
+        return [np.asarray(fold(attributes, *inputs))]
