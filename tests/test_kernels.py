@@ -44,6 +44,7 @@ CONVOLUTIONS: list[tuple[Kernel, dict[str, Any]]] = [
     (Direct(), {"kernel": (4, 2), "padding": 1, "dilation": 2, "stride": 2}),
     *((Matrix(rows), {"kernel": 1, "padding": 0, **more}) for rows in (False, True) for more in ({}, {"stride": 2})),
     *((Matrix(rows), {"kernel": kernel, "stride": 2}) for rows in (False, True) for kernel in (3, (2, 4))),
+    (Matrix(False), {"kernel": 7, "padding": 3, "stride": 2}),
     *((Small(), {"channels": channels, "kernel": 3, "stride": stride}) for channels in (9, 56) for stride in (1, 2)),
     (Small(), {"kernel": (4, 2), "padding": (0, 1, 2, 2), "dilation": (1, 2)}),
     (Depthwise(), {"kernel": 3}),

@@ -34,8 +34,9 @@ from manidp.graph import Conv, sides
 OUTPUTS = 4  # at a time
 # of strided ones: what is under a tap pays to be gathered from so many inputs on, or up to few for so many outputs
 _WIDE, _FEW, _OUTPUTS = 64, 4, 16
-_TAPS = 9  # and up to so many taps
-_CACHE = 128 * 1024  # bytes of inputs that all outputs are made of before the next ones are taken
+_TAPS = 49  # and up to so many taps
+# bytes of inputs that all outputs are made of before the next ones are taken; a map of so many is taken as a whole
+_CACHE, _WHOLE = 128 * 1024, 300 * 1024
 
 _X, _WEIGHTS, _BIAS, _LI, _LO = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%li"), Pointer("%lo")
 _NI, _NO, _SCRATCH, _PRODUCTS = Index("%ni"), Index("%no"), Pointer("%scratch"), Pointer("%products")
@@ -126,7 +127,7 @@ class MultiplyMatrices(MapStep):
         blocks = _blocks(single(frame, lanes).blocks, (module.isa.registers - 1) // (OUTPUTS + 1))
         window = window_of(self.node)
         slot = self.inputs.count * window.taps * blocks.vectors * lanes + 64 // size
-        most = max(1, _CACHE // (slot * size))
+        most = blocks.count if blocks.count * slot * size <= _WHOLE else max(1, _CACHE // (slot * size))
         sweep = -(-blocks.count // -(-blocks.count // most))
         module.reserve_scratch(sweep * slot + OUTPUTS * blocks.vectors * lanes)
         operands = epilogues.operands_of(module, f, self.epilogue)
