@@ -7,7 +7,7 @@ reader.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,11 +20,12 @@ _LIMIT = 16  # nodes that one step may go on with: each makes the code of its in
 
 @dataclass
 class Task:
-    """A node that starts a step and the pointwise nodes fused into it."""
+    """A node that starts a step and the pointwise nodes fused into it, those ``before`` it on what it reads."""
 
     start: Node
     gated: bool  # whether a gate scales one of its nodes
     fused: list[Node] = field(default_factory=list)
+    before: tuple[Node, ...] = ()
 
     @property
     def name(self) -> str:
@@ -34,10 +35,39 @@ class Task:
     def nodes(self) -> tuple[Node, ...]:
         return (self.start, *self.fused)
 
+    @property
+    def reads(self) -> list[str]:
+        """The values that its nodes read, as often as they do."""
+        return [source for node in (*self.before, *self.nodes) for source in node.inputs]
+
 
 def tasks_of(graph: Graph) -> list[Task]:
     """The graph as tasks, each after those that it needs."""
     return _ordered(graph, _fused(graph))
+
+
+def absorbed(graph: Graph, tasks: list[Task], can_apply: Callable[[Conv], bool]) -> list[Task]:
+    """The tasks without those that a convolution does on what it reads: it alone reads what they make of one map.
+
+    ``can_apply``: whether a convolution can. No gate may have a part in them.
+    """
+    made: dict[str, Task] = {}
+    for task in tasks:
+        before = made.get(task.start.inputs[0]) if isinstance(task.start, Conv) and can_apply(task.start) else None
+        if before is not None and _of_one_map(graph, before):
+            task.before = before.nodes
+            del made[before.name]
+        made[task.name] = task
+    return list(made.values())
+
+
+def _of_one_map(graph: Graph, task: Task) -> bool:
+    """Whether a task is element by element, of one map and factors of its channels, for one reader and no gate."""
+    inside = {node.name for node in task.nodes}
+    maps = [name for name in task.reads if name not in inside and len(graph.shapes[name]) == 3]
+    free = not task.gated and gate_to_skip(graph, task) is None and task.start.name not in graph.wanted
+    pointwise = all(isinstance(node, POINTWISE) for node in task.nodes)
+    return pointwise and free and len(maps) == 1 and len(graph.readers[task.name]) == 1
 
 
 def gate_to_skip(graph: Graph, task: Task) -> str | None:
@@ -94,7 +124,7 @@ def _ordered(graph: Graph, tasks: list[Task]) -> list[Task]:
     readers: list[list[int]] = [[] for _ in tasks]
     missing: list[int] = []
     for index, task in enumerate(tasks):
-        sources = [source for node in task.nodes for source in node.inputs] + _deciding(graph, task)
+        sources = task.reads + _deciding(graph, task)
         needed = {makes[source] for source in sources} - {index}
         missing.append(len(needed))
         for other in needed:

@@ -60,16 +60,18 @@ def place(
     steps: Sequence[Step],
     vectors: Mapping[VectorKey, int],
     in_place: Mapping[MapKey, MapKey],
+    within: Mapping[MapKey, tuple[MapKey, int]],
     lanes: int,
     element: Element,
     reuse: bool,
 ) -> tuple[dict[MapKey, Map], dict[VectorKey, int], int, list[tuple[int, MapKey]]]:
     """Layout and place of every map, place of every vector, how many floats that takes, and what is to be cleared.
 
-    vectors: their sizes in floats. in_place: a map -> the one whose memory it takes, which has its own. ``reuse``: the
-    memory of maps that are no longer needed. To be cleared: (number of a step, map whose gaps must be zeros before it).
+    vectors: their sizes in floats. in_place: a map -> the one whose memory it takes, which has its own. within: a map
+    -> the one of which it is some channels, and the first of these; no map is in both. ``reuse``: the memory of maps
+    that are no longer needed. To be cleared: (number of a step, map whose gaps must be zeros before it).
     """
-    layouts = _layouts(graph, steps, lanes)
+    layouts = _layouts(graph, steps, within, lanes)
     slack = 16 * lanes  # blocks may read, never write, up to 9 vectors beyond a map and one before (docs/engine.md)
     size = slack
 
@@ -81,10 +83,18 @@ def place(
         offsets[vector] = size
         size += _whole(length + lanes, 16)
 
+    def owner(key: MapKey) -> tuple[MapKey, int]:
+        """The map that has the memory, and the channel of it at which this one begins."""
+        key, first = in_place.get(key, key), 0
+        while key in within:
+            key, channel = within[key]
+            first += channel
+        return key, first
+
     life: dict[MapKey, list[int]] = {}  # first and last step that touches the memory of a map
     for index, step in enumerate(steps):
         for key in step.maps():
-            life.setdefault(in_place.get(key, key), [index, index])[1] = index
+            life.setdefault(owner(key)[0], [index, index])[1] = index
     free: defaultdict[Layout, list[tuple[int, int]]] = defaultdict(
         list
     )  # (channels, number of a slot), the fewest channels first
@@ -109,8 +119,11 @@ def place(
     size, shared = _lay(slots, size, share=reuse and sum(slot.size for slot in slots) > SMALL)
     maps = {}
     for key, layout in layouts.items():
-        slot = slot_of.get(in_place.get(key, key))
+        whole, first = owner(key)
+        slot = slot_of.get(whole)
         at, gap = (slot.at + slot.gap, slot.gap) if slot else (-1, 0)
+        if first:
+            at, gap = at + first * layout.channel * element.size // FLOAT.size, 0
         maps[key] = Map(at, graph.shapes[key.node][0], layout, gap)
     return maps, offsets, size + slack, [(slot.first, slot.key) for slot in shared]
 
@@ -158,8 +171,10 @@ def _give_back(free: list[tuple[int, int]], at: int, size: int) -> None:
     free.insert(index, (at, size))
 
 
-def _layouts(graph: Graph, steps: Sequence[Step], lanes: int) -> dict[MapKey, Layout]:
-    """Maps that one step walks together get one pitch; maps of one size and pitch get one layout."""
+def _layouts(
+    graph: Graph, steps: Sequence[Step], within: Mapping[MapKey, tuple[MapKey, int]], lanes: int
+) -> dict[MapKey, Layout]:
+    """Maps that one step walks together, or that lie in one, get one pitch; maps of one size and pitch one layout."""
     parent: dict[MapKey, MapKey] = {}
 
     def find(key: MapKey) -> MapKey:
@@ -175,6 +190,8 @@ def _layouts(graph: Graph, steps: Sequence[Step], lanes: int) -> dict[MapKey, La
         together = step.together()
         for key in together:
             parent[find(key)] = find(together[0])
+    for key, (whole, _) in within.items():
+        parent[find(key)] = find(whole)
     size = {key: graph.shapes[key.node][1:] for key in parent}
     pitch: dict[MapKey, int] = {}
     for key in parent:

@@ -15,13 +15,13 @@ import numpy as np
 
 from manidp.engine import vectors
 from manidp.engine.draft import Array, Draft
-from manidp.engine.fusion import Task, gate_to_skip, tasks_of
+from manidp.engine.fusion import Task, absorbed, gate_to_skip, tasks_of
 from manidp.engine.ir import FLOAT, Element
 from manidp.engine.kernels.convolution import Kernel, Packed, cheapest
 from manidp.engine.kernels.copies import ClearGaps, FlattenMap, LoadImage, MoveChannels, Relayout
 from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
-from manidp.engine.kernels.matrix import Matrix
+from manidp.engine.kernels.matrix import Matrix, MultiplyMatrices
 from manidp.engine.kernels.pointwise import Pointwise
 from manidp.engine.kernels.small import Small
 from manidp.engine.kernels.vector import VectorOp
@@ -47,6 +47,7 @@ from manidp.graph import (
     Select,
     Shuffle,
     Slice,
+    sides,
 )
 
 KERNELS: tuple[Kernel, ...] = (Winograd(2), Winograd(4), Depthwise(), Matrix(False), Matrix(True), Small(), Direct())
@@ -78,17 +79,19 @@ class _Planner:
         self.phases: dict[str, int] = {}  # of each map as its step stores it
         self.copied: set[MapKey] = set()
         self.in_place: dict[MapKey, MapKey] = {}  # a map -> the one whose memory it takes, which has its own
+        self.within: dict[MapKey, tuple[MapKey, int]] = {}  # a map that is channels of another, from this one on
         self.tasks = tasks_of(graph)
-        self.last_read = {
-            source: index for index, task in enumerate(self.tasks) for node in task.nodes for source in node.inputs
-        }
+        if reuse:
+            self.tasks = absorbed(graph, self.tasks, self._applies)
+        self.last_read = {source: index for index, task in enumerate(self.tasks) for source in task.reads}
 
     def plan(self, scale: Array, shift: Array) -> Plan:
         for index, task in enumerate(self.tasks):
             self._lower(index, task)
         maps, places, workspace, cleared = place(
-            self.graph, self.draft.steps, self.draft.vectors, self.in_place, self.lanes, self.element, self.reuse
-        )
+            self.graph, self.draft.steps, self.draft.vectors, self.in_place, self.within, self.lanes, self.element,
+            self.reuse,
+        )  # fmt: skip
         for index, key in sorted(cleared, key=lambda item: item[0], reverse=True):
             self.draft.steps.insert(index, ClearGaps(key))
         most = max(shape[0] for shape in self.graph.shapes.values() if len(shape) == 3)
@@ -157,13 +160,20 @@ class _Planner:
         packed = Packed(at, rows.shape[1], self.draft.constants.add(bias, owner=owner))
         inputs = self.draft.channels(node.inputs[0], "read")
         phases_in, phases_out = kernel.phases(node)
-        source = self._read(node.inputs[0], phases_in)
-        self._finish(
-            index,
-            task,
-            phases_out,
-            lambda channels, epilogue: kernel.step(node, source, packed, inputs, channels, epilogue),
-        )
+        first = Task(task.before[0], False, list(task.before[1:])) if task.before else None
+        source = self._read(first.start.inputs[0] if first else node.inputs[0], phases_in)
+
+        def step(channels: Channels, epilogue: Epilogue) -> Step:
+            made = kernel.step(node, source, packed, inputs, channels, epilogue)
+            if first and isinstance(made, MultiplyMatrices):
+                return replace(made, before=tuple(op for _, op in self._ops(first, phases_in)))
+            return made
+
+        self._finish(index, task, phases_out, step)
+
+    def _applies(self, node: Conv) -> bool:
+        """Whether a convolution can do something element by element on what it reads; zeros around it stay zeros."""
+        return isinstance(self._kernel(node), Matrix) and window_of(node).taps == 1 and not any(sides(node.padding))
 
     def _kernel(self, node: Conv) -> Kernel:
         inputs, *_ = self.graph.shapes[node.inputs[0]]
@@ -243,11 +253,11 @@ class _Planner:
         """A map to add whose memory the result may take: nothing reads it later, and the step reads it only here."""
         if not self.reuse:
             return None
-        read = [source for node in task.nodes for source in node.inputs]
         for node, op in ops:
             if isinstance(node, Add) and isinstance(op.operand, MapKey):
                 value = op.operand.node
-                if self.last_read[value] == index and read.count(value) == 1:
+                shared = op.operand in self.within or any(op.operand == whole for whole, _ in self.within.values())
+                if self.last_read[value] == index and task.reads.count(value) == 1 and not shared:
                     return op.operand
         return None
 
@@ -274,14 +284,23 @@ class _Planner:
         phases = self.phases[node.inputs[0]]
         self.phases[node.name] = phases
         self.draft.pool_anew(node.name)
-        first = 0
+        whole, first = MapKey(node.name, phases), 0
         for source in node.inputs:
-            epilogue = Epilogue(
-                MapKey(node.name, phases), first_channel=first, pooled=self.draft.pooled_sums(node.name)
-            )
-            channels = self.graph.shapes[source][0]
-            self.draft.steps.append(Pointwise(self._read(source, phases), None, Channels(channels), epilogue))
+            part, channels = self._read(source, phases), self.graph.shapes[source][0]
+            if self._can_lie_within(part, node):
+                self.within[part] = whole, first
+            else:
+                epilogue = Epilogue(whole, first_channel=first, pooled=self.draft.pooled_sums(node.name))
+                self.draft.steps.append(Pointwise(part, None, Channels(channels), epilogue))
             first += channels
+
+    def _can_lie_within(self, part: MapKey, node: Concat) -> bool:
+        """Whether a map may lie where it is to be put, so that nothing is copied: its memory is not another's already.
+
+        Where all pooled sums of the concatenation are made on the way, it is copied.
+        """
+        taken = part in self.within or part in self.in_place or part in self.in_place.values()
+        return self.reuse and not taken and not self.draft.pooled_kinds(node.name)
 
     def _move(self, node: Node) -> None:
         source = self._read(node.inputs[0], self.phases[node.inputs[0]])

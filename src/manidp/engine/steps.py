@@ -127,6 +127,11 @@ class Op:
     kind: Literal["apply", "scale", "affine", "prelu", "add", "multiply"]  # affine: scale and shift
     operand: Applied | VectorKey | int | MapKey
 
+    @property
+    def signature(self) -> object:
+        """What its code depends on, names and places aside."""
+        return self.kind, self.operand if self.kind == "apply" else None
+
 
 @dataclass(frozen=True)
 class Epilogue:
@@ -146,8 +151,7 @@ class Epilogue:
     @property
     def signature(self) -> object:
         """What its code depends on, names and places aside."""
-        ops = tuple((op.kind, op.operand if op.kind == "apply" else None) for op in self.ops)
-        return ops, self.stored, tuple(sums.part for sums in self.pooled)
+        return tuple(op.signature for op in self.ops), self.stored, tuple(sums.part for sums in self.pooled)
 
 
 @dataclass(frozen=True)

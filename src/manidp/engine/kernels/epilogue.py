@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from manidp.engine.ir import Function, Index, Pointer, Vec
 from manidp.engine.module import Module
-from manidp.engine.steps import Epilogue, Layout, MapKey, VectorKey
+from manidp.engine.steps import Epilogue, Layout, MapKey, Op, VectorKey
 from manidp.engine.walk import mask_of, single
 
 START = {"average": 0.0, "max": -np.inf}  # of pooled sums and maxima
@@ -14,15 +16,7 @@ START = {"average": 0.0, "max": -np.inf}  # of pooled sums and maxima
 
 def operands_of(module: Module, f: Function, epilogue: Epilogue) -> list[Pointer]:
     """What a function with this epilogue takes: pointers of the operations, of the stored map, of pooled sums."""
-    pointers = []
-    for op in epilogue.ops:
-        match op.operand:
-            case MapKey() as key:
-                pointers.append(module.map_at(f, key))
-            case VectorKey() as key:
-                pointers.append(module.vector_at(f, key))
-            case int(offset):
-                pointers.append(module.constant_at(f, offset))
+    pointers = pointers_of(module, f, epilogue.ops)
     if epilogue.stored:
         frame = module.plan.maps[epilogue.frame].layout
         first = epilogue.first_channel * frame.channel
@@ -32,9 +26,44 @@ def operands_of(module: Module, f: Function, epilogue: Epilogue) -> list[Pointer
     return pointers
 
 
-def parameters_of(operands: list[Pointer]) -> list[Pointer]:
+def pointers_of(module: Module, f: Function, ops: Sequence[Op]) -> list[Pointer]:
+    """The operands of operations that have one in memory."""
+    pointers = []
+    for op in ops:
+        match op.operand:
+            case MapKey() as key:
+                pointers.append(module.map_at(f, key))
+            case VectorKey() as key:
+                pointers.append(module.vector_at(f, key))
+            case int(offset):
+                pointers.append(module.constant_at(f, offset))
+    return pointers
+
+
+def parameters_of(operands: list[Pointer], name: str = "p") -> list[Pointer]:
     """The names under which such a function has its operands."""
-    return [Pointer(f"%p{i}") for i in range(len(operands))]
+    return [Pointer(f"%{name}{i}") for i in range(len(operands))]
+
+
+def factors_of(g: Function, op: Op, pointers: Iterator[Pointer], channel: Index) -> tuple[Vec, ...]:
+    """A factor, or a scale and a shift, of a channel: what an operation needs that takes no map."""
+    if op.kind in ("scale", "prelu"):
+        return (g.splat_float(next(pointers), channel),)
+    if op.kind == "affine":
+        pair = g.floats.at(next(pointers), g.scaled(channel, 2))
+        return g.splat_float(pair, 0), g.splat_float(pair, 1)
+    return ()
+
+
+def applied(g: Function, op: Op, factors: tuple[Vec, ...], y: Vec) -> Vec:
+    """An operation that takes no map, done to a vector of a channel."""
+    if isinstance(op.operand, tuple):
+        return g.apply(*op.operand, g.spoil(y))
+    if op.kind == "prelu":
+        return g.prelu(y, factors[0])
+    if op.kind == "scale":
+        return g.arithmetic("fmul", y, factors[0])
+    return g.fma(y, factors[0], factors[1])
 
 
 class Element:
@@ -49,16 +78,9 @@ class Element:
         self.maps: list[Pointer] = []  # of each operation: the map beside the value,
         self.factors: list[tuple[Vec, ...]] = []  # or a factor, or a scale and a shift
         for op in epilogue.ops:
-            place, factors = Pointer(), tuple[Vec, ...]()
-            if op.kind in ("add", "multiply"):
-                place = g.at(next(pointers), in_map)
-            elif op.kind in ("scale", "prelu"):
-                factors = (g.splat_float(next(pointers), channel),)
-            elif op.kind == "affine":
-                pair = g.floats.at(next(pointers), g.scaled(channel, 2))
-                factors = (g.splat_float(pair, 0), g.splat_float(pair, 1))
-            self.maps.append(place)
-            self.factors.append(factors)
+            takes_map = op.kind in ("add", "multiply")
+            self.maps.append(g.at(next(pointers), in_map) if takes_map else Pointer())
+            self.factors.append(factors_of(g, op, pointers, channel))
         self.into = g.at(next(pointers), in_map) if epilogue.stored else None
         self.sums = [(sums.part, g.floats.at(next(pointers), g.scaled(channel, g.lanes))) for sums in epilogue.pooled]
         self.totals: dict[str, Vec] = {}
@@ -67,16 +89,10 @@ class Element:
         """Do it for one vector of a phase, ``beyond`` elements behind the start; ``block``: its number in the map."""
         g, offset = self.g, phase * self.frame.plane + beyond
         for op, place, factors in zip(self.epilogue.ops, self.maps, self.factors, strict=True):
-            if isinstance(op.operand, tuple):
-                y = g.apply(*op.operand, g.spoil(y))
-            elif op.kind == "prelu":
-                y = g.prelu(y, factors[0])
-            elif op.kind == "scale":
-                y = g.arithmetic("fmul", y, factors[0])
-            elif op.kind == "affine":
-                y = g.fma(y, factors[0], factors[1])
-            else:
+            if op.kind in ("add", "multiply"):
                 y = g.arithmetic("fadd" if op.kind == "add" else "fmul", y, g.load(place, offset))
+            else:
+                y = applied(g, op, factors, y)
         mask = mask_of(self.module, self.frame, phase, single(self.frame, g.lanes), 0).bits(g, block)
         if self.into:
             g.store(g.zero_unless(mask, y), self.into, offset)  # gaps are zeros anyway

@@ -27,7 +27,7 @@ from manidp.engine.kernels import epilogue as epilogues
 from manidp.engine.kernels.convolution import Kernel, Packed, apart
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.module import WORKSPACE, Module
-from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, MapStep, Step, Window, window_of
+from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, MapStep, Op, Step, Window, window_of
 from manidp.engine.walk import single, tap
 from manidp.graph import Conv, sides
 
@@ -117,6 +117,7 @@ class MultiplyMatrices(MapStep):
     inputs: Channels
     outputs: Channels
     epilogue: Epilogue
+    before: tuple[Op, ...] = ()  # done to what it reads, where it has one tap
 
     def walks(self) -> Conv:
         return self.node
@@ -136,16 +137,23 @@ class MultiplyMatrices(MapStep):
             tiles = -(-self.outputs.count // OUTPUTS)
             sizes = range(self.outputs.count // tiles, -(-self.outputs.count // tiles) + 1)
         extra = epilogues.parameters_of(operands)
-        code = _Code(module, self.rows, window, blocks, sizes, source, frame, self.epilogue, extra)
-        arguments = [_X, _WEIGHTS, _BIAS, _LI, _NI, _LO, _NO, _ROW, _SCRATCH, _SLOT, _SWEEP, *code.extra]
-        key = ("matrices", self.rows, window, blocks, sizes, source, frame, self.epilogue.signature)
+        factors = epilogues.pointers_of(module, f, self.before)
+        code = _Code(
+            module, self.rows, window, blocks, sizes, source, frame, self.epilogue, extra, self.before,
+            epilogues.parameters_of(factors, "q"),
+        )  # fmt: skip
+        arguments = [
+            _X, _WEIGHTS, _BIAS, _LI, _NI, _LO, _NO, _ROW, _SCRATCH, _SLOT, _SWEEP, *code.extra, *code.factors,
+        ]  # fmt: skip
+        before = tuple(op.signature for op in self.before)
+        key = ("matrices", self.rows, window, blocks, sizes, source, frame, self.epilogue.signature, before)
         name = module.function(key, arguments, code.write)
         li, _, ni = module.lists(f, self.inputs)
         lo, _, no = module.lists(f, self.outputs)
         f.call(
             name, module.map_at(f, self.source), module.constant_at(f, self.packed.weights),
             module.constant_at(f, self.packed.bias), li, ni, lo, no, self.packed.row,
-            f.at(WORKSPACE, module.plan.workspace), slot, sweep, *operands,
+            f.at(WORKSPACE, module.plan.workspace), slot, sweep, *operands, *factors,
         )  # fmt: skip
 
 
@@ -162,6 +170,8 @@ class _Code:
     frame: Layout
     epilogue: Epilogue
     extra: list[Pointer]
+    before: tuple[Op, ...]
+    factors: list[Pointer]
 
     def write(self, g: Function) -> None:
         """Sweep by sweep: as many blocks as fit the cache, tile by tile of outputs, block by block."""
@@ -171,7 +181,7 @@ class _Code:
         def one_sweep(s: Index) -> list[Index]:
             first = g.scaled(s, _SWEEP)
             end = g.least(count, g.plus(first, _SWEEP))
-            g.call(self._gather(), _X, _LI, _NI, _SCRATCH, first, end, _SLOT)
+            g.call(self._gather(), _X, _LI, _NI, _SCRATCH, first, end, _SLOT, *self.factors)
 
             def one_tile(t: Index) -> list[Index]:
                 begin = g.divided(g.scaled(t, _NO), tiles)
@@ -222,7 +232,9 @@ class _Code:
             ]
 
             def one_input(j: Index) -> list[Index]:
-                x = g.at(_X, g.scaled(g.index(_LI, j), channel))
+                i, pointers = g.index(_LI, j), iter(self.factors)
+                x = g.at(_X, g.scaled(i, channel))
+                factors = [epilogues.factors_of(g, op, pointers, i) for op in self.before]
                 for vectors, low, high in ranges:
 
                     def one_block(b: Index, vectors: int = vectors, low: Index = low) -> list[Index]:
@@ -234,6 +246,8 @@ class _Code:
                         for t, (offset, (mask,)) in enumerate(taps):
                             for v in range(vectors):
                                 value = g.load(here, offset + v * g.lanes)
+                                for op, numbers in zip(self.before, factors, strict=True):
+                                    value = epilogues.applied(g, op, numbers, value)
                                 value = g.zero_unless(mask.bits(g, g.plus(first, v)), value)
                                 g.store(value, into, (t * vectors + v) * g.lanes)
                         return []
@@ -243,8 +257,9 @@ class _Code:
 
             g.loop(_NI, one_input)
 
-        key = ("gather", blocks, channel, window.taps > 1 and (window, self.source, self.frame))
-        return self.module.function(key, [_X, _LI, _NI, _SCRATCH, _FIRST, _END, _SLOT], write)
+        before = tuple(op.signature for op in self.before)
+        key = ("gather", blocks, channel, window.taps > 1 and (window, self.source, self.frame), before)
+        return self.module.function(key, [_X, _LI, _NI, _SCRATCH, _FIRST, _END, _SLOT, *self.factors], write)
 
     def _multiply(self, outputs: int, vectors: int) -> str:
         """The function that multiplies and adds: some outputs of a block, from all kept inputs."""
