@@ -3,6 +3,11 @@
 `make zoo` measures all of them for pictures of 32 x 32 and 224 x 224; `make zoo ONLY=mobilenet-v2` one. Networks enter
 through ``manidp.from_torch`` with random weights. The two take turns; times are medians over rounds, and so is the
 ratio of their times in a round: below 1 the engine is faster. At 32 x 32 stems have no stride and no pooling.
+
+`make zoo GATED=1` adds the same networks with gates that close channels until half of the multiply-adds are left,
+beside both on the dense network. Weights are random, and so are the scores of channels, U(0.5, 1.5); they are computed
+for every image, but come out the same: each image keeps the same channels. One keep rate sets all thresholds. Where
+half cannot be reached, because what has no gate takes more, the gates close everything.
 """
 
 from __future__ import annotations
@@ -10,23 +15,28 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from zoo import Basic, Bottleneck, DenseLayer, Head, Inverted, ShuffleV2, SqueezeExcite, conv, seeded
 
-from manidp import from_torch
+from manidp import from_torch, gate
 from manidp.bench.measure import Contender, interleaved, pinned
-from manidp.bench.peers import PEERS
+from manidp.bench.peers import PEERS, Batch, Run
 from manidp.engine.engine import Engine
+from manidp.formats.checkpoint import Checkpoint
 from manidp.graph.macs import dense_macs
 from manidp.machine import describe
+from manidp.training.schedule import thresholds_for_budget
 
 SIZES = (32, 224)
 SECONDS = 0.1  # that a turn takes, about
+SHARE = 0.5  # of the multiply-adds, of gated networks
 Block = Callable[[int, int, int], nn.Module]  # of input channels, output channels, stride
 
 
@@ -166,25 +176,80 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def measured(name: str, size: int, rounds: int) -> dict[str, Any]:
-    """Medians and quartiles of one network. Raises AssertionError if the two differ in their logits."""
+def gated(dense: Checkpoint, share: float) -> Checkpoint:
+    """The network with gates that leave ``share`` of its multiply-adds, those of the gates included; else the least."""
+    made = gate(dense).network
+    chance = np.random.default_rng(0)
+    scores = {
+        name: chance.uniform(0.5, 1.5, count).astype(np.float32) for name, count in made.graph.gate_channels.items()
+    }
+    limits = thresholds_for_budget(
+        made.graph, {name: value[None] for name, value in scores.items()}, share * dense_macs(dense.graph)
+    )
+    weights = dict(made.weights)  # a new gate's score is its last bias
+    for name, limit in limits.items():
+        weights |= {f"{name}.fc2.bias": scores[name], f"{name}.threshold": np.array(limit, np.float32)}
+    return replace(made, weights=weights)
+
+
+def opened(checkpoint: Checkpoint, image: Batch, name: str) -> tuple[Engine, Run]:
+    """The engine and ONNX Runtime. Raises AssertionError if the two differ in their logits."""
+    engine, peer = Engine(checkpoint), PEERS[0].open(checkpoint, 1, 1, image)
+    wanted = peer.run(image)
+    assert np.abs(engine.run(image).logits - wanted).max() < 1e-3 * np.abs(wanted).max(), f"{name}: logits differ"
+    return engine, peer.run
+
+
+def measured(name: str, size: int, rounds: int, share: float | None = None) -> dict[str, Any]:
+    """Medians and quartiles of one network; ``share``: of the multiply-adds, for which it is gated as well."""
     image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    checkpoint = from_torch(seeded(lambda: NETWORKS[name](size), 0), image)
-    pixels, engine = image.numpy(), Engine(checkpoint)
-    peer = PEERS[0].open(checkpoint, 1, 1, pixels)
-    wanted = peer.run(pixels)
-    assert np.abs(engine.run(pixels).logits - wanted).max() < 1e-3 * np.abs(wanted).max(), f"{name}: logits differ"
-    runs = {"manidp": lambda images: engine.run(images).logits, PEERS[0].name: peer.run}
+    dense, pixels = from_torch(seeded(lambda: NETWORKS[name](size), 0), image), image.numpy()
+    engine, peer = opened(dense, pixels, name)
+    runs = {PEERS[0].name: peer, "manidp": lambda images: engine.run(images).logits}
+    row: dict[str, Any] = {"network": name, "size": size, "macs": dense_macs(dense.graph), "isa": engine.isa.name}
+    if share is not None:
+        skipping, _ = opened(gated(dense, share), pixels, name)
+        runs["gated"] = lambda images: skipping.run(images).logits
+        row["share"] = float(skipping.run(pixels).macs[0]) / row["macs"]
     contenders = [Contender(runtime, name, "everything", "float32", run) for runtime, run in runs.items()]
     with pinned(1):
         once = np.mean(interleaved(contenders, {name: pixels}, 1, 1, 1, 1)) / 1e3
         turn = np.repeat(pixels, max(1, round(SECONDS / float(once))), axis=0)
-        ours, theirs = interleaved(contenders, {name: turn}, 1, len(turn), rounds, 1)
-    low, ratio, high = np.percentile(ours / theirs, [25, 50, 75])
-    return {
-        "network": name, "size": size, "macs": dense_macs(checkpoint.graph), "isa": engine.isa.name,
-        "manidp": np.median(ours), PEERS[0].name: np.median(theirs), "ratio": ratio, "lower": low, "upper": high,
-    }  # fmt: skip
+        times = dict(zip(runs, interleaved(contenders, {name: turn}, 1, len(turn), rounds, 1), strict=True))
+    row |= {runtime: float(np.median(time)) for runtime, time in times.items()}
+    row |= {f"ratio, {ours}/{theirs}": quartiles(times[ours] / times[theirs]) for ours, theirs in ratios(share)}
+    return row
+
+
+def quartiles(values: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Median, lower and upper quartile."""
+    low, middle, high = np.percentile(values, [25, 50, 75]).tolist()
+    return middle, low, high
+
+
+def ratios(share: float | None) -> list[tuple[str, str]]:
+    """Which time is divided by which."""
+    dense = [("manidp", PEERS[0].name)]
+    return dense if share is None else [*dense, ("gated", PEERS[0].name), ("gated", "manidp")]
+
+
+def header(share: float | None) -> str:
+    """The first two lines of the table, in Markdown."""
+    cells = ["network", "pixels", "M multiply-adds", "manidp, ms", f"{PEERS[0].name}, ms"]
+    cells += [] if share is None else ["computed", "gated, ms"]
+    cells += [f"{ours} / {theirs} (quartiles)" for ours, theirs in ratios(share)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (cells, ["---"] * len(cells)))
+
+
+def line(row: dict[str, Any], share: float | None) -> str:
+    """A network's line of it."""
+    cells = [row["network"], str(row["size"]), f"{row['macs'] / 1e6:,.0f}"]
+    cells += [f"{row[name]:.3f}" for name in ("manidp", PEERS[0].name)]
+    cells += [] if share is None else [f"{row['share']:.0%}", f"{row['gated']:.3f}"]
+    for ours, theirs in ratios(share):
+        middle, low, high = row[f"ratio, {ours}/{theirs}"]
+        cells.append(f"{middle:.2f} ({low:.2f}, {high:.2f})")
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -192,25 +257,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), help=f"of {', '.join(NETWORKS)}; default: all")
     parser.add_argument("--size", type=int, action="append", choices=SIZES, help="of the pictures; default: both")
+    parser.add_argument("--gated", action="store_true", help="half of the multiply-adds, too")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, help="file for the record, JSON")
     options = parser.parse_args()
     unknown = sorted(set(options.networks) - set(NETWORKS))
     if unknown:
         parser.error(f"networks are {', '.join(NETWORKS)}; got {', '.join(unknown)}")
+    share = SHARE if options.gated else None
     rows = []
-    print(f"{'':16} size  M multiply-adds    manidp, ms  {PEERS[0].name}, ms  ratio (quartiles)")
+    print(header(share))
     for name in options.networks:
         for size in options.size or SIZES:
-            row = measured(name, size, options.rounds)
-            rows.append(row)
-            print(
-                f"{name:16} {size:4} {row['macs'] / 1e6:16,.0f} {row['manidp']:13.3f} {row[PEERS[0].name]:17.3f}"
-                f"  {row['ratio']:.2f} ({row['lower']:.2f}, {row['upper']:.2f})",
-                flush=True,
-            )
-    ratios = [row["ratio"] for row in rows]
-    print(f"geometric mean of the ratios {np.exp(np.mean(np.log(ratios))):.2f}, largest {max(ratios):.2f}")
+            rows.append(measured(name, size, options.rounds, share))
+            print(line(rows[-1], share), flush=True)
+    for ours, theirs in ratios(share):
+        found = [row[f"ratio, {ours}/{theirs}"][0] for row in rows]
+        mean = np.exp(np.mean(np.log(found)))
+        print(f"{ours} / {theirs}: geometric mean {mean:.2f}, largest {max(found):.2f}")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         record = {"machine": describe(PEERS[0].package, "torch"), "rounds": options.rounds, "rows": rows}
