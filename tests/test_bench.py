@@ -93,6 +93,36 @@ def test_every_contender_takes_every_image_of_a_round_once_in_each_round() -> No
     assert len(seen["a"]) == 10 * (1 + 4)
 
 
+def test_a_large_set_is_read_in_pieces_and_its_rows_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, labels = small("gated"), {"model": load_sample().labels[:25]}
+    asked: list[int] = []
+
+    class Watched(measure.Prepared):
+        def __getitem__(self, part: slice, /) -> Batch:
+            made = super().__getitem__(part)
+            asked.append(len(made))
+            return made
+
+    engine = Engine(model)
+    contender = Contender("peer", "model", "kept channels", "float32", lambda images: engine.run(images).logits)
+    pieces = Watched(model.preprocessing, load_sample().images[:25])
+    whole = pieces[:]
+    asked.clear()
+    monkeypatch.setattr(measure, "PIECE", 4)
+    peak = {available_isas()[0]: 1e9}
+    rows = [
+        list(measure._rows([contender], [np.ones(3)], {"model": model}, {"model": images}, labels, 6, 1, peak))
+        for images in (pieces, whole)
+    ]
+    assert rows[0] == rows[1]
+    assert max(asked) == 6
+    result = engine.run(whole)
+    assert rows[0][0].correct == (result.logits.argmax(1) == labels["model"]).sum()
+    assert rows[0][0].macs == pytest.approx(result.macs.mean()) and rows[0][0].largest_difference == 0
+    interleaved([contender], {"model": pieces}, 5, 10, 2, threads=1)
+    assert max(asked) == 6
+
+
 def test_the_peak_is_about_lanes_times_clock() -> None:
     peaks = [multiply_add_peak(ISAS[isa], rounds=5) for isa in available_isas()]
     for isa, peak in zip(available_isas(), peaks, strict=True):

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -41,7 +41,30 @@ Labels = Mapping[str, NDArray[np.int64]]  # of every image, into the classes of 
 Say = Callable[[str], None]  # told what is being done
 PRECISIONS = ("float32", "float16")
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []  # before a peer changes it
+PIECE = 100  # images of which answers are computed at once
+SINGLE = 2**26  # numbers that the images may have of which single ones are timed
 KEEP_RATE = 0.58  # of the networks without training: about 54 % fewer multiply-adds in a ResNet-20
+
+
+class Images(Protocol):
+    """Images as a model reads them, float32 (N, C, H, W): an array, or what makes the part that is asked for."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Pixels, made into what a model reads when it is asked for: as float32 a large test set takes too much memory."""
+
+    preprocessing: Preprocessing
+    pixels: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, part: slice, /) -> Batch:
+        return self.preprocessing.apply(self.pixels[part])
 
 
 @dataclass(frozen=True)
@@ -146,7 +169,8 @@ def _mode(
     skipped: dict[str, str] = {}
     total = len(images)
     batch = min(batch, total)
-    pixels, scales = _read(models, images), _read(models, calibration)
+    pixels = {name: Prepared(model.preprocessing, images) for name, model in models.items()}
+    scales = {name: model.preprocessing.apply(calibration) for name, model in models.items()}
     a_round = min(total // batch, max(100 // batch, 5)) * batch
     with pinned(threads):
         contenders = list(_contenders(models, _own(), peers, batch, threads, scales, skipped))
@@ -154,12 +178,6 @@ def _mode(
         rows = _rows(contenders, times, models, pixels, labels, batch, threads, peak)
         figures = {"batch": batch, "threads": threads, "rounds": rounds, "images_a_round": a_round}
         return {**figures, "rows": [asdict(row) for row in rows]}, skipped
-
-
-def _read(models: Mapping[str, Checkpoint], images: NDArray[np.uint8]) -> dict[str, Batch]:
-    """The images as each model reads them; one array for those that read them alike."""
-    once = {model.preprocessing: model.preprocessing.apply(images) for model in models.values()}
-    return {name: once[model.preprocessing] for name, model in models.items()}
 
 
 def _contenders(
@@ -200,7 +218,7 @@ def _logits(engine: Engine) -> Run:
 
 def interleaved(
     contenders: Sequence[Contender],
-    pixels: Mapping[str, Batch],
+    pixels: Mapping[str, Images],
     batch: int,
     a_round: int,
     rounds: int,
@@ -231,22 +249,22 @@ def interleaved(
 
 def _rows(
     contenders: Sequence[Contender], times: Sequence[NDArray[np.float64]], models: Mapping[str, Checkpoint],
-    pixels: Mapping[str, Batch], labels: Labels | None, batch: int, threads: int,
+    pixels: Mapping[str, Images], labels: Labels | None, batch: int, threads: int,
     peak: Mapping[str, float],
 ) -> Iterator[Row]:  # fmt: skip
-    truth = {name: Engine(model, threads=threads).run(pixels[name]) for name, model in models.items()}
+    truth = {name: _computed(Engine(model, threads=threads), pixels[name]) for name, model in models.items()}
     fastest = peak[available_isas()[0]]
     for contender, milliseconds in zip(contenders, times, strict=True):
-        wanted = truth[contender.model]
+        wanted, computed = truth[contender.model]
         own = pixels[contender.model]
         logits = _all_logits(contender.run, own, batch)
         answers = logits.argmax(1)
         model = models[contender.model]
         macs = float(dense_macs(model.graph))
         if contender.computes == "kept channels":  # only the engine does, and in float16 it may keep others
-            exact = contender.precision == "float32"
-            computed = wanted if exact else Engine(model, precision=contender.precision, threads=threads).run(own)
-            macs = float(computed.macs.mean())
+            if contender.precision != "float32":
+                _, computed = _computed(Engine(model, precision=contender.precision, threads=threads), own)
+            macs = computed
         lower, median, upper = np.percentile(milliseconds, [25, 50, 75])
         isa = contender.runtime.removeprefix("manidp ")
         yield Row(
@@ -254,19 +272,34 @@ def _rows(
             None if labels is None else int((answers == labels[contender.model]).sum()), len(own), macs,
             median, lower, upper,
             macs / median * 1e3 / (peak.get(isa, fastest) * threads),
-            float(np.abs(logits - wanted.logits).max() / np.abs(wanted.logits).max()),
-            int((answers != wanted.logits.argmax(1)).sum()),
+            float(np.abs(logits - wanted).max() / np.abs(wanted).max()),
+            int((answers != wanted.argmax(1)).sum()),
         )  # fmt: skip
 
 
-def _all_logits(run: Run, pixels: Batch, batch: int) -> Batch:
+def _computed(engine: Engine, images: Images) -> tuple[Batch, float]:
+    """Logits of every image, and mean multiply-adds."""
+    logits, macs = [], []
+    for start in range(0, len(images), PIECE):
+        result = engine.run(images[start : start + PIECE])
+        logits.append(result.logits)
+        macs.append(result.macs)
+    return np.concatenate(logits), float(np.concatenate(macs).mean())
+
+
+def _all_logits(run: Run, images: Images, batch: int) -> Batch:
     """Of every image; the last batch is filled up with the first images, whose answers are then dropped."""
-    filled = np.concatenate([pixels, pixels[: -len(pixels) % batch]])
-    return np.concatenate([run(filled[at : at + batch]) for at in range(0, len(filled), batch)])[: len(pixels)]
+    whole = len(images) // batch * batch
+    logits = [run(images[at : at + batch]) for at in range(0, whole, batch)]
+    if whole < len(images):
+        filled = np.concatenate([images[whole : len(images)], images[: whole + batch - len(images)]])
+        logits.append(run(filled)[: len(images) - whole])
+    return np.concatenate(logits)
 
 
 def _single_images(models: Mapping[str, Checkpoint], images: ImageSet, say: Say) -> list[dict[str, Any]]:
-    """Time of single images beside their multiply-adds: each the median of 15 passes over up to 1,000 images."""
+    """Time of single images beside their multiply-adds: each the median of 15 passes over up to 1,000 images, or as
+    many as SINGLE allows."""
     found = []
     with pinned(1):
         for name, model in models.items():
@@ -274,7 +307,8 @@ def _single_images(models: Mapping[str, Checkpoint], images: ImageSet, say: Say)
                 continue
             say(f"single images, {name}")
             engine = Engine(model)
-            pixels = model.preprocessing.apply(images.images[:1000])
+            height, width = images.size
+            pixels = model.preprocessing.apply(images.images[: min(1000, max(1, SINGLE // (3 * height * width)))])
             macs = engine.run(pixels).macs
             if np.ptp(macs) == 0:  # gates that are not trained: no image costs more than another
                 continue
