@@ -66,7 +66,8 @@ cards: $(VENV)/.base  ## Write the bundled card of our own model, and its digest
 	$(VENV)/bin/python models/make_cards.py
 
 table: $(VENV)/.dev data  ## Measure beside other runtimes on all test images; write the README's table (10 minutes, machine idle)
-	$(MANIDP) bench --data cifar10 --rounds 15 --growth --out benchmarks/bench.json --plot docs/speed.png
+	$(MANIDP) bench --data cifar10 --dense dense-res20 --dense models/static-res20/model.safetensors \
+		--rounds 15 --growth --out benchmarks/bench.json --plot docs/speed.png
 	$(VENV)/bin/python benchmarks/render_readme.py
 
 figure: $(VENV)/.dev data  ## Draw the README's picture from the bundled model and all test images

@@ -31,11 +31,16 @@ def table(record: dict[str, Any]) -> str:
             continue
         beside = _same(many, row)
         strong = "**" if row["computes"] == "kept channels" else ""
-        if row["computes"].startswith("all") and row["runtime"] != "ONNX Runtime":
+        original = row["computes"] == "everything" and row["model"] == _dense(single)
+        if (
+            not original
+            and row["computes"] != "kept channels"
+            and not (row["runtime"] == own or (row["runtime"], row["precision"]) == ("ONNX Runtime", "float32"))
+        ):
             continue
         runtime = row["runtime"] + ("" if row["precision"] == "float32" else f" ({row['precision']})")
         lines.append(
-            f"| `{row['model']}`: {row['computes']} | {strong}{runtime}{strong} "
+            f"| `{_short(row['model'])}`: {row['computes']} | {strong}{runtime}{strong} "
             f"| {row['correct']:,} = {row['correct'] / row['total']:.2%} | {row['macs'] / 1e6:.2f} M "
             f"| {strong}{row['median']:.3f} ms, {latency / row['median']:.1f}x{strong} "
             f"| {strong}{1e3 / beside['median']:,.0f} images/s, {throughput / beside['median']:.1f}x{strong} |"
@@ -63,7 +68,18 @@ def _dense_peer(mode: dict[str, Any]) -> float:
 
 
 def _dense_peers(mode: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in mode["rows"] if not row["runtime"].startswith("manidp") and row["computes"] == "everything"]
+    return [row for row in mode["rows"] if not row["runtime"].startswith("manidp") and row["model"] == _dense(mode)]
+
+
+def _dense(mode: dict[str, Any]) -> str:
+    """The original network: the first that was measured."""
+    name: str = mode["rows"][0]["model"]
+    return name
+
+
+def _short(model: str) -> str:
+    """A model's name; of a file in a folder of its own, the folder's."""
+    return model.removesuffix("/model.safetensors").rpartition("/")[2]
 
 
 def ratios(mode: dict[str, Any], own: str) -> dict[str, float]:
@@ -73,7 +89,7 @@ def ratios(mode: dict[str, Any], own: str) -> dict[str, float]:
         row["median"] for row in mode["rows"]
         if row["runtime"] == "ONNX Runtime" and row["computes"] != "everything" and row["precision"] == "float32"
     ]  # fmt: skip
-    ours = next(row for row in mode["rows"] if row["runtime"] == own and row["computes"] == "everything")
+    ours = next(row for row in mode["rows"] if row["runtime"] == own and row["model"] == _dense(mode))
     speedups = {"dense": _dense_peer(mode) / gated["median"], "own": ours["median"] / gated["median"]}
     return speedups | ({"masked": masked[0] / gated["median"]} if masked else {})
 
@@ -186,7 +202,7 @@ def _section(title: str, mode: dict[str, Any], record: dict[str, Any]) -> list[s
     for row in mode["rows"]:
         right = "" if row["correct"] is None else f"{row['correct']:,} of {row['total']:,}"
         lines.append(
-            f"| {row['runtime']} | {row['model']} | {row['computes']} | {row['precision']} | {right} "
+            f"| {row['runtime']} | {_short(row['model'])} | {row['computes']} | {row['precision']} | {right} "
             f"| {row['macs'] / 1e6:.2f} | {row['median']:.3f} "
             f"({row['lower_quartile']:.3f}, {row['upper_quartile']:.3f}) | {row['share_of_peak']:.0%} "
             f"| {row['largest_difference']:.1e} | {row['other_answers']} |"

@@ -205,7 +205,12 @@ def diagnose(
 
 def bench(
     model: Model = "manidp-res20",
-    dense: Annotated[str, typer.Option(help="The network without gates to compare with.")] = "dense-res20",
+    dense: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A network without gates to compare with, the original first; repeatable. Default: dense-res20."
+        ),
+    ] = None,
     data: Data = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads in the last measurement. Default: all cores.", min=1)
@@ -231,7 +236,7 @@ def bench(
     from manidp.hub.find import find_model
     from manidp.machine import describe
 
-    read = {name: find_model(name) for name in dict.fromkeys([dense, model])}
+    read = {name: find_model(name) for name in dict.fromkeys([*(dense or ["dense-res20"]), model])}
     if plot:
         suffix(plot, (".png", ".svg"))
     check_outputs([path for path in (out, plot) if path], [one.path for one in read.values()])

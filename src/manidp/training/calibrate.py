@@ -24,7 +24,7 @@ from manidp.training.statistics import estimated
 
 TOLERANCE = 0.002  # of the budget
 MISSED = 0.01  # of the budget: more is an error
-SETTLED = 6, 0.005  # rounds of thresholds and batch statistics, which move each other; of the budget
+SETTLED = 5, 0.005  # rounds of thresholds and batch statistics, which move each other; of the budget
 ROUNDS = 12  # thresholds of early gates move the scores of later ones: repeated on fresh scores
 BATCH = 500  # images a call
 _WIDEST = 64  # values that one Concat joins
@@ -101,23 +101,23 @@ def _values(
 ) -> tuple[Weights, float]:
     """Values under which the images take ``target`` multiply-adds on average, and what they do take."""
     values = {name: checkpoint.weights[name] for name in checkpoint.graph.thresholds}
-    best: tuple[float, Weights, float] | None = None
-    aim = target
     with _probe(checkpoint) as probe:
-        for _ in range(1 if backend is None else SETTLED[0]):
-            chosen, macs = _thresholds(probe, checkpoint.graph, values, images, aim)
-            values = values | chosen
-            if backend is not None:
-                there = replace(checkpoint, weights={**checkpoint.weights, **values}, points=())
-                values = values | estimated(backend, there, images)
-                _, macs = _run(probe, values, images)
-            if best is None or abs(macs - target) < best[0]:
-                best = abs(macs - target), values, macs
-            if best[0] <= SETTLED[1] * target:
+        chosen, macs = _thresholds(probe, checkpoint.graph, values, images, target)
+        values = values | chosen
+        if backend is None:
+            return values, macs
+        for made in range(SETTLED[0]):
+            there = replace(checkpoint, weights={**checkpoint.weights, **values}, points=())
+            fresh = estimated(backend, there, images)
+            if made:  # else thresholds and statistics may swing for ever, each too far for the other
+                fresh = {name: np.float32(0.5) * (value + values[name]) for name, value in fresh.items()}
+            values = values | fresh
+            _, macs = _run(probe, values, images)
+            if abs(macs - target) <= SETTLED[1] * target:
                 break
-            aim *= target / macs
-    assert best is not None
-    return best[1], best[2]
+            chosen, macs = _thresholds(probe, checkpoint.graph, values, images, target)
+            values = values | chosen
+    return values, macs
 
 
 def _thresholds(
