@@ -182,6 +182,20 @@ def test_one_pause_of_the_event_loop_is_no_wait_and_a_loop_that_is_always_late_i
     with_batcher(body)
 
 
+def test_what_answers_take_beside_the_engine_is_expected_of_the_next() -> None:
+    async def body(batcher: Batcher, engine: FakeEngine, now: list[float]) -> None:
+        assert (await ask(batcher, images(2), None, now[0] + 0.03)).point == "default"
+        for _ in range(200):  # each is answered 50 ms later than the engine would take
+            with batcher.place(2, None, None) as place:
+                now[0] += 0.054
+                await place.compute(images(2))
+        with pytest.raises(RefusedError, match="cannot answer in time"):
+            await ask(batcher, images(2), None, now[0] + 0.05)
+        await ask(batcher, images(2), None, now[0] + 0.06)
+
+    with_batcher(body)
+
+
 def test_a_deadline_gets_the_point_that_keeps_it_and_is_refused_where_none_does() -> None:
     async def body(batcher: Batcher, engine: FakeEngine, now: list[float]) -> None:
         at = now[0]

@@ -31,6 +31,7 @@ from manidp.serve.limits import RefusedError
 SHARE = 0.25  # of the target: what a batch may take, where it has more images than the engine has threads
 TICK = 0.05  # seconds between looks at the dial when nothing comes
 TICKS = 4  # looks of which the most punctual one tells how late the event loop is: one pause is no load
+NEWS = 16  # answers over which it is averaged how late they come
 LOOKS = 3  # runs of each kind that warm-up takes the fastest of
 
 
@@ -60,6 +61,7 @@ class Place:
     count: int
     asked: str | None
     deadline: float
+    expected: float  # when the answer was expected, on the clock
     images: NDArray[Any] = field(init=False)
     answer: asyncio.Future[Answer] = field(init=False)
     taken: int = 0
@@ -131,6 +133,7 @@ class Batcher:
         self._waiting: Counter[str | None] = Counter()  # images in the queue, by the name of the point asked for
         self._engine_free_at = 0.0
         self._late = deque([0.0], TICKS)  # seconds by which the last looks came too late
+        self._behind = 0.0  # seconds by which answers come later than expected: whatever the engine does not take
         self._some = asyncio.Event()
         self._pool: Executor = ThreadPoolExecutor(1, "engine")
         self._tasks: list[asyncio.Task[None]] = []
@@ -178,12 +181,14 @@ class Batcher:
         self._turn(now)
         last = len(self.ladder) - 1
         wait = self.wait(last)
-        done = wait + self.costs.batch(count, self._used(asked, last))
+        done = wait + self.costs.batch(count, self._used(asked, last)) + max(0.0, self._behind)
         too_late = deadline is not None and done > deadline - now
         if too_late or (self._busy() and self.overload.refuses(now, done)):
             raise RefusedError(429, "the server cannot answer in time, even at its cheapest point; try again later",
                           retry=max(1, math.ceil(wait)))  # fmt: skip
-        place = Place(self, count, asked, math.inf if deadline is None else deadline)
+        level = self.dial.level
+        expected = now + self.wait(level) + self.costs.batch(count, self._used(asked, level))
+        place = Place(self, count, asked, math.inf if deadline is None else deadline, expected)
         self._waiting[asked] += count
         try:
             yield place
@@ -293,6 +298,7 @@ class Batcher:
             at = end
             if part.end == part.job.count and not part.job.answer.done():
                 part.job.answer.set_result(Answer(_joined(part.job.results), point))
+                self._behind += (self._clock() - part.job.expected - self._behind) / NEWS
 
 
 def _joined(results: list[Result]) -> Result:
