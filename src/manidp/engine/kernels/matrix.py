@@ -16,6 +16,7 @@ the image.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ OUTPUTS = 4  # at a time
 # of strided ones: what is under a tap pays to be gathered from so many inputs on, or up to few for so many outputs
 _WIDE, _FEW, _OUTPUTS = 64, 4, 16
 _TAPS = 49  # and up to so many taps
+_TOGETHER = 4  # taps between two jumps, where all inputs are read
 # bytes of inputs that all outputs are made of before the next ones are taken; a map of so many is taken as a whole
 _CACHE, _WHOLE = 128 * 1024, 300 * 1024
 
@@ -126,7 +128,7 @@ class MultiplyMatrices(MapStep):
         source, frame = module.plan.maps[self.source].layout, module.plan.maps[self.epilogue.frame].layout
         lanes, size = module.lanes, module.element.size
         blocks = _blocks(single(frame, lanes).blocks, (module.isa.registers - 1) // (OUTPUTS + 1))
-        window = window_of(self.node)
+        window, every = window_of(self.node), self.inputs.kept is None
         slot = self.inputs.count * window.taps * blocks.vectors * lanes + 64 // size
         most = blocks.count if blocks.count * slot * size <= _WHOLE else max(1, _CACHE // (slot * size))
         sweep = -(-blocks.count // -(-blocks.count // most))
@@ -139,14 +141,14 @@ class MultiplyMatrices(MapStep):
         extra = epilogues.parameters_of(operands)
         factors = epilogues.pointers_of(module, f, self.before)
         code = _Code(
-            module, self.rows, window, blocks, sizes, source, frame, self.epilogue, extra, self.before,
+            module, self.rows, every, window, blocks, sizes, source, frame, self.epilogue, extra, self.before,
             epilogues.parameters_of(factors, "q"),
         )  # fmt: skip
         arguments = [
             _X, _WEIGHTS, _BIAS, _LI, _NI, _LO, _NO, _ROW, _SCRATCH, _SLOT, _SWEEP, *code.extra, *code.factors,
         ]  # fmt: skip
         before = tuple(op.signature for op in self.before)
-        key = ("matrices", self.rows, window, blocks, sizes, source, frame, self.epilogue.signature, before)
+        key = ("matrices", self.rows, every, window, blocks, sizes, source, frame, self.epilogue.signature, before)
         name = module.function(key, arguments, code.write)
         li, _, ni = module.lists(f, self.inputs)
         lo, _, no = module.lists(f, self.outputs)
@@ -159,10 +161,11 @@ class MultiplyMatrices(MapStep):
 
 @dataclass(frozen=True)
 class _Code:
-    """The code for a layer. ``sizes``: numbers of outputs that its tiles may have."""
+    """The code for a layer. ``every``: no input is left out. ``sizes``: numbers of outputs that its tiles may have."""
 
     module: Module
     rows: bool
+    every: bool
     window: Window
     blocks: _Blocks
     sizes: range
@@ -269,27 +272,47 @@ class _Code:
         def write(g: Function) -> None:
             rows = [g.at(_WEIGHTS, g.scaled(g.index(_LO, k), _ROW)) for k in range(outputs)] if self.rows else []
 
+            def some(place: Index, number: Index, count: int, sums: Sequence[Vec]) -> list[Vec]:
+                """``count`` neighbouring taps: from this one on of what was gathered, and of a row of weights."""
+                x, column = g.at(_X, g.scaled(place, vectors * g.lanes)), g.at(_WEIGHTS, g.scaled(number, outputs))
+                starts, totals = [g.at(row, number) for row in rows], list(sums)
+                for n in range(count):
+                    values = [g.load(x, (n * vectors + v) * g.lanes) for v in range(vectors)]
+                    for k in range(outputs):
+                        weight = g.scalar(starts[k], n) if self.rows else g.scalar(column, n * outputs + k)
+                        factor = g.splat(weight)
+                        for v, value in enumerate(values):
+                            totals[k * vectors + v] = g.fma(value, factor, totals[k * vectors + v])
+                return totals
+
             def one_input(j: Index, *sums: Vec) -> list[Vec]:
                 i = g.index(_LI, j)
 
                 def one_tap(t: Index, *sums: Vec) -> list[Vec]:
                     place, number = (g.plus(g.scaled(n, taps), t) if taps > 1 else n for n in (j, i))
-                    x = g.at(_X, g.scaled(place, vectors * g.lanes))
-                    values = [g.load(x, v * g.lanes) for v in range(vectors)]
-                    column, totals = g.at(_WEIGHTS, g.scaled(number, outputs)), list(sums)
-                    for k in range(outputs):
-                        weight = g.splat(g.scalar(rows[k], number) if self.rows else g.scalar(column, k))
-                        for v, value in enumerate(values):
-                            totals[k * vectors + v] = g.fma(value, weight, totals[k * vectors + v])
-                    return totals
+                    return some(place, number, 1, sums)
 
                 return g.loop(taps, one_tap, *sums)
 
+            def all_inputs(sums: list[Vec]) -> list[Vec]:
+                def one_group(n: Index, *sums: Vec) -> list[Vec]:
+                    first = g.scaled(n, _TOGETHER)
+                    return some(first, first, _TOGETHER, sums)
+
+                def one_more(n: Index, *sums: Vec) -> list[Vec]:
+                    last = g.plus(whole, n)
+                    return some(last, last, 1, sums)
+
+                count = g.scaled(_NI, taps)
+                groups = g.divided(count, _TOGETHER)
+                whole = g.scaled(groups, _TOGETHER)
+                return g.loop(g.minus(count, whole), one_more, *g.loop(groups, one_group, *sums))
+
             zeros = [Vec("zeroinitializer")] * (outputs * vectors)
-            for at, total in enumerate(g.loop(_NI, one_input, *zeros)):
+            for at, total in enumerate(all_inputs(zeros) if self.every else g.loop(_NI, one_input, *zeros)):
                 g.store(total, _PRODUCTS, at * g.lanes)
 
-        key = ("multiply", self.rows, taps, outputs, vectors)
+        key = ("multiply", self.rows, self.every, taps, outputs, vectors)
         return self.module.function(key, [_X, _WEIGHTS, _LI, _NI, _LO, _ROW, _PRODUCTS], write)
 
     def _outputs(self, vectors: int) -> str:
