@@ -33,15 +33,16 @@ check: $(VENV)/.dev  ## Formatting, lint, types, layers
 data: $(VENV)/.base  ## Bring CIFAR-10 into ./cifar10 and verify it
 	$(MANIDP) data cifar10
 
+model: FIRST_DENSE = models/dense-res20/first.safetensors
 model: $(VENV)/.dev data  ## Train both bundled models again (hours; goes on where it stopped)
-	$(TRAIN) --out runs/dense-res20 --recipe models/dense-res20/recipe.toml
-	cp runs/dense-res20/model.safetensors src/manidp/data/dense-res20.safetensors
-	cp runs/dense-res20/log.jsonl models/dense-res20/log.jsonl
+	$(TRAIN) --out runs/dense-res20-first --recipe models/dense-res20/recipe.toml
+	cp runs/dense-res20-first/model.safetensors models/dense-res20/first.safetensors
+	cp runs/dense-res20-first/log.jsonl models/dense-res20/log.jsonl
 	$(TRAIN) --out runs/manidp-res20-first --recipe models/manidp-res20/recipe.toml \
-		--from dense-res20 --gates --teacher dense-res20
+		--from $(FIRST_DENSE) --gates --teacher $(FIRST_DENSE)
 	cp runs/manidp-res20-first/model.safetensors runs/manidp-res20-first.safetensors
 	$(TRAIN) --out runs/manidp-res20-second --recipe models/manidp-res20/second.toml \
-		--from runs/manidp-res20-first.safetensors --teacher runs/manidp-res20-first.safetensors --teacher dense-res20
+		--from runs/manidp-res20-first.safetensors --teacher runs/manidp-res20-first.safetensors --teacher $(FIRST_DENSE)
 	cp runs/manidp-res20-second/model.safetensors runs/manidp-res20-second.safetensors
 	$(TRAIN) --out runs/resnet-20x2-first --recipe models/resnet-20x2/recipe.toml \
 		--network resnet-20x2
@@ -51,9 +52,13 @@ model: $(VENV)/.dev data  ## Train both bundled models again (hours; goes on whe
 		--from runs/resnet-20x2-second/model.safetensors
 	cp runs/resnet-20x2-third/model.safetensors runs/resnet-20x2.safetensors
 	$(TRAIN) --out runs/manidp-res20 --recipe models/manidp-res20/third.toml \
-		--from runs/manidp-res20-second.safetensors --teacher runs/resnet-20x2.safetensors --teacher dense-res20
+		--from runs/manidp-res20-second.safetensors --teacher runs/resnet-20x2.safetensors --teacher $(FIRST_DENSE)
+	$(TRAIN) --out runs/dense-res20 --recipe models/dense-res20/second.toml \
+		--from $(FIRST_DENSE) --teacher runs/resnet-20x2.safetensors
 	cp runs/resnet-20x2.safetensors models/resnet-20x2/model.safetensors
 	cp runs/manidp-res20/model.safetensors src/manidp/data/manidp-res20.safetensors
+	cp runs/dense-res20/model.safetensors src/manidp/data/dense-res20.safetensors
+	cp runs/dense-res20/log.jsonl models/dense-res20/second.jsonl
 	cp runs/resnet-20x2-first/log.jsonl models/resnet-20x2/log.jsonl
 	cp runs/resnet-20x2-second/log.jsonl models/resnet-20x2/second.jsonl
 	cp runs/resnet-20x2-third/log.jsonl models/resnet-20x2/third.jsonl

@@ -33,7 +33,7 @@ def test_the_two_models_are_there_and_are_resnet20() -> None:
 
 def test_the_gated_model_says_where_it_comes_from() -> None:
     provenance = model("manidp-res20").provenance
-    dense = {"name": "dense-res20", "sha256": sha256_of(checkpoint_path("dense-res20"))}
+    dense = {"name": "dense-res20", "sha256": sha256_of(ROOT / "models/dense-res20/first.safetensors")}
     wide = {"name": "resnet-20x2", "sha256": sha256_of(ROOT / "models/resnet-20x2/model.safetensors")}
     assert provenance["teacher"] == [wide, dense]
     assert provenance["from"]["name"] == "manidp-res20-second"
