@@ -77,7 +77,7 @@ def test_triton_s_client_works_unchanged(port: int, binary: bool) -> None:
 
 def test_full_collections_of_a_warm_server_look_at_little() -> None:
     """The larger part of what is alive was there before the first request; looking at it takes 30 to 70 ms."""
-    told = subprocess.run([sys.executable, "-c", dedent("""
+    script = dedent("""
         import gc, os, signal, sys, threading, time
         sys.path.insert(0, sys.argv[1])
         from manidp.serve.server import serve
@@ -93,7 +93,9 @@ def test_full_collections_of_a_warm_server_look_at_little() -> None:
         threading.Thread(target=look).start()
         serve(own, "127.0.0.1", 0)
         print(*found, gc.get_freeze_count())
-    """), str(Path(__file__).parents[1])], check=True, capture_output=True, text=True).stdout.splitlines()[-1]  # fmt: skip
+    """)
+    command = [sys.executable, "-c", script, str(Path(__file__).parents[1])]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     frozen, watched, in_the_end = map(int, told.split())
     assert frozen > 20 * watched
     assert in_the_end == 0
