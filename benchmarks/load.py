@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -228,21 +228,32 @@ def running(command: list[str]) -> Iterator[tuple[int, str]]:
             server.kill()
 
 
-async def measured(loads: dict[str, Load], options: argparse.Namespace, target: float) -> dict[str, Any]:
-    """Saturation of each server, then all loads, the servers in turn."""
+async def saturated(load: Load, seconds: float, clients: int) -> float:
+    """Requests a second that a server answers at most."""
+    await ready(load)
+    most = await load.closed(seconds, clients)
+    await load.close()
+    return most
+
+
+async def ready(load: Load) -> None:
+    """Wait until a server answers."""
+    while (answer := await load.one(0)) is None or answer[0] != 200:
+        await asyncio.sleep(0.1)
+
+
+async def measured(loads: dict[str, Load], options: argparse.Namespace, target: float, most: float) -> list[Row]:
+    """All loads, the servers in turn; ``most``: requests a second of the dense server."""
     for load in loads.values():
-        while (answer := await load.one(0)) is None or answer[0] != 200:
-            await asyncio.sleep(0.1)
-    saturation = {name: await load.closed(options.seconds, options.clients) for name, load in loads.items()}
+        await ready(load)
     rows = []
     for factor in FACTORS:
-        rate = factor * saturation["dense"]
-        due = poisson(rate, options.seconds, seed=int(10 * factor))
+        due = poisson(factor * most, options.seconds, seed=int(10 * factor))
         for name, load in loads.items():
             await asyncio.sleep(SETTLE)
-            rows.append(load.row(name, factor, rate, target, await load.open_loop(due)))
+            rows.append(load.row(name, factor, factor * most, target, await load.open_loop(due)))
             print(markdown_row(rows[-1]), flush=True)
-    return {"saturation_requests_per_second": saturation, "rows": [asdict(row) for row in rows]}
+    return rows
 
 
 HEADING = """| load, of the dense server's most | server | answered | within the target | refused | p50 | p99 | correct | operating points |
@@ -276,22 +287,29 @@ def main() -> None:
     real = holds_cifar10(options.data)
     data = load_cifar10(options.data)[1] if real else load_sample()
     floor = ["--floor", options.floor] if options.floor else []
-    ours = ["-m", "manidp", "serve", options.model, "--port", "0", "--no-log", "--target", str(options.target),
-            "--precision", options.precision, *floor]  # fmt: skip
-    dense = [str(Path(__file__).with_name("dense_server.py")), options.dense, str(options.target)]
+
+    def servers(target: float) -> dict[str, list[str]]:
+        ours = ["-m", "manidp", "serve", options.model, "--port", "0", "--no-log", "--target", str(target),
+                "--precision", options.precision, *floor]  # fmt: skip
+        return {"manidp": ours, "dense": [str(Path(__file__).with_name("dense_server.py")), options.dense, str(target)]}
+
+    gc.collect()
+    gc.freeze()  # a full collection would stop the client for as long as a request takes
+    saturation = {}
+    for name, command in servers(1000 * PATIENCE).items():  # with time enough that none is refused
+        with running(command) as (port, model):
+            load = Load(port, model, data, options.pictures)
+            saturation[name] = asyncio.run(saturated(load, options.seconds, options.clients))
     print(HEADING)
-    with running(ours) as (port, name), running(dense) as (dense_port, dense_name):
-        loads = {
-            "manidp": Load(port, name, data, options.pictures),
-            "dense": Load(dense_port, dense_name, data, options.pictures),
-        }
-        gc.collect()
-        gc.freeze()  # a full collection would stop the client for as long as a request takes
-        found = asyncio.run(measured(loads, options, options.target / 1000))
+    with ExitStack() as stack:
+        at = {name: stack.enter_context(running(command)) for name, command in servers(options.target).items()}
+        loads = {name: Load(port, model, data, options.pictures) for name, (port, model) in at.items()}
+        rows = asyncio.run(measured(loads, options, options.target / 1000, saturation["dense"]))
     told = {key: value for key, value in vars(options).items() if key != "out"}
     told["images"] = len(data)
-    record = {"machine": describe("onnxruntime", "uvicorn", "fastapi"), "options": told, **found}
-    most = ", ".join(f"{name} {rate:.0f}" for name, rate in found["saturation_requests_per_second"].items())
+    record = {"machine": describe("onnxruntime", "uvicorn", "fastapi"), "options": told,
+              "saturation_requests_per_second": saturation, "rows": [asdict(row) for row in rows]}  # fmt: skip
+    most = ", ".join(f"{name} {rate:.0f}" for name, rate in saturation.items())
     print(f"\nRequests of {options.pictures} pictures a second, at most: {most}. {len(data):,} test images.")
     if options.out:
         with replacing(options.out) as file:

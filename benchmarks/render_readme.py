@@ -30,7 +30,7 @@ def table(record: dict[str, Any]) -> str:
         if row["runtime"].startswith("manidp") and row["runtime"] != own and row["precision"] == "float32":
             continue
         beside = _same(many, row)
-        strong = "**" if row["computes"] == "kept channels" else ""
+        strong = "**" if row["computes"] == "kept channels" and row["model"] == _gated(single) else ""
         original = row["computes"] == "everything" and row["model"] == _dense(single)
         if (
             not original
@@ -77,6 +77,12 @@ def _dense(mode: dict[str, Any]) -> str:
     return name
 
 
+def _gated(mode: dict[str, Any]) -> str:
+    """The gated network: the last of which closed channels were skipped."""
+    name: str = [row["model"] for row in mode["rows"] if row["computes"] == "kept channels"][-1]
+    return name
+
+
 def _short(model: str) -> str:
     """A model's name; of a file in a folder of its own, the folder's."""
     return model.removesuffix("/model.safetensors").rpartition("/")[2]
@@ -84,11 +90,9 @@ def _short(model: str) -> str:
 
 def ratios(mode: dict[str, Any], own: str) -> dict[str, float]:
     """Speedups of the gated engine over the fastest dense float32 runtime, its dense self, and masked ONNX Runtime."""
-    gated = next(row for row in mode["rows"] if row["runtime"] == own and row["computes"] == "kept channels")
-    masked = [
-        row["median"] for row in mode["rows"]
-        if row["runtime"] == "ONNX Runtime" and row["computes"] != "everything" and row["precision"] == "float32"
-    ]  # fmt: skip
+    rows = [row for row in mode["rows"] if row["model"] == _gated(mode)]
+    gated = next(row for row in rows if row["runtime"] == own)
+    masked = [row["median"] for row in rows if row["runtime"] == "ONNX Runtime" and row["precision"] == "float32"]
     ours = next(row for row in mode["rows"] if row["runtime"] == own and row["model"] == _dense(mode))
     speedups = {"dense": _dense_peer(mode) / gated["median"], "own": ours["median"] / gated["median"]}
     return speedups | ({"masked": masked[0] / gated["median"]} if masked else {})
@@ -98,7 +102,7 @@ def half_ratio(mode: dict[str, Any]) -> float | None:
     """Speedup of the gated engine in float16 over the fastest dense runtime of any precision, if it ran."""
     own = [row for row in mode["rows"] if row["runtime"].startswith("manidp") and row["precision"] == "float16"]
     dense: float = min(row["median"] for row in _dense_peers(mode))
-    gated = [row for row in own if row["computes"] == "kept channels"]
+    gated = [row for row in own if row["model"] == _gated(mode)]
     return dense / gated[0]["median"] if gated else None
 
 
@@ -122,9 +126,7 @@ def _not_faster(record: dict[str, Any]) -> str:
     for mode in record["modes"]:
         batch = "one image at a time" if mode["batch"] == 1 else f"in batches of {mode['batch']}"
         where = f"{batch} on {mode['threads']} thread{'s' if mode['threads'] > 1 else ''}"
-        ours = [
-            row for row in mode["rows"] if row["runtime"].startswith("manidp") and row["computes"] == "kept channels"
-        ]
+        ours = [row for row in mode["rows"] if row["runtime"].startswith("manidp") and row["model"] == _gated(mode)]
         ours = [row for row in ours if row["runtime"] == _own(record) or row["precision"] == "float16"]
         for peer in _dense_peers(mode):
             speedups = [(peer["median"] / row["median"], row["precision"]) for row in ours]
