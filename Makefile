@@ -70,7 +70,7 @@ model: $(VENV)/.dev data  ## Train both bundled models again (hours; goes on whe
 cards: $(VENV)/.base  ## Write the bundled card of our own model, and its digests, from the bundled checkpoint
 	$(VENV)/bin/python models/make_cards.py
 
-table: $(VENV)/.dev data  ## Measure beside other runtimes on all test images; write the README's table (10 minutes, machine idle)
+table: $(VENV)/.dev data  ## Measure beside other runtimes on all test images; write the README's table (40 minutes, machine idle)
 	$(MANIDP) bench --data cifar10 --dense dense-res20 --dense models/static-res20/model.safetensors \
 		--rounds 15 --growth --out benchmarks/bench.json --plot docs/speed.png
 	$(VENV)/bin/python benchmarks/render_readme.py
