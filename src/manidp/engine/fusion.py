@@ -53,8 +53,9 @@ def absorbed(graph: Graph, tasks: list[Task], can_apply: Callable[[Conv], bool])
     """
     made: dict[str, Task] = {}
     for task in tasks:
-        before = made.get(task.start.inputs[0]) if isinstance(task.start, Conv) and can_apply(task.start) else None
-        if before is not None and _of_one_map(graph, before):
+        start = task.start
+        before = made.get(start.inputs[0]) if isinstance(start, Conv) else None
+        if before and isinstance(start, Conv) and _of_one_map(graph, before) and can_apply(start):
             task.before = before.nodes
             del made[before.name]
         made[task.name] = task

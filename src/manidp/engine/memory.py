@@ -83,13 +83,15 @@ def place(
         offsets[vector] = size
         size += _whole(length + lanes, 16)
 
+    outermost: dict[MapKey, tuple[MapKey, int]] = {}
+    for key, (whole, channel) in reversed(list(within.items())):  # a map is put into another before that one is
+        outer, first = outermost.get(whole, (whole, 0))
+        outermost[key] = outer, first + channel
+
     def owner(key: MapKey) -> tuple[MapKey, int]:
         """The map that has the memory, and the channel of it at which this one begins."""
-        key, first = in_place.get(key, key), 0
-        while key in within:
-            key, channel = within[key]
-            first += channel
-        return key, first
+        key = in_place.get(key, key)
+        return outermost.get(key, (key, 0))
 
     life: dict[MapKey, list[int]] = {}  # first and last step that touches the memory of a map
     for index, step in enumerate(steps):

@@ -80,6 +80,8 @@ class _Planner:
         self.copied: set[MapKey] = set()
         self.in_place: dict[MapKey, MapKey] = {}  # a map -> the one whose memory it takes, which has its own
         self.within: dict[MapKey, tuple[MapKey, int]] = {}  # a map that is channels of another, from this one on
+        self.taken: set[MapKey] = set()  # maps whose memory another one takes in place
+        self.wholes: set[MapKey] = set()  # maps of which others are channels
         self.tasks = tasks_of(graph)
         if reuse:
             self.tasks = absorbed(graph, self.tasks, self._applies)
@@ -192,6 +194,7 @@ class _Planner:
         residual = self._overwritten(index, task, ops)
         if residual:
             self.in_place[key] = self.in_place.get(residual, residual)
+            self.taken.add(self.in_place[key])
         untouched = residual is not None and self._changes_nothing(task, residual, tail)
         for kind in self.draft.pooled_kinds(name):
             if residual and untouched:
@@ -256,7 +259,7 @@ class _Planner:
         for node, op in ops:
             if isinstance(node, Add) and isinstance(op.operand, MapKey):
                 value = op.operand.node
-                shared = op.operand in self.within or any(op.operand == whole for whole, _ in self.within.values())
+                shared = op.operand in self.within or op.operand in self.wholes
                 if self.last_read[value] == index and task.reads.count(value) == 1 and not shared:
                     return op.operand
         return None
@@ -289,6 +292,7 @@ class _Planner:
             part, channels = self._read(source, phases), self.graph.shapes[source][0]
             if self._can_lie_within(part, node):
                 self.within[part] = whole, first
+                self.wholes.add(whole)
             else:
                 epilogue = Epilogue(whole, first_channel=first, pooled=self.draft.pooled_sums(node.name))
                 self.draft.steps.append(Pointwise(part, None, Channels(channels), epilogue))
@@ -299,8 +303,8 @@ class _Planner:
 
         Where all pooled sums of the concatenation are made on the way, it is copied.
         """
-        taken = part in self.within or part in self.in_place or part in self.in_place.values()
-        return self.reuse and not taken and not self.draft.pooled_kinds(node.name)
+        another = part in self.within or part in self.in_place or part in self.taken
+        return self.reuse and not another and not self.draft.pooled_kinds(node.name)
 
     def _move(self, node: Node) -> None:
         source = self._read(node.inputs[0], self.phases[node.inputs[0]])
