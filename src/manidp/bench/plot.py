@@ -17,7 +17,7 @@ except ImportError as error:
     raise MissingExtraError("this needs matplotlib; install it with: pip install 'manidp[plots]'") from error
 
 COLOURS = {"everything": "#4477aa", "all channels, times the gate": "#bbbbbb", "kept channels": "#cc3311"}
-OTHER = "#228833"  # of another network without gates
+OTHER = "#228833"  # of networks between the dense and the gated one
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -25,20 +25,19 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     mode = found["modes"][0]
+    others = list(dict.fromkeys(row["model"] for row in mode["rows"]))[1:-1]
     for row in mode["rows"]:
         if row["correct"] is None:
             continue
         accuracy = 100 * row["correct"] / row["total"]
-        colour = (
-            COLOURS[row["computes"]] if row["model"] in (mode["rows"][0]["model"], mode["rows"][-1]["model"]) else OTHER
-        )
+        colour = OTHER if row["model"] in others else COLOURS[row["computes"]]
         left.plot(row["median"], accuracy, "o", color=colour)
         left.annotate(row["runtime"], (row["median"], accuracy), rotation=60, fontsize=7,
                       xytext=(1, 5), textcoords="offset points")  # fmt: skip
     for computes, colour in COLOURS.items():
         left.plot([], [], "o", color=colour, label=computes)
-    if len({row["model"] for row in mode["rows"]}) > 2:
-        left.plot([], [], "o", color=OTHER, label="everything, of a smaller network")
+    if others:
+        left.plot([], [], "o", color=OTHER, label="anything, of another network")
     left.set(xscale="log", xlabel="ms an image, one at a time on one thread", ylabel="right, %")
     left.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.3, 0.5, 0.7, 1, 2, 3, 5, 10]))
     left.xaxis.set_major_formatter(FormatStrFormatter("%g"))

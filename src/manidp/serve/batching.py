@@ -170,6 +170,10 @@ class Batcher:
         queue = (images * self.costs.image(self._used(asked, level)) for asked, images in self._waiting.items())
         return min(self._late) + running + sum(queue)
 
+    def _takes(self, count: int, asked: str | None, level: int) -> float:
+        """Seconds until so many images that come now are computed, if the queue ran at a level."""
+        return self.wait(level) + self.costs.batch(count, self._used(asked, level))
+
     @contextmanager
     def place(self, count: int, asked: str | None, deadline: float | None) -> Iterator[Place]:
         """A place in the queue for so many images, at most at the point asked for; ``deadline``: on the clock.
@@ -180,14 +184,12 @@ class Batcher:
         self.rate.add(count, now)
         self._turn(now)
         last = len(self.ladder) - 1
-        wait = self.wait(last)
-        done = wait + self.costs.batch(count, self._used(asked, last)) + max(0.0, self._behind)
+        done = self._takes(count, asked, last) + max(0.0, self._behind)
         too_late = deadline is not None and done > deadline - now
         if too_late or (self._busy() and self.overload.refuses(now, done)):
             raise RefusedError(429, "the server cannot answer in time, even at its cheapest point; try again later",
-                          retry=max(1, math.ceil(wait)))  # fmt: skip
-        level = self.dial.level
-        expected = now + self.wait(level) + self.costs.batch(count, self._used(asked, level))
+                          retry=max(1, math.ceil(self.wait(last))))  # fmt: skip
+        expected = now + self._takes(count, asked, self.dial.level)
         place = Place(self, count, asked, math.inf if deadline is None else deadline, expected)
         self._waiting[asked] += count
         try:
