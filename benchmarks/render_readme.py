@@ -85,7 +85,7 @@ def _gated(mode: dict[str, Any]) -> str:
 
 def _short(model: str) -> str:
     """A model's name; of a file in a folder of its own, the folder's."""
-    return model.removesuffix("/model.safetensors").rpartition("/")[2]
+    return model.removesuffix(".safetensors").removesuffix("/model").rpartition("/")[2]
 
 
 def ratios(mode: dict[str, Any], own: str) -> dict[str, float]:

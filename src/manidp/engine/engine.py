@@ -25,6 +25,7 @@ from manidp.engine.cascade import cascaded
 from manidp.engine.inputs import Images, batch_of
 from manidp.engine.module import Module
 from manidp.engine.planner import make_plan
+from manidp.engine.processors import keep_apart
 from manidp.engine.steps import Plan
 from manidp.engine.target import Isa, choose_isa
 from manidp.errors import ImageError, ManiDPError
@@ -109,12 +110,14 @@ class _Runner:
         for workspace in self._workspaces:
             self._free.put(workspace)
         self._jobs: SimpleQueue[Iterator[None] | None] = SimpleQueue()
+        self._helpers: list[int] = []  # their native ids, as soon as they run
         self._to_start = iter([self._helper() for _ in range(self.threads - 1)])
         weakref.finalize(self, deque, map(self._jobs.put, repeat(None, self.threads - 1)), 0).atexit = False
 
     def _helper(self) -> tuple[Any, tuple[Any, ...]]:
-        """A thread's function and arguments: it moves on each job by a step, until it meets None."""
-        return deque, (map(next, iter(self._jobs.get, None), repeat(None)), 0)
+        """A thread's function and arguments: it notes its id, then moves on each job by a step, until it meets None."""
+        note = map(self._helpers.append, starmap(_thread.get_native_id, [()]))
+        return deque, (map(next, chain([note], iter(self._jobs.get, None)), repeat(None)), 0)
 
     def run(self, batch: NDArray[Any], constants: _Address) -> tuple[NDArray[np.float32], bool]:
         """Results (B, ``result_size``) of at least one image, and whether all numbers met are finite."""
@@ -135,6 +138,7 @@ class _Runner:
         used = filterfalse(run, starmap(self._free.get, turns))  # passes on what it was given, as run returns nothing
         job = map(done.put, map(self._free.put, used))
         self._start_helpers()
+        keep_apart(self._helpers)
         for _ in range(hands - 1):
             self._jobs.put(job)
         next(job)

@@ -9,7 +9,7 @@ import math
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from numpy.typing import NDArray
 from PIL import Image
 from starlette.exceptions import HTTPException
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from manidp.data.images import load_sample
@@ -205,8 +207,8 @@ def _json(content: Any, status: int = 200) -> Response:
     return Response(json.dumps(content, separators=(",", ":")), status, media_type="application/json")
 
 
-def _page(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
-    async def page() -> Response:
+def _page(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    async def page(_: Request) -> Response:
         return Response(content, media_type=kind, headers=PAGE_HEADERS)
 
     return page
@@ -256,18 +258,22 @@ def _decoded(asked: Asked, size: tuple[int, int], limits: Limits) -> NDArray[np.
     return images
 
 
-def make_app(service: Service) -> FastAPI:
-    """The application of a service; its lifespan warms the engine up and drains it."""
+def make_app(service: Service) -> Watch:
+    """The application of a service; its lifespan warms the engine up and drains it.
+
+    FastAPI describes the routes; it does not answer, since at each request it would look for parameters and
+    dependencies that no handler here has.
+    """
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: object) -> AsyncIterator[None]:
         beginning = asyncio.create_task(service.begin())
         yield
         await beginning
         await service.end()
 
-    app = FastAPI(title="manidp", version=protocol.VERSION, docs_url=None, redoc_url=None, lifespan=lifespan,
-                  description=describe.ABOUT, servers=[{"url": "/"}])  # fmt: skip
+    app = FastAPI(title="manidp", version=protocol.VERSION, openapi_url=None, description=describe.ABOUT,
+                  servers=[{"url": "/"}])  # fmt: skip
     checkpoint, limits = service.engine.checkpoint, service.limits
     told = describe.Described(service.name, checkpoint, limits)
     size = checkpoint.preprocessing.size
@@ -321,7 +327,7 @@ def make_app(service: Service) -> FastAPI:
         return _json(_told(service, answer, top, channels))
 
     @app.get("/v1/model", **told.model)
-    async def model() -> Response:
+    async def model(_: Request) -> Response:
         chosen = [one.name for one in service.ladder]
         return _json({
             "name": service.name,
@@ -349,7 +355,7 @@ def make_app(service: Service) -> FastAPI:
         app.add_api_route(path, _page(content, kind), include_in_schema=False)
 
     @app.get("/v1/status", **told.status)
-    async def status() -> Response:
+    async def status(_: Request) -> Response:
         batcher = service.batcher
         last = sorted(service.recent)
         return _json({
@@ -363,7 +369,7 @@ def make_app(service: Service) -> FastAPI:
         })  # fmt: skip
 
     @app.get("/metrics", **told.metrics)
-    async def metrics() -> Response:
+    async def metrics(_: Request) -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     def when_ready() -> Response:
@@ -372,15 +378,15 @@ def make_app(service: Service) -> FastAPI:
         return _json({"ready": True})
 
     @app.get("/v2/health/live", **told.live)
-    async def live() -> Response:
+    async def live(_: Request) -> Response:
         return _json({"live": True})
 
     @app.get("/v2/health/ready", **told.ready)
-    async def ready() -> Response:
+    async def ready(_: Request) -> Response:
         return when_ready()
 
     @app.get("/v2", **told.server)
-    async def server() -> Response:
+    async def server(_: Request) -> Response:
         from manidp import __version__
 
         return _json({"name": "manidp", "version": __version__, "extensions": protocol.EXTENSIONS})
@@ -397,19 +403,26 @@ def make_app(service: Service) -> FastAPI:
         known(request)
         return when_ready()
 
-    @app.exception_handler(RefusedError)
-    async def refused(_: Request, error: RefusedError) -> Response:
-        return _error(error.status, error.message, error.retry)
+    document = _json(app.openapi() | {"components": {"schemas": told.schemas}}).body
+    app.add_api_route("/openapi.json", _page(bytes(document), "application/json"), include_in_schema=False)
+    routes = [_Route(one.path, one.endpoint, one.methods or ()) for one in app.routes if isinstance(one, APIRoute)]
+    return Watch(Router(routes, redirect_slashes=False, lifespan=lifespan), service)
 
-    @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
-        answer = _error(error.status_code, error.detail)
-        answer.headers.update(error.headers or {})
-        return answer
 
-    app.openapi()["components"] = {"schemas": told.schemas}
-    app.add_middleware(Watch, service=service)
-    return app
+class _Route(Route):
+    """A handler at its path; what it raises is for Watch."""
+
+    def __init__(self, path: str, endpoint: Callable[[Request], Awaitable[Response]], methods: Collection[str]) -> None:
+        super().__init__(path, endpoint)
+        self._only = frozenset(methods)  # GET without HEAD, as described
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        scope["manidp"]["route"] = self.path
+        if scope["method"] not in self._only:
+            raise HTTPException(405, headers={"allow": ", ".join(self._only)})
+        answer = await self.endpoint(Request(scope, receive))
+        await answer(scope, receive, send)
 
 
 def _error(status: int, message: str, retry: int | None = None) -> Response:
@@ -434,6 +447,7 @@ class Watch:
             await self._app(scope, receive, send)
             return
         service, started = self._service, time.monotonic()
+        scope["app"] = self  # so that the router raises HTTPException for a path that it does not know
         entry = scope["manidp"] = {"started": started}
         headers = dict(scope["headers"])
         unread = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
@@ -463,6 +477,12 @@ class Watch:
         try:
             async with asyncio.timeout(service.limits.seconds):
                 await self._app(scope, reading, writing)
+        except RefusedError as error:
+            await _error(error.status, error.message, error.retry)(scope, receive, writing)
+        except HTTPException as error:
+            answer = _error(error.status_code, error.detail)
+            answer.headers.update(error.headers or {})
+            await answer(scope, receive, writing)
         except _GoneError:
             fault = "the client has gone"
         except TimeoutError:
@@ -477,7 +497,7 @@ class Watch:
                 await _error(500, "internal error; the server's log has more")(scope, receive, writing)
         finally:
             seconds = time.monotonic() - started
-            route = getattr(scope.get("route"), "path", "other")
+            route = entry.get("route", "other")
             service.metrics.answered(route, status, seconds)
             if status == 200 and "budget" in entry:
                 service.recent.append(seconds)

@@ -170,17 +170,29 @@ class Connection(HttpToolsProtocol):
 
 
 class _Lingering:
-    """A transport whose ``close`` is the connection's, and to which nothing is written after it."""
+    """A transport whose ``close`` is the connection's, and to which nothing is written after it.
+
+    What is written in one turn of the event loop is sent at its end, the head and the body of an answer together.
+    """
 
     def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
         self._transport, self._connection = transport, connection
+        self._held: list[bytes] = []
 
     def close(self) -> None:
+        self._send()
         self._connection.linger(self._transport)
 
     def write(self, data: bytes) -> None:
         if not self._connection._leaving:
-            self._transport.write(data)
+            if not self._held:
+                self._connection.loop.call_soon(self._send)
+            self._held.append(data)
+
+    def _send(self) -> None:
+        held, self._held = self._held, []
+        if held and not self._transport.is_closing():
+            self._transport.write(b"".join(held))
 
     def is_closing(self) -> bool:
         return self._connection._leaving or self._transport.is_closing()
