@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
@@ -15,7 +16,7 @@ from starlette.testclient import TestClient
 
 from manidp.data.pictures import decode_picture
 from manidp.predict import predict
-from manidp.serve.app import make_app
+from manidp.serve.app import _GoneError, make_app
 from manidp.serve.batching import Batcher
 from manidp.serve.limits import Limits, RefusedError
 from manidp.serve.log import Log
@@ -251,3 +252,17 @@ def test_a_picture_is_decoded_as_everywhere(client: TestClient) -> None:
     large = png(np.random.default_rng(0).integers(0, 256, (40, 45, 3), dtype=np.uint8))
     wanted = predict(engine(), decode_picture(large, (32, 32))[None])[0]
     assert told(client.post("/v1/classify", content=large))[0][:2] == (wanted.label, wanted.macs)
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/nowhere"])
+def test_the_time_limit_holds_for_refusals_that_nobody_reads(path: str) -> None:
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(_: Any) -> None:
+        await asyncio.sleep(60)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+    refusing = make_app(service(Limits(seconds=0.05)))  # which is not warm, or does not know the path
+    with pytest.raises(_GoneError):
+        asyncio.run(asyncio.wait_for(refusing(scope, receive, send), 5))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 
-_NOW = ctypes.CDLL(None).sched_getcpu if sys.platform == "linux" else None
+_NOW = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
 
 
 def keep_apart(threads: Iterable[int]) -> None:

@@ -403,8 +403,8 @@ def make_app(service: Service) -> Watch:
         known(request)
         return when_ready()
 
-    document = _json(app.openapi() | {"components": {"schemas": told.schemas}}).body
-    app.add_api_route("/openapi.json", _page(bytes(document), "application/json"), include_in_schema=False)
+    document = json.dumps(app.openapi() | {"components": {"schemas": told.schemas}}).encode()
+    app.add_api_route("/openapi.json", _page(document, "application/json"), include_in_schema=False)
     routes = [_Route(one.path, one.endpoint, one.methods or ()) for one in app.routes if isinstance(one, APIRoute)]
     return Watch(Router(routes, redirect_slashes=False, lifespan=lifespan), service)
 
@@ -476,13 +476,7 @@ class Watch:
         fault = None
         try:
             async with asyncio.timeout(service.limits.seconds):
-                await self._app(scope, reading, writing)
-        except RefusedError as error:
-            await _error(error.status, error.message, error.retry)(scope, receive, writing)
-        except HTTPException as error:
-            answer = _error(error.status_code, error.detail)
-            answer.headers.update(error.headers or {})
-            await answer(scope, receive, writing)
+                await self._answer(scope, reading, writing)
         except _GoneError:
             fault = "the client has gone"
         except TimeoutError:
@@ -511,6 +505,17 @@ class Watch:
                 )  # fmt: skip
         if not sent and status:  # a client that does not read its answer
             raise _GoneError
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The answer of the route, or what it, or the lack of one, was refused with."""
+        try:
+            await self._app(scope, receive, send)
+        except RefusedError as error:
+            await _error(error.status, error.message, error.retry)(scope, receive, send)
+        except HTTPException as error:
+            refusal = _error(error.status_code, error.detail)
+            refusal.headers.update(error.headers or {})
+            await refusal(scope, receive, send)
 
 
 class _GoneError(Exception):
