@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from manidp.engine import engine as engine_module
 from manidp.engine.engine import Engine
 from manidp.errors import ImageError, ManiDPError, UnsupportedError
 from manidp.gating.manidp import head
-from manidp.graph import Conv, GlobalPool, Graph, Input, Linear, Multiply
+from manidp.graph import Conv, GlobalPool, Graph, Input, Linear, Multiply, Node
 from networks import checkpoint_of, random_weights
 
 NODES = (
@@ -627,9 +628,23 @@ def test_memory_is_bounded_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -
     def none(size: int) -> Array:
         raise MemoryError
 
-    monkeypatch.setattr(engine_module, "_aligned", none)
+    monkeypatch.setattr(engine_module, "aligned", none)
     with pytest.raises(ManiDPError, match=r"no memory for 2 threads of [\d,]+ bytes each; ask for fewer"):
         Engine(large, threads=2)
+
+
+def test_packed_weights_are_held_once() -> None:
+    nodes: list[Node] = [Input(name="image", dims=(3, 8, 8)), Conv(name="conv0", inputs=("image",), channels=256)]
+    nodes += [Conv(name=f"conv{n + 1}", inputs=(f"conv{n}",), channels=256) for n in range(8)]
+    graph = Graph((*nodes, GlobalPool(name="pool", inputs=(nodes[-1].name,))), "pool")
+    checkpoint = checkpoint_of(graph, random_weights(graph))
+    tracemalloc.start()
+    try:
+        engine = Engine(checkpoint)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert engine.memory <= held < 1.1 * engine.memory
 
 
 def test_numbers_of_numpy_are_numbers(wanted: Array) -> None:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from manidp.engine.cascade import cascaded
 from manidp.engine.inputs import Images, batch_of
+from manidp.engine.memory import aligned
 from manidp.engine.module import Module
 from manidp.engine.planner import make_plan
 from manidp.engine.processors import keep_apart
@@ -93,13 +94,11 @@ class _Runner:
         if 4 * threads * program.workspace > MAX_WORKSPACES:
             raise ManiDPError(f"all threads together may have {MAX_WORKSPACES:,} bytes; {needed} are more")
         try:
-            constants = _aligned(len(program.constants))
-            self._workspaces = [_Address(_aligned(program.workspace)) for _ in range(threads)]
+            self._workspaces = [_Address(aligned(program.workspace)) for _ in range(threads)]
         except MemoryError as error:
             raise ManiDPError(f"there is no memory for {needed}; ask for fewer") from error
-        constants[:] = program.constants
         self.program = program
-        self.constants = _Address(constants, program)
+        self.constants = _Address(program.constants, program)
         self._run = program.run
         self.begin()
         _RUNNERS.add(self)
@@ -233,9 +232,7 @@ class Engine:
             return runner.constants
         found = self._points.get(point.name)
         if found is None:
-            packed = self._plan({**self.checkpoint.weights, **point.values}).constants
-            constants = _aligned(len(packed))
-            constants[:] = packed
+            constants = self._plan({**self.checkpoint.weights, **point.values}).constants
             found = self._points.setdefault(point.name, _Address(constants, runner.constants))
         return found
 
@@ -337,10 +334,3 @@ def _compile(text: str, isa: Isa) -> llvm.ExecutionEngine:
         engine = llvm.create_mcjit_compiler(module, target)
         engine.finalize_object()
         return engine
-
-
-def _aligned(size: int) -> NDArray[np.float32]:
-    """Zeros that begin at a multiple of 64 bytes."""
-    memory = np.zeros(size + 16, dtype=np.float32)
-    start = -memory.ctypes.data % 64 // 4
-    return memory[start : start + size]

@@ -18,6 +18,13 @@ from manidp.errors import UnsupportedError
 from manidp.graph import Graph
 
 
+def aligned(size: int) -> NDArray[np.float32]:
+    """Zeros that begin at a multiple of 64 bytes."""
+    memory = np.zeros(size + 16, dtype=np.float32)
+    start = -memory.ctypes.data % 64 // 4
+    return memory[start : start + size]
+
+
 @dataclass
 class Constants:
     """Arrays laid one after the other, each at a multiple of 16 floats."""
@@ -30,13 +37,22 @@ class Constants:
         flat = np.ascontiguousarray(array).reshape(-1)
         if flat.dtype != np.int32:
             most = np.finfo(f"f{element.size}").max
-            if (np.abs(flat) > most).any():
+            if max(np.fmax.reduce(flat, initial=0), -np.fmin.reduce(flat, initial=0)) > most:
                 raise UnsupportedError(f"{owner}: weights up to {most:.6g} can be run in this precision")
-            flat = flat.astype(f"f{element.size}")
+            flat = flat.astype(f"f{element.size}", copy=False)
         at = self.size
         self.parts.append(lengthened(flat, 64 // flat.itemsize).view(np.float32))
         self.size += len(self.parts[-1])
         return at
+
+    def joined(self) -> NDArray[np.float32]:
+        """All of them; they are given back one by one, so that the largest is all that is ever held twice."""
+        whole, end = aligned(self.size), self.size
+        while self.parts:
+            part = self.parts.pop()
+            whole[end - len(part) : end] = part
+            end -= len(part)
+        return whole
 
 
 SMALL = 2**20  # floats: maps that need no more all have memory of their own layout, whose gaps are never cleared

@@ -106,7 +106,7 @@ class _Planner:
             everything=self.draft.constants.add(np.arange(most + 1, dtype=np.int32)),
             scale=self.draft.constants.add(scale, owner="preprocessing"),
             shift=self.draft.constants.add(shift, owner="preprocessing"),
-            constants=np.concatenate(self.draft.constants.parts),
+            constants=self.draft.constants.joined(),
             workspace=workspace,
         )
 
@@ -152,12 +152,13 @@ class _Planner:
 
     def _convolve(self, index: int, task: Task, node: Conv) -> None:
         kernel, owner = self._kernel(node), f"node '{node.name}'"
-        weight = self.draft.weight(node, "weight").astype(np.float64)
+        weight = self.draft.weight(node, "weight")
         bias = self.draft.weight(node, "bias").astype(np.float64) if node.bias else np.zeros(node.channels)
         if task.fused and isinstance(task.fused[0], BatchNorm):
             scale, shift = self.draft.affine(task.fused[0])
-            weight, bias = weight * scale[:, None, None, None], bias * scale + shift
-        rows = kernel.pack(weight, self.element, self.lanes)
+            weight, bias = np.multiply(weight, scale[:, None, None, None], dtype=np.float64), bias * scale + shift
+        with np.errstate(over="ignore"):  # ``Constants`` refuses what is too large, and says whose
+            rows = kernel.pack(weight, self.element, self.lanes)
         at = self.draft.constants.add(rows, self.element, owner)
         packed = Packed(at, rows.shape[1], self.draft.constants.add(bias, owner=owner))
         inputs = self.draft.channels(node.inputs[0], "read")

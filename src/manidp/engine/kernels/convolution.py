@@ -74,7 +74,7 @@ class Kernel(ABC):
         """
         return window_of(node).stride, 1
 
-    def pack(self, weight: NDArray[np.float64], element: Element, lanes: int) -> NDArray[np.float64]:
+    def pack(self, weight: NDArray[Any], element: Element, lanes: int) -> NDArray[Any]:
         """weight (outputs, inputs / groups, height, width) as it is read: (outputs, elements of a row)."""
         return weight.reshape(len(weight), -1)
 
@@ -177,10 +177,10 @@ def cheapest(
     return min(fitting, key=lambda kernel: kernel.cost(node, height, width, lanes, element))
 
 
-def apart(rows: NDArray[np.float64], element: Element) -> NDArray[np.float64]:
-    """Rows padded to an odd number of cache lines, so that those of a tile do not fall into the same lines."""
+def apart(rows: int, length: int, element: Element) -> NDArray[Any]:
+    """Zeros, rows of an odd number of cache lines, so that those of a tile do not fall into the same lines."""
     line = 64 // element.size
-    return np.pad(rows, ((0, 0), (0, (-(-rows.shape[1] // line) | 1) * line - rows.shape[1])))
+    return np.zeros((rows, (-(-length // line) | 1) * line), f"f{element.size}")
 
 
 def tile_shape(positions: int, most_outputs: int, isa: Isa) -> Tile:

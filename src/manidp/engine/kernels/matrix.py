@@ -66,15 +66,19 @@ class Matrix(Kernel):
         few = window_of(node).taps > 1 and height * width <= 2 * lanes
         return (1.2 if few else 0.9 if self.rows else 0.8) * super().cost(node, height, width, lanes, element)
 
-    def pack(self, weight: NDArray[np.float64], element: Element, lanes: int) -> NDArray[np.float64]:
+    def pack(self, weight: NDArray[Any], element: Element, lanes: int) -> NDArray[Any]:
         """Rows in an odd number of cache lines, or K outputs after the other, of each input after input K weights."""
         flat = weight.reshape(len(weight), -1)
+        outputs, length = flat.shape
         if self.rows:
-            return apart(flat, element)
-        tiles = -(-len(flat) // OUTPUTS)
-        ends = [t * len(flat) // tiles for t in range(tiles + 1)]
-        parts = [flat[a:b].T.reshape(-1) for a, b in itertools.pairwise(ends)]
-        return np.concatenate(parts).reshape(flat.shape)
+            rows = apart(outputs, length, element)
+            rows[:, :length] = flat
+            return rows
+        made = np.empty(flat.shape, f"f{element.size}")
+        tiles = -(-outputs // OUTPUTS)
+        for a, b in itertools.pairwise(t * outputs // tiles for t in range(tiles + 1)):
+            made[a:b].reshape(length, b - a)[:] = flat[a:b].T
+        return made
 
     def step(
         self, node: Conv, source: MapKey, packed: Packed, inputs: Channels, outputs: Channels, epilogue: Epilogue

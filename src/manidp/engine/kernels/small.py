@@ -58,7 +58,7 @@ class Small(Kernel):
             taps *= sum(0 <= n * window.stride + line < extent for n in range(size) for line in lines)
         return 0.95 * taps / lanes if height * width < lanes and taps <= _MOST else np.inf
 
-    def pack(self, weight: NDArray[np.float64], element: Element, lanes: int) -> NDArray[np.float64]:
+    def pack(self, weight: NDArray[Any], element: Element, lanes: int) -> NDArray[Any]:
         """Of K vectors of outputs after the other, input by input, tap by tap; outputs padded to whole vectors."""
         rows = lengthened(weight.reshape(len(weight), -1), lanes)
         parts = [rows[first : first + VECTORS * lanes].T for first in range(0, len(rows), VECTORS * lanes)]

@@ -23,6 +23,7 @@ from manidp.graph import Conv
 # Cost of products and transforms over that of products alone. On maps of 4x4 and smaller the direct convolution is
 # faster by measurement (AVX2); float16 was not measured.
 _TRANSFORMS = 1.25
+_PACKED = 2**17  # numbers that ``pack`` makes at a time, about
 
 _X, _INTO, _LI, _NI = Pointer("%x"), Pointer("%into"), Pointer("%li"), Index("%ni")
 
@@ -102,15 +103,26 @@ class Winograd(TileKernel):
     def phases(self, node: Conv) -> tuple[int, int]:
         return self.side, self.side
 
-    def pack(self, weight: NDArray[np.float64], element: Element, lanes: int) -> NDArray[np.float64]:
-        """Of each output point by point, column first, so that a tile reads as many streams as it has outputs."""
-        return apart(self._points(weight).transpose(0, 3, 2, 1).reshape(len(weight), -1), element)
+    def pack(self, weight: NDArray[Any], element: Element, lanes: int) -> NDArray[Any]:
+        """Of each output point by point, column first, so that a tile reads as many streams as it has outputs.
 
-    def _points(self, weight: NDArray[np.float64]) -> NDArray[np.float64]:
-        """g weight g' of each output and input."""
-        g = self.matrices.g
-        points = weight.reshape(*weight.shape[:2], 9) @ np.kron(g, g).T
-        return points.reshape(*weight.shape[:2], self.span, self.span)
+        Some outputs at a time: points take many times the memory of weights, and are made in float64.
+        """
+        outputs, inputs = weight.shape[:2]
+        length = self.points * inputs
+        rows = apart(outputs, length, element)
+        some = max(1, _PACKED // length)
+        for first in range(0, outputs, some):
+            points = self._points(weight[first : first + some])
+            rows[first : first + some, :length] = points.reshape(-1, length)
+        return rows
+
+    def _points(self, weight: NDArray[Any]) -> NDArray[np.float64]:
+        """g weight g' of each output and input: (outputs, columns, rows, inputs)."""
+        g = np.array(self.matrices.g)
+        by_column = np.einsum("ax,by->baxy", g, g).reshape(-1, 9)
+        points: NDArray[np.float64] = by_column @ weight.reshape(*weight.shape[:2], 9).swapaxes(1, 2).astype(np.float64)
+        return points.reshape(len(weight), self.span, self.span, -1)
 
     def taps(
         self, module: Module, group: Group, source: Layout, frame: Layout
@@ -166,7 +178,7 @@ class Winograd(TileKernel):
         windows = np.lib.stride_tricks.sliding_window_view(padded, (span, span), axis=(2, 3))
         tiles = windows[:, :, ::side, ::side]
         points = (bt @ tiles @ bt.T).astype(np.float64)
-        weights = self._points(weight).astype(kind).astype(np.float64)
+        weights = self._points(weight).astype(kind).astype(np.float64).transpose(0, 3, 2, 1)
         total = np.zeros((batch, len(weight), rows, columns, span, span), kind)
         for i in range(inputs):
             total = (total + points[:, None, i] * weights[:, i, None, None]).astype(kind)
