@@ -33,6 +33,8 @@ _STORE = re.compile(r"  store (?:atomic )?(<\d+ x \w+>|\w+) .*, ptr ([%@]\S+?)(?
 _ATOMIC = re.compile(r"  %\S+ = atomicrmw add ptr (%\S+), i64 1 monotonic")
 _COPY = re.compile(r"  call void @llvm\.memcpy\.\S+\(ptr (%\S+), ptr (%\S+), i64 (\S+), i1 false\)")
 _CLEAR = re.compile(r"  call void @llvm\.memset\.\S+\(ptr (%\S+), i8 0, i64 (\d+), i1 false\)")
+_PREFETCH = re.compile(r"  call void @llvm\.prefetch\.\S+\(ptr (%\S+), i32 0, i32 3, i32 1\)")
+_LINE = 64  # bytes of a cache line
 _CALL = re.compile(r"  call void @([\w.]+)\((.*)\)")
 
 
@@ -119,6 +121,8 @@ class Checked(Module):
         line = f"  call void @{function}({arguments})"
         if match := _CLEAR.fullmatch(line):
             yield from self._bounded(number, line, match[1], match[2])
+        elif match := _PREFETCH.fullmatch(line):
+            yield from self._bounded(number, line, match[1], str(_LINE), reads=True)
         elif match := _COPY.fullmatch(line):
             target, source, length = match.groups()
             for pointer, reads in ((target, False), (source, True)):

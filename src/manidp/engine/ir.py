@@ -272,6 +272,10 @@ class Function:
     def store(self, value: Vec, pointer: Pointer, offset: Offset = 0) -> None:
         self.do(f"store {self.vector} {value}, ptr {self.at(pointer, offset)}, align {self.element.size}")
 
+    def prefetch(self, pointer: Pointer, offset: Offset = 0) -> None:
+        """Bring the cache line nearer."""
+        self.do(f"call void @llvm.prefetch.p0(ptr {self.at(pointer, offset)}, i32 0, i32 3, i32 1)")
+
     def scalar(self, pointer: Pointer, offset: Offset = 0) -> Scalar:
         return self.make(Scalar, f"load {self.element.name}, ptr {self.at(pointer, offset)}, align {self.element.size}")
 

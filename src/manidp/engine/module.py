@@ -62,6 +62,7 @@ class Module:
             "declare i64 @llvm.umin.i64(i64, i64)",
             "declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)",
             "declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)",
+            "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)",
         ]
 
     def _attributes(self) -> str:

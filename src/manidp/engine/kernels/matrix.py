@@ -36,6 +36,7 @@ OUTPUTS = 4  # at a time
 # of strided ones: what is under a tap pays to be gathered from so many inputs on, or up to few for so many outputs
 _WIDE, _FEW, _OUTPUTS = 64, 4, 16
 _TAPS = 49  # and up to so many taps
+_BEGUN = 8  # cache lines of a row of weights that are fetched ahead
 _TOGETHER = 4  # taps between two jumps, where all inputs are read
 # bytes of inputs that all outputs are made of before the next ones are taken; a map of so many is taken as a whole
 _CACHE, _WHOLE = 128 * 1024, 300 * 1024
@@ -193,6 +194,8 @@ class _Code:
             def one_tile(t: Index) -> list[Index]:
                 begin = g.divided(g.scaled(t, _NO), tiles)
                 number = g.minus(g.divided(g.scaled(g.plus(t, 1), _NO), tiles), begin)
+                if self.rows:
+                    g.call(self._prefetch(), _WEIGHTS, _LO, _NO, _ROW, g.plus(begin, number))
                 g.switch(number, self.sizes, self.sizes[-1], lambda n: self._tile(g, n, begin, first, end))
                 return []
 
@@ -216,6 +219,26 @@ class _Code:
                 return []
 
             g.loop(g.minus(high, low), one_block)
+
+    def _prefetch(self) -> str:
+        """The function that fetches where the rows of the next tile begin.
+
+        They lie anywhere, so no processor sees them coming; how they go on it sees.
+        """
+
+        def write(g: Function) -> None:
+            line = 64 // g.element.size
+            outputs = [g.index(_LO, g.least(g.plus(_FIRST, k), g.minus(_NO, 1))) for k in range(OUTPUTS)]
+            rows = [g.at(_WEIGHTS, g.scaled(output, _ROW)) for output in outputs]
+
+            def one_line(n: Index) -> list[Index]:
+                for row in rows:
+                    g.prefetch(row, g.scaled(n, line))
+                return []
+
+            g.loop(g.least(g.divided(_ROW, line), _BEGUN), one_line)
+
+        return self.module.function("prefetch", [_WEIGHTS, _LO, _NO, _ROW, _FIRST], write)
 
     def _ranges(self, g: Function, first: Index, end: Index) -> list[tuple[int, Index, Index]]:
         """The blocks from first to end: (vectors of a block, first, end) of the wide ones and of the others."""
