@@ -70,11 +70,11 @@ model: $(VENV)/.dev data  ## Train both bundled models again (hours; goes on whe
 cards: $(VENV)/.base  ## Write the bundled card of our own model, and its digests, from the bundled checkpoint
 	$(VENV)/bin/python models/make_cards.py
 
-table: $(VENV)/.dev data  ## Measure beside other runtimes on all test images; write the README's table (40 minutes, machine idle)
+table: $(VENV)/.dev data  ## Measure beside other runtimes on all test images; write the README's table (25 minutes, machine idle)
 	mkdir -p build
 	$(MANIDP) freeze models/static-res20/model.safetensors --no-statistics -o build/static-res20.safetensors
 	$(MANIDP) bench --data cifar10 --dense dense-res20 --dense build/static-res20.safetensors \
-		--rounds 15 --growth --out benchmarks/bench.json --plot docs/speed.png
+		--rounds 7 --growth --out benchmarks/bench.json --plot docs/speed.png
 	$(VENV)/bin/python benchmarks/render_readme.py
 
 figure: $(VENV)/.dev data  ## Draw the README's picture from the bundled model and all test images

@@ -24,9 +24,11 @@ from manidp.engine.target import ISAS, available_isas
 from manidp.errors import ManiDPError, MissingExtraError, UnsupportedError
 from manidp.formats.checkpoint import Checkpoint, save_checkpoint
 from manidp.gating.place import with_gates
+from manidp.graph import GlobalPool, Graph, Input, Scatter
 from manidp.graph.macs import dense_macs
 from manidp.models import resnet
 from manidp.result import Result
+from networks import checkpoint_of
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["dense", "gated"])
@@ -51,6 +53,17 @@ def test_a_peer_gives_the_engines_logits(peer: Peer, gated: bool) -> None:
     assert logits.shape == wanted.shape
     if opened.precision == "float32":
         np.testing.assert_allclose(logits, wanted, atol=2e-4 * np.abs(wanted).max())
+
+
+def test_ncnn_refuses_what_its_converter_writes_and_it_does_not_know() -> None:
+    nodes = (
+        Input(name="image", dims=(3, 8, 8)),
+        Scatter(name="scattered", inputs=("image",), channels=5, at=(0, 2, 4)),
+        GlobalPool(name="pool", inputs=("scattered",)),
+    )
+    (ncnn,) = (peer for peer in PEERS if peer.name == "ncnn")
+    with pytest.raises((MissingExtraError, UnsupportedError)):
+        ncnn.open(checkpoint_of(Graph(nodes, "pool"), {}), 1, 1, np.zeros((1, 3, 8, 8), np.float32))
 
 
 def test_a_peer_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

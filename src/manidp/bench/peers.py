@@ -161,8 +161,8 @@ def _ncnn(checkpoint: Checkpoint, batch: int, threads: int, calibration: Batch) 
         parts = [Path(folder, f"model.ncnn.{part}") for part in ("param", "bin")]
         if converted.returncode or not all(part.exists() for part in parts):
             raise UnsupportedError(f"its converter failed with exit code {converted.returncode}")
-        net.load_param(str(parts[0]))
-        net.load_model(str(parts[1]))
+        if net.load_param(str(parts[0])) or net.load_model(str(parts[1])):
+            raise UnsupportedError("it does not know an operation that its converter wrote")
 
     def one_after_the_other(images: Batch) -> Batch:
         logits = []
