@@ -203,6 +203,13 @@ def pointed() -> Checkpoint:
     return replace(checkpoint, points=points)
 
 
+def test_a_checkpoint_tells_in_a_line_what_it_is() -> None:
+    model = load_checkpoint(checkpoint_path("manidp-res20"))
+    assert repr(model) == "Checkpoint(3x32x32 to 10 classes, 197 nodes, 18 gates, 336,300 parameters)"
+    points = (OperatingPoint("25%", {}), OperatingPoint("a\nb", {}))
+    assert repr(replace(model, points=points)).endswith(r"parameters, points '25%', 'a\nb')")
+
+
 def test_operating_points_there_and_back(tmp_path: Path) -> None:
     save_checkpoint(pointed(), tmp_path / "x")
     back = load_checkpoint(tmp_path / "x")

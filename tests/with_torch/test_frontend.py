@@ -207,6 +207,7 @@ def test_all_that_is_unsupported_is_listed() -> None:
     assert by_op.keys() == {"abs.default", "group_norm.default", "conv_transpose2d.input", "_softmax.default"}
     assert by_op["group_norm.default"].startswith("norm (test_frontend.py:")
     assert "transposed convolution" in by_op["conv_transpose2d.input"]
+    assert "output is its logits" in by_op["_softmax.default"]
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,16 @@ class Checkpoint:
                 f"the graph reads {self.graph.input.dims} (channels, height, width)"
             )
 
+    def __repr__(self) -> str:
+        """What it is, in one line: weights would fill pages."""
+        graph, size = self.graph, "x".join(map(str, self.graph.input.dims))
+        parameters = sum(array.size for array in self.weights.values())
+        points = f", points {', '.join(quoted(point.name, 60) for point in self.points)}" if self.points else ""
+        return (
+            f"Checkpoint({size} to {graph.num_classes} classes, {len(graph.nodes)} nodes, {len(graph.gates)} gates, "
+            f"{parameters:,} parameters{points})"
+        )
+
     def point(self, budget: str | float) -> OperatingPoint:
         """The operating point of a name, or the most expensive one within a share of the dense multiply-adds (0..1].
 

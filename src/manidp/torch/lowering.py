@@ -635,6 +635,9 @@ class _Lowering:
     def own_statistics(self, *_: Any, **__: Any) -> Any:
         raise _RefusedError("a normalisation by statistics of the image at hand")
 
+    def softmax(self, *_: Any, **__: Any) -> Any:
+        raise _RefusedError("a network's output is its logits; return them as they are")
+
     # ---- handlers: pooling
 
     def max_pool(self, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1,
@@ -909,6 +912,7 @@ _HANDLERS: dict[str, _Handler] = {
     "_native_batch_norm_legit_no_training.default": _L.batch_norm,
     **dict.fromkeys(("_native_batch_norm_legit.no_stats", "instance_norm.default", "group_norm.default",
                      "layer_norm.default"), _L.own_statistics),
+    **dict.fromkeys(("_softmax.default", "_log_softmax.default"), _L.softmax),
     "max_pool2d.default": _L.max_pool, "max_pool2d_with_indices.default": _L.max_pool_with_indices,
     "avg_pool2d.default": _L.average_pool, "adaptive_avg_pool2d.default": _L.adaptive_average,
     "_adaptive_avg_pool2d.default": _L.adaptive_average, "adaptive_max_pool2d.default": _L.adaptive_max,
