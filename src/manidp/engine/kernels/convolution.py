@@ -15,6 +15,7 @@ what the tiles multiply and how outputs come from their products.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -181,6 +182,14 @@ def apart(rows: int, length: int, element: Element) -> NDArray[Any]:
     """Zeros, rows of an odd number of cache lines, so that those of a tile do not fall into the same lines."""
     line = 64 // element.size
     return np.zeros((rows, (-(-length // line) | 1) * line), f"f{element.size}")
+
+
+def by_input(rows: NDArray[Any], ends: Sequence[int], element: Element) -> NDArray[Any]:
+    """Rows from one end to the next, group after group: input by input what all rows of a group have for it."""
+    made = np.empty(rows.shape, f"f{element.size}")
+    for first, end in itertools.pairwise(ends):
+        made[first:end].reshape(-1, end - first)[:] = rows[first:end].T
+    return made
 
 
 def tile_shape(positions: int, most_outputs: int, isa: Isa) -> Tile:

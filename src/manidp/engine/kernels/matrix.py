@@ -15,7 +15,6 @@ the image.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 
 from manidp.engine.ir import Element, Function, Index, Pointer, Vec
 from manidp.engine.kernels import epilogue as epilogues
-from manidp.engine.kernels.convolution import Kernel, Packed, apart
+from manidp.engine.kernels.convolution import Kernel, Packed, apart, by_input
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.module import WORKSPACE, Module
 from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, MapStep, Op, Step, Window, window_of
@@ -75,11 +74,8 @@ class Matrix(Kernel):
             rows = apart(outputs, length, element)
             rows[:, :length] = flat
             return rows
-        made = np.empty(flat.shape, f"f{element.size}")
         tiles = -(-outputs // OUTPUTS)
-        for a, b in itertools.pairwise(t * outputs // tiles for t in range(tiles + 1)):
-            made[a:b].reshape(length, b - a)[:] = flat[a:b].T
-        return made
+        return by_input(flat, [t * outputs // tiles for t in range(tiles + 1)], element)
 
     def step(
         self, node: Conv, source: MapKey, packed: Packed, inputs: Channels, outputs: Channels, epilogue: Epilogue

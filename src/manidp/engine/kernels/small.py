@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from manidp.engine.ir import Element, Function, Index, Pointer, Vec
 from manidp.engine.kernels import epilogue as epilogues
-from manidp.engine.kernels.convolution import Kernel, Packed
+from manidp.engine.kernels.convolution import Kernel, Packed, by_input
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.module import WORKSPACE, Module
 from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, MapStep, Step, Window, lengthened, window_of
@@ -61,8 +61,7 @@ class Small(Kernel):
     def pack(self, weight: NDArray[Any], element: Element, lanes: int) -> NDArray[Any]:
         """Of K vectors of outputs after the other, input by input, tap by tap; outputs padded to whole vectors."""
         rows = lengthened(weight.reshape(len(weight), -1), lanes)
-        parts = [rows[first : first + VECTORS * lanes].T for first in range(0, len(rows), VECTORS * lanes)]
-        return np.concatenate([part.reshape(-1) for part in parts]).reshape(rows.shape)
+        return by_input(rows, [*range(0, len(rows), VECTORS * lanes), len(rows)], element)
 
     def step(
         self, node: Conv, source: MapKey, packed: Packed, inputs: Channels, outputs: Channels, epilogue: Epilogue

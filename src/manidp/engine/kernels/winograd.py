@@ -117,11 +117,16 @@ class Winograd(TileKernel):
             rows[first : first + some, :length] = points.reshape(-1, length)
         return rows
 
+    @cached_property
+    def _of_taps(self) -> NDArray[np.float64]:
+        """What makes points of a kernel's taps: (points, column first; taps)."""
+        g = np.array(self.matrices.g)
+        return np.asarray(np.einsum("ax,by->baxy", g, g).reshape(-1, 9))
+
     def _points(self, weight: NDArray[Any]) -> NDArray[np.float64]:
         """g weight g' of each output and input: (outputs, columns, rows, inputs)."""
-        g = np.array(self.matrices.g)
-        by_column = np.einsum("ax,by->baxy", g, g).reshape(-1, 9)
-        points: NDArray[np.float64] = by_column @ weight.reshape(*weight.shape[:2], 9).swapaxes(1, 2).astype(np.float64)
+        taps = weight.reshape(*weight.shape[:2], 9).swapaxes(1, 2).astype(np.float64)
+        points: NDArray[np.float64] = self._of_taps @ taps
         return points.reshape(len(weight), self.span, self.span, -1)
 
     def taps(
