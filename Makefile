@@ -128,7 +128,7 @@ test-torch:  ## The tests of torch and ONNX with another torch: TORCH=2.11.0
 score: $(VENV)/.dev data  ## Images a second of `manidp score` beside a DataLoader with ONNX Runtime (machine idle)
 	$(VENV)/bin/python benchmarks/score.py
 
-zoo: $(VENV)/.dev  ## The engine beside ONNX Runtime on well-known networks; ONLY=mobilenet-v2: one; GATED=1: at half, too (15 minutes, machine idle)
+zoo: $(VENV)/.dev  ## The engine beside ONNX Runtime on well-known networks; ONLY=mobilenet-v2: one; GATED=1: at half, too (5 minutes, machine idle)
 	PYTHONPATH=tests/with_torch $(VENV)/bin/python benchmarks/dense_zoo.py $(ONLY) $(if $(GATED),--gated) --out build/zoo.json
 
 test-ray: $(VENV)/.dev  ## Test `manidp score --ray` on Ray's workers on this machine

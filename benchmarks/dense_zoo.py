@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), help=f"of {', '.join(NETWORKS)}; default: all")
     parser.add_argument("--size", type=int, action="append", choices=SIZES, help="of the pictures; default: both")
     parser.add_argument("--gated", action="store_true", help="half of the multiply-adds, too")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="file for the record, JSON")
     options = parser.parse_args()
     unknown = sorted(set(options.networks) - set(NETWORKS))
