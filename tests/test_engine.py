@@ -18,11 +18,13 @@ from PIL import Image
 from engine_cases import Array, assert_close, assert_same_result, check, plan_of, run_program
 from manidp.engine.engine import Engine, Program
 from manidp.engine.ir import FLOAT, HALF
-from manidp.engine.kernels.convolution import Convolve, Kernel
+from manidp.engine.kernels.convolution import Convolve, Kernel, cheapest
 from manidp.engine.kernels.direct import Direct
+from manidp.engine.kernels.lanes import ConvolveInLanes, OutputLanes
+from manidp.engine.kernels.matrix import Matrix, MultiplyMatrices
 from manidp.engine.kernels.winograd import MATRICES, Winograd
 from manidp.engine.module import Module
-from manidp.engine.planner import make_plan
+from manidp.engine.planner import KERNELS, make_plan
 from manidp.engine.steps import Plan, VectorKey
 from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.errors import ManiDPError, UnsupportedError
@@ -182,6 +184,47 @@ def test_the_cheapest_kernel_is_taken(size: int, lanes: int, single: Kernel, hal
         plan = make_plan(graph, random_weights(graph), lanes=lanes, element=element, scale=np.ones(3), shift=np.ones(3))
         (step,) = [step for step in plan.steps if isinstance(step, Convolve)]
         assert step.kernel == wanted
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "lanes", "wanted"),
+    [
+        (1024, 7, 16, OutputLanes()),  # 49 positions fill three vectors of four
+        (1024, 7, 8, OutputLanes()),
+        (1024, 14, 16, OutputLanes()),
+        (1024, 14, 8, Matrix(rows=False)),  # 196 positions nearly fill 25 vectors
+        (1024, 16, 16, Matrix(rows=False)),
+        (1024, 4, 16, OutputLanes()),  # one vector of positions is too few sums to hide how long an addition takes
+        (20, 7, 16, Matrix(rows=False)),  # 20 outputs do not fill two vectors
+    ],
+)
+def test_outputs_lie_in_the_lanes_where_positions_would_not_fill_them(
+    channels: int, size: int, lanes: int, wanted: Kernel
+) -> None:
+    conv = Conv(name="conv", inputs=("image",), channels=channels, kernel=1, padding=0)
+    assert cheapest(KERNELS, conv, 64, (size, size), FLOAT, lanes) == wanted
+    assert cheapest(KERNELS, conv, 64, (size, size), FLOAT, lanes, gated=True).skips_outputs
+
+
+@pytest.mark.parametrize(("channels", "size", "absorbed"), [(32, 14, True), (512, 14, False), (32, 7, False)])
+def test_a_convolution_does_what_stands_before_it_where_that_saves_more_than_another_kernel(
+    channels: int, size: int, absorbed: bool
+) -> None:
+    nodes = (
+        Input(name="image", dims=(64, size, size)),
+        Conv(name="one", inputs=("image",), channels=16),
+        Conv(name="another", inputs=("one",), channels=16),
+        Concat(name="both", inputs=("one", "another")),
+        BatchNorm(name="norm", inputs=("both",)),
+        Activation(name="relu", inputs=("norm",)),
+        Conv(name="conv", inputs=("relu",), channels=channels, kernel=1, padding=0),
+        GlobalPool(name="mean", inputs=("conv",)),
+    )
+    graph = Graph(nodes, "mean")
+    plan = make_plan(graph, random_weights(graph), lanes=16, scale=np.ones(64), shift=np.ones(64))
+    step = next(step for step in plan.steps if getattr(step, "node", None) == graph.by_name["conv"])
+    assert isinstance(step, MultiplyMatrices if absorbed else ConvolveInLanes)
+    assert bool(getattr(step, "before", ())) == absorbed
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden set at {GOLDEN}")

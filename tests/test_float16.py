@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 import manidp
-from engine_cases import assert_same_result, close_calls, some_images
+from engine_cases import assert_same_result, close_calls, plan_of, run_program, some_images
 from manidp import reference
 from manidp.data.images import load_sample
-from manidp.engine.engine import Engine
+from manidp.engine.engine import Engine, Program
 from manidp.engine.ir import HALF
 from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.errors import ManiDPError, UnsupportedError
 from manidp.formats.checkpoint import checkpoint_path, load_checkpoint
+from manidp.graph import Conv, GlobalPool, Graph, Input
 from manidp.models import resnet
 from networks import checkpoint_of, random_weights
 from test_overflow import OVERFLOWS
@@ -46,6 +47,19 @@ def test_an_engine_takes_about_half_the_memory() -> None:
     graph = resnet(14, image=(3, 32, 32))
     checkpoint = checkpoint_of(graph, random_weights(graph))
     assert Engine(checkpoint, precision="float16", isa=ISA[0]).memory < 0.6 * Engine(checkpoint).memory
+
+
+@pytest.mark.parametrize("isa", ISA)
+def test_an_odd_number_of_halves_lies_within_the_workspace(isa: str) -> None:
+    """Floats are two halves: of 37 a float too few was reserved."""
+    nodes = (
+        Input(name="image", dims=(1, 3, 9)),
+        Conv(name="conv", inputs=("image",), channels=1, stride=2),
+        GlobalPool(name="mean", inputs=("conv",)),
+    )
+    graph = Graph(nodes, "mean")
+    plan = plan_of(graph, random_weights(graph), isa)
+    run_program(Program(plan, ISAS[isa]), plan, np.zeros((1, 1, 3, 9), np.float32))
 
 
 @needs_isa

@@ -13,8 +13,8 @@ from manidp.engine.kernels import linear, matrix, pointwise, pool, select
 from manidp.engine.kernels.convolution import Kernel
 from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
+from manidp.engine.kernels.lanes import OutputLanes
 from manidp.engine.kernels.matrix import Matrix
-from manidp.engine.kernels.small import Small
 from manidp.engine.kernels.winograd import Winograd
 from manidp.engine.target import ISAS, available_isas
 from manidp.graph import Conv, Flatten, GlobalPool, Graph, Input, Linear, Node, Pool, Select
@@ -45,8 +45,13 @@ CONVOLUTIONS: list[tuple[Kernel, dict[str, Any]]] = [
     *((Matrix(rows), {"kernel": 1, "padding": 0, **more}) for rows in (False, True) for more in ({}, {"stride": 2})),
     *((Matrix(rows), {"kernel": kernel, "stride": 2}) for rows in (False, True) for kernel in (3, (2, 4))),
     (Matrix(False), {"kernel": 7, "padding": 3, "stride": 2}),
-    *((Small(), {"channels": channels, "kernel": 3, "stride": stride}) for channels in (9, 56) for stride in (1, 2)),
-    (Small(), {"kernel": (4, 2), "padding": (0, 1, 2, 2), "dilation": (1, 2)}),
+    *(
+        (OutputLanes(), {"channels": channels, "kernel": 3, "stride": stride})
+        for channels in (9, 56)
+        for stride in (1, 2)
+    ),
+    (OutputLanes(), {"kernel": (4, 2), "padding": (0, 1, 2, 2), "dilation": (1, 2)}),
+    *((OutputLanes(), {"channels": 56, "kernel": 1, "padding": 0, "stride": stride}) for stride in (1, 2)),
     (Depthwise(), {"kernel": 3}),
     (Depthwise(), {"kernel": 5, "padding": 2, "stride": 2}),
     (Depthwise(), {"kernel": (4, 2), "padding": (0, 1, 3, 2), "dilation": (1, 2), "stride": 2}),

@@ -88,6 +88,23 @@ def test_fresh_gates_are_the_identity_to_the_last_bit(training: bool, bfloat16: 
     assert all(bool((record.gate == 1).all()) for record in output.records.values())
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_strided_depthwise_convolution_is_trained_in_float32(stride: int) -> None:
+    """Where bfloat16 is slow: its weights are not rounded, its output is."""
+    nodes = (
+        Input(name="image", dims=(8, 6, 6)),
+        Conv(name="conv", inputs=("image",), channels=8, groups=8, stride=stride),
+        GlobalPool(name="mean", inputs=("conv",)),
+    )
+    network = Network(Graph(nodes, "mean"), seed=1).train()
+    images = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    exact = network.node_values(images)["conv"]
+    with torch.autocast("cpu", torch.bfloat16):
+        made = network.node_values(images)["conv"]
+    assert made.dtype == torch.bfloat16
+    assert torch.equal(made, exact.bfloat16()) == (stride == 2)
+
+
 def test_a_saliency_exactly_on_the_threshold_is_not_kept() -> None:
     graph = with_gates(resnet(8))
     network = Network(graph)  # every saliency is exactly 1

@@ -101,7 +101,7 @@ class Module:
 
     def reserve_scratch(self, elements: int) -> None:
         """A convolution needs so many elements behind the plan's own workspace."""
-        self.scratch = max(self.scratch, elements * self.element.size // 4)
+        self.scratch = max(self.scratch, -(-elements * self.element.size // 4))
 
     def map_at(self, f: Function, key: MapKey) -> Pointer:
         """Where a map begins."""

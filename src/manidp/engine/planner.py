@@ -6,6 +6,7 @@ support a convolution, the cheapest is taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from functools import cached_property
@@ -21,9 +22,9 @@ from manidp.engine.kernels.convolution import Kernel, Packed, cheapest
 from manidp.engine.kernels.copies import ClearGaps, FlattenMap, LoadImage, MoveChannels, Relayout
 from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
+from manidp.engine.kernels.lanes import OutputLanes
 from manidp.engine.kernels.matrix import Matrix, MultiplyMatrices
 from manidp.engine.kernels.pointwise import Pointwise
-from manidp.engine.kernels.small import Small
 from manidp.engine.kernels.vector import VectorOp
 from manidp.engine.kernels.winograd import Winograd
 from manidp.engine.memory import place
@@ -50,7 +51,16 @@ from manidp.graph import (
     sides,
 )
 
-KERNELS: tuple[Kernel, ...] = (Winograd(2), Winograd(4), Depthwise(), Matrix(False), Matrix(True), Small(), Direct())
+KERNELS: tuple[Kernel, ...] = (
+    Winograd(2),
+    Winograd(4),
+    Depthwise(),
+    Matrix(False),
+    Matrix(True),
+    OutputLanes(),
+    Direct(),
+)
+_STEP = 6  # instructions a vector of a map takes in a step that only applies functions, in multiply-adds
 
 
 def make_plan(
@@ -82,6 +92,7 @@ class _Planner:
         self.within: dict[MapKey, tuple[MapKey, int]] = {}  # a map that is channels of another, from this one on
         self.taken: set[MapKey] = set()  # maps whose memory another one takes in place
         self.wholes: set[MapKey] = set()  # maps of which others are channels
+        self.applying: dict[str, Kernel] = {}  # of convolutions that do what stands before them
         self.tasks = tasks_of(graph)
         if reuse:
             self.tasks = absorbed(graph, self.tasks, self._applies)
@@ -175,13 +186,32 @@ class _Planner:
         self._finish(index, task, phases_out, step)
 
     def _applies(self, node: Conv) -> bool:
-        """Whether a convolution can do something element by element on what it reads; zeros around it stay zeros."""
-        return isinstance(self._kernel(node), Matrix) and window_of(node).taps == 1 and not any(sides(node.padding))
+        """Whether a convolution is to do what stands before it, element by element; zeros around a map stay zeros.
+
+        Where another kernel would be so much cheaper that a step of its own for that pays, it is not.
+        """
+        inputs, size, gated = self._facts(node)
+        applying = [k for k in KERNELS if isinstance(k, Matrix) and k.supports(node, inputs, self.element)]
+        if not applying or window_of(node).taps > 1 or any(sides(node.padding)):
+            return False
+        kernel = cheapest(applying, node, inputs, size, self.element, self.lanes, gated=gated)
+        saved = _STEP * math.prod(size) / self.lanes / node.channels
+        costs = [one.cost(node, *size, self.lanes, self.element) for one in (kernel, self._kernel(node))]
+        if costs[0] <= costs[1] + saved:
+            self.applying[node.name] = kernel
+        return node.name in self.applying
 
     def _kernel(self, node: Conv) -> Kernel:
-        inputs, *_ = self.graph.shapes[node.inputs[0]]
-        size, gated = self.graph.shapes[node.name][1:], node.name in self.graph.wanted
+        if node.name in self.applying:
+            return self.applying[node.name]
+        inputs, size, gated = self._facts(node)
         return cheapest(KERNELS, node, inputs, size, self.element, self.lanes, gated=gated)
+
+    def _facts(self, node: Conv) -> tuple[int, tuple[int, int], bool]:
+        """How many channels it reads, the size of its output, whether a gate may close channels of that."""
+        inputs, *_ = self.graph.shapes[node.inputs[0]]
+        _, height, width = self.graph.shapes[node.name]
+        return inputs, (height, width), node.name in self.graph.wanted
 
     def _finish(self, index: int, task: Task, phases: int, step: Callable[[Channels, Epilogue], Step]) -> None:
         """Emit the step, and the one that does the rest for channels whose gate is closed."""

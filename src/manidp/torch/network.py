@@ -215,7 +215,13 @@ def _conv(net: Network, node: Conv, p: P, x: Tensor) -> Tensor:
         # writes beyond its memory unless channels come in eights.
         x, down, across = x[:, :, ::down, ::across], 1, 1
     x, padding = padded(x, sides(node.padding), 0.0)
-    return F.conv2d(x, p["weight"], p.get("bias"), (down, across), padding, node.spread, node.groups)
+    settings = (down, across), padding, node.spread, node.groups
+    depthwise = node.groups == x.shape[1] > 1
+    if net.training and depthwise and down * across > 1 and x.is_cpu and torch.is_autocast_enabled("cpu"):
+        # oneDNN's gradient of a strided depthwise convolution takes up to ten times as long in bfloat16 as in float32.
+        with torch.autocast("cpu", enabled=False):
+            return F.conv2d(x.float(), p["weight"], p.get("bias"), *settings).bfloat16()
+    return F.conv2d(x, p["weight"], p.get("bias"), *settings)
 
 
 @handles(BatchNorm)

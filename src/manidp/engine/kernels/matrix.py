@@ -63,8 +63,11 @@ class Matrix(Kernel):
 
     def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
         """A direct convolution takes 1.2 to 1.5 times as long by measurement (AVX2); less on maps of two vectors."""
-        few = window_of(node).taps > 1 and height * width <= 2 * lanes
-        return (1.2 if few else 0.9 if self.rows else 0.8) * super().cost(node, height, width, lanes, element)
+        if height * width <= (lanes if window_of(node).taps == 1 else 2 * lanes):
+            share = 1.2
+        else:
+            share = 0.9 if self.rows else 0.8
+        return share * super().cost(node, height, width, lanes, element)
 
     def pack(self, weight: NDArray[Any], element: Element, lanes: int) -> NDArray[Any]:
         """Rows in an odd number of cache lines, or K outputs after the other, of each input after input K weights."""

@@ -1,4 +1,4 @@
-"""The convolution of a small map: neighbouring outputs in the lanes, a few positions at a time.
+"""A convolution with neighbouring outputs in the lanes, a few positions at a time.
 
     for K vectors of outputs:
         for P positions:
@@ -8,16 +8,17 @@
                     for p in positions whose tap lies in the map:
                         a[p][k] += x[li[j]][p at the tap] * w[k]
 
-A map of fewer positions than a vector has lanes leaves none of them idle so, and the weights, which take longer to read
-than to multiply where they serve few positions, are read vector by vector in the order in which they lie. Taps outside
-the map are not computed at all: of a 3x3 convolution of a 2x2 map that is more than half. All outputs are computed.
+A map whose positions do not fill vectors leaves no lane idle so: 49 of them are three vectors of 16 and a lane. Of a
+map of fewer positions than a vector has lanes, weights take longer to read than to multiply; they are read vector by
+vector in the order in which they lie, and taps outside the map are not computed at all: of a 3x3 convolution of a 2x2
+map that is more than half. All outputs are computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,13 +34,14 @@ from manidp.graph import Conv, sides
 
 VECTORS = 3  # of outputs at a time
 _MOST = 256  # taps of all positions: the code has K multiply-adds for each
+_OF_16, _OF_8 = 0.81, 0.87  # AVX-512 takes a factor from memory as it multiplies, AVX2 needs an instruction more
 
 _X, _WEIGHTS, _BIAS, _LI, _NI = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%li"), Index("%ni")
 _INPUTS, _SCRATCH, _FIRST, _COUNT = Index("%inputs"), Pointer("%scratch"), Index("%first"), Index("%count")
 
 
 @dataclass(frozen=True)
-class Small(Kernel):
+class OutputLanes(Kernel):
     """Where no gate closes outputs."""
 
     @property
@@ -50,13 +52,20 @@ class Small(Kernel):
         return node.groups == 1
 
     def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
-        """Taps that lie in the map; on larger maps it loses, since weights are read again for every few positions."""
+        """Taps that lie in the map, for whole vectors of outputs, by measurement beside the other kernels.
+
+        With more taps than one, weights are read again for every few positions, and the code has each tap of each
+        position: it is for maps of less than a vector then.
+        """
         window, (top, left, bottom, right) = window_of(node), sides(node.padding)
         taps = 1
         for size, lines, padding in ((height, window.lines, top + bottom), (width, window.columns, left + right)):
             extent = (size - 1) * window.stride + lines[-1] - lines[0] + 1 - padding
             taps *= sum(0 <= n * window.stride + line < extent for n in range(size) for line in lines)
-        return 0.95 * taps / lanes if height * width < lanes and taps <= _MOST else np.inf
+        if taps > _MOST or (window.taps > 1 and height * width >= lanes):
+            return np.inf
+        share = 0.95 if window.taps > 1 else _OF_16 if lanes > 8 else _OF_8
+        return share * taps / lanes * (-(-node.channels // lanes) * lanes / node.channels)
 
     def pack(self, weight: NDArray[Any], element: Element, lanes: int) -> NDArray[Any]:
         """Of K vectors of outputs after the other, input by input, tap by tap; outputs padded to whole vectors."""
@@ -66,7 +75,7 @@ class Small(Kernel):
     def step(
         self, node: Conv, source: MapKey, packed: Packed, inputs: Channels, outputs: Channels, epilogue: Epilogue
     ) -> Step:
-        return ConvolveSmall(node, source, packed, inputs, epilogue)
+        return ConvolveInLanes(node, source, packed, inputs, epilogue)
 
     def model(self, x: NDArray[np.float32], weight: NDArray[np.float64], node: Conv) -> NDArray[Any]:
         """Input by input, as the direct convolution."""
@@ -74,8 +83,8 @@ class Small(Kernel):
 
 
 @dataclass(frozen=True)
-class ConvolveSmall(MapStep):
-    """A convolution of a small map and what follows it."""
+class ConvolveInLanes(MapStep):
+    """A convolution with outputs in the lanes, and what follows it."""
 
     node: Conv
     source: MapKey
@@ -91,11 +100,11 @@ class ConvolveSmall(MapStep):
         operands = epilogues.operands_of(module, f, self.epilogue)
         extra = epilogues.parameters_of(operands)
         window, whole = window_of(self.node), VECTORS * module.lanes
-        module.reserve_scratch(frame.height * frame.width * whole)
+        module.reserve_scratch(single(frame, module.lanes).blocks * module.lanes * whole)
         tiles, rest = divmod(self.node.channels, whole)
         code = _Code(module, window, source, frame, self.epilogue, extra)
         arguments = [_X, _WEIGHTS, _BIAS, _LI, _NI, _INPUTS, _SCRATCH, *extra]
-        key = ("small", tiles, rest, window, source, frame, self.epilogue.signature)
+        key = ("lanes", tiles, rest, window, source, frame, self.epilogue.signature)
         name = module.function(key, arguments, lambda g: code.write(g, tiles, rest))
         li, _, ni = module.lists(f, self.inputs)
         f.call(
@@ -103,6 +112,24 @@ class ConvolveSmall(MapStep):
             module.constant_at(f, self.packed.bias), li, ni, self.inputs.count,
             f.at(WORKSPACE, module.plan.workspace), *operands,
         )  # fmt: skip
+
+
+class _Position(NamedTuple):
+    """A position of a map: where it lies among those of a channel, and where its taps do, None outside the source."""
+
+    slot: int
+    taps: tuple[int | None, ...]
+
+
+def _from_the_first(positions: Sequence[_Position]) -> tuple[int, int, tuple[_Position, ...]]:
+    """The first slot and the first place of a tap, and the positions counted from there: so equal ones share code."""
+    slot = positions[0].slot
+    place = min((at for position in positions for at in position.taps if at is not None), default=0)
+    moved = (
+        _Position(position.slot - slot, tuple(None if at is None else at - place for at in position.taps))
+        for position in positions
+    )
+    return slot, place, tuple(moved)
 
 
 @dataclass(frozen=True)
@@ -117,9 +144,9 @@ class _Code:
     extra: list[Pointer]
 
     @property
-    def places(self) -> list[list[int | None]]:
-        """Of each position of the frame: where its taps lie in a channel of the source, None outside the map."""
-        w, source = self.window, self.source
+    def positions(self) -> list[_Position]:
+        """The positions of the frame, row by row."""
+        w, source, frame = self.window, self.source, self.frame
 
         def place(y: int, x: int) -> int | None:
             if not (0 <= y < source.height and 0 <= x < source.width):
@@ -127,11 +154,11 @@ class _Code:
             (row_phase, row), (column_phase, column) = source.reach(y), source.reach(x)
             return (row_phase * source.phases + column_phase) * source.plane + row * source.pitch + column
 
-        return [
-            [place(row * w.stride + down, column * w.stride + right) for down in w.lines for right in w.columns]
-            for row in range(self.frame.height)
-            for column in range(self.frame.width)
-        ]
+        def position(y: int, x: int) -> _Position:
+            taps = (place(y * w.stride + down, x * w.stride + right) for down in w.lines for right in w.columns)
+            return _Position(y * frame.pitch + x, tuple(taps))
+
+        return [position(y, x) for y in range(frame.height) for x in range(frame.width)]
 
     def write(self, g: Function, tiles: int, rest: int) -> None:
         """Some whole tiles of K vectors of outputs, and one of the outputs that are left."""
@@ -149,16 +176,17 @@ class _Code:
     def _tile(self, g: Function, vectors: int, first: Index, count: int) -> None:
         """So many outputs, from ``first`` on."""
         weights = g.at(_WEIGHTS, g.scaled(g.scaled(first, _INPUTS), self.window.taps))
-        places = self.places
+        positions = self.positions
         most = (self.module.isa.registers - 1 - vectors) // vectors
-        groups = -(-len(places) // most)
+        groups = -(-len(positions) // most)
         for index in range(groups):
-            begin, end = (n * len(places) // groups for n in (index, index + 1))
-            into = g.at(_SCRATCH, begin * vectors * g.lanes)
-            g.call(self._multiply(vectors, places[begin:end]), _X, weights, _LI, _NI, into)
+            begin, end = (n * len(positions) // groups for n in (index, index + 1))
+            first_slot, first_place, these = _from_the_first(positions[begin:end])
+            into = g.at(_SCRATCH, first_slot * vectors * g.lanes)
+            g.call(self._multiply(vectors, these), g.at(_X, first_place), weights, _LI, _NI, into)
         g.call(self._outputs(vectors), _SCRATCH, _BIAS, first, count, *self.extra)
 
-    def _multiply(self, vectors: int, places: Sequence[Sequence[int | None]]) -> str:
+    def _multiply(self, vectors: int, positions: tuple[_Position, ...]) -> str:
         """The function that multiplies and adds: some vectors of outputs at some positions, from all kept inputs."""
         channel, taps = self.source.channel, self.window.taps
 
@@ -168,7 +196,7 @@ class _Code:
                 x = g.at(_X, g.scaled(i, channel))
                 row = g.at(_WEIGHTS, g.scaled(i, taps * vectors * g.lanes))
                 for t in range(taps):
-                    inside = [(p, place[t]) for p, place in enumerate(places)]
+                    inside = [(p, position.taps[t]) for p, position in enumerate(positions)]
                     if all(at is None for _, at in inside):
                         continue
                     weights = [g.load(row, (t * vectors + k) * g.lanes) for k in range(vectors)]
@@ -179,11 +207,12 @@ class _Code:
                                 totals[k] = g.fma(value, weight, totals[k])
                 return totals
 
-            zeros = [Vec("zeroinitializer")] * (vectors * len(places))
+            zeros = [Vec("zeroinitializer")] * (vectors * len(positions))
             for at, total in enumerate(g.loop(_NI, one_input, *zeros)):
-                g.store(total, _SCRATCH, at * g.lanes)
+                p, k = divmod(at, vectors)
+                g.store(total, _SCRATCH, (positions[p].slot * vectors + k) * g.lanes)
 
-        key = ("small multiply", vectors, channel, tuple(map(tuple, places)))
+        key = ("lanes multiply", vectors, channel, positions)
         return self.module.function(key, [_X, _WEIGHTS, _LI, _NI, _SCRATCH], write)
 
     def _outputs(self, vectors: int) -> str:
@@ -194,19 +223,21 @@ class _Code:
             def one_output(k: Index) -> list[Index]:
                 channel, products = g.plus(_FIRST, k), g.at(_SCRATCH, k)
                 bias = g.splat_float(_BIAS, channel)
-                element = epilogues.Element(self.module, g, frame, self.epilogue, channel, Index("0"))
-                for v in range(single(frame, g.lanes).blocks):
-                    value = Vec("zeroinitializer")
+
+                def one_vector(v: Index) -> list[Index]:
+                    start = g.scaled(v, g.lanes)
+                    here, value = g.at(products, g.scaled(start, vectors * g.lanes)), Vec("zeroinitializer")
                     for lane in range(g.lanes):
-                        row, column = divmod(v * g.lanes + lane, frame.pitch)
-                        if row < frame.height and column < frame.width:
-                            at = (row * frame.width + column) * vectors * g.lanes
-                            value = g.insert(value, g.scalar(products, at), lane)
-                    element.make(0, Index(v), g.arithmetic("fadd", value, bias), v * g.lanes)
-                element.pool()
+                        value = g.insert(value, g.scalar(here, lane * vectors * g.lanes), lane)
+                    element = epilogues.Element(self.module, g, frame, self.epilogue, channel, start)
+                    element.make(0, v, g.arithmetic("fadd", value, bias))
+                    element.pool()
+                    return []
+
+                g.loop(single(frame, g.lanes).blocks, one_vector)
                 return []
 
             g.loop(_COUNT, one_output)
 
-        key = ("small outputs", vectors, frame, self.epilogue.signature)
+        key = ("lanes outputs", vectors, frame, self.epilogue.signature)
         return self.module.function(key, [_SCRATCH, _BIAS, _FIRST, _COUNT, *self.extra], write)
