@@ -16,15 +16,16 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from engine_cases import Array, assert_close, assert_same_result, check, plan_of, run_program
+from manidp.engine.choice import TIMES, Choice
 from manidp.engine.engine import Engine, Program
 from manidp.engine.ir import FLOAT, HALF
-from manidp.engine.kernels.convolution import Convolve, Kernel, cheapest
+from manidp.engine.kernels.convolution import Convolve, Kernel
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.kernels.lanes import ConvolveInLanes, OutputLanes
 from manidp.engine.kernels.matrix import Matrix, MultiplyMatrices
 from manidp.engine.kernels.winograd import MATRICES, Winograd
 from manidp.engine.module import Module
-from manidp.engine.planner import KERNELS, make_plan
+from manidp.engine.planner import make_plan
 from manidp.engine.steps import Plan, VectorKey
 from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.errors import ManiDPError, UnsupportedError
@@ -202,8 +203,24 @@ def test_outputs_lie_in_the_lanes_where_positions_would_not_fill_them(
     channels: int, size: int, lanes: int, wanted: Kernel
 ) -> None:
     conv = Conv(name="conv", inputs=("image",), channels=channels, kernel=1, padding=0)
-    assert cheapest(KERNELS, conv, 64, (size, size), FLOAT, lanes) == wanted
-    assert cheapest(KERNELS, conv, 64, (size, size), FLOAT, lanes, gated=True).skips_outputs
+    image, pool = Input(name="image", dims=(64, size, size)), GlobalPool(name="mean", inputs=("conv",))
+    assert Choice(Graph((image, conv, pool), "mean"), lanes, FLOAT).of(conv) == wanted
+    gates = *head("gate", "image", channels, 2, 3.0), Multiply(name="gated", inputs=("conv", "gate"))
+    gated = Graph((image, conv, *gates, GlobalPool(name="mean", inputs=("gated",))), "mean")
+    assert Choice(gated, lanes, FLOAT).of(conv) == Matrix(rows=True)
+
+
+def test_packed_weights_take_no_more_memory_than_they_may() -> None:
+    """Winograd's 36 points for 9 taps, of as many layers as have place; the others take what is next."""
+    layers = [Conv(name=f"n{n}", inputs=(f"n{n - 1}" if n else "image",), channels=512) for n in range(6)]
+    nodes = (Input(name="image", dims=(512, 28, 28)), *layers, GlobalPool(name="mean", inputs=("n5",)))
+    graph = Graph(nodes, "mean")
+    chosen = [Choice(graph, 8, FLOAT).of(layer) for layer in layers]
+    assert set(chosen) == {Winograd(2), Winograd(4)}
+    held = sum(kernel.held(layer) / 9 for kernel, layer in zip(chosen, layers, strict=True)) / len(layers)
+    assert TIMES - 20 / 9 / len(layers) < held <= TIMES
+    narrow = Graph((nodes[0], replace(layers[0], channels=32), GlobalPool(name="mean", inputs=("n0",))), "mean")
+    assert Choice(narrow, 8, FLOAT).of(layers[0]) == Winograd(4)  # 2.3 MB: anything has place
 
 
 @pytest.mark.parametrize(("channels", "size", "absorbed"), [(32, 14, True), (512, 14, False), (32, 7, False)])

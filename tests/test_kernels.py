@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine_cases import Array, plan_of, run_program
-from manidp.engine import planner
+from manidp.engine import choice
 from manidp.engine.engine import Program
 from manidp.engine.kernels import linear, matrix, pointwise, pool, select
 from manidp.engine.kernels.convolution import Kernel
@@ -66,7 +66,7 @@ CONVOLUTIONS: list[tuple[Kernel, dict[str, Any]]] = [
 def test_a_convolution_is_what_its_model_says(
     kernel: Kernel, fields: dict[str, Any], isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner, "KERNELS", (kernel,))
+    monkeypatch.setattr(choice, "KERNELS", (kernel,))
     monkeypatch.setattr(matrix, "_WIDE", 1)
     fields = {"channels": 6, "groups": 6} | fields if isinstance(kernel, Depthwise) else {"channels": 9} | fields
     conv = Conv(name="conv", inputs=("image",), **fields)

@@ -6,7 +6,6 @@ support a convolution, the cheapest is taken.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from functools import cached_property
@@ -15,18 +14,15 @@ from typing import Literal
 import numpy as np
 
 from manidp.engine import vectors
+from manidp.engine.choice import Choice
 from manidp.engine.draft import Array, Draft
 from manidp.engine.fusion import Task, absorbed, gate_to_skip, tasks_of
 from manidp.engine.ir import FLOAT, Element
-from manidp.engine.kernels.convolution import Kernel, Packed, cheapest
+from manidp.engine.kernels.convolution import Packed
 from manidp.engine.kernels.copies import ClearGaps, FlattenMap, LoadImage, MoveChannels, Relayout
-from manidp.engine.kernels.depthwise import Depthwise
-from manidp.engine.kernels.direct import Direct
-from manidp.engine.kernels.lanes import OutputLanes
-from manidp.engine.kernels.matrix import Matrix, MultiplyMatrices
+from manidp.engine.kernels.matrix import MultiplyMatrices
 from manidp.engine.kernels.pointwise import Pointwise
 from manidp.engine.kernels.vector import VectorOp
-from manidp.engine.kernels.winograd import Winograd
 from manidp.engine.memory import place
 from manidp.engine.steps import Channels, Epilogue, MapKey, Op, Plan, Step, VectorKey, applied, window_of
 from manidp.errors import UnsupportedError
@@ -48,19 +44,7 @@ from manidp.graph import (
     Select,
     Shuffle,
     Slice,
-    sides,
 )
-
-KERNELS: tuple[Kernel, ...] = (
-    Winograd(2),
-    Winograd(4),
-    Depthwise(),
-    Matrix(False),
-    Matrix(True),
-    OutputLanes(),
-    Direct(),
-)
-_STEP = 6  # instructions a vector of a map takes in a step that only applies functions, in multiply-adds
 
 
 def make_plan(
@@ -92,10 +76,10 @@ class _Planner:
         self.within: dict[MapKey, tuple[MapKey, int]] = {}  # a map that is channels of another, from this one on
         self.taken: set[MapKey] = set()  # maps whose memory another one takes in place
         self.wholes: set[MapKey] = set()  # maps of which others are channels
-        self.applying: dict[str, Kernel] = {}  # of convolutions that do what stands before them
+        self.choice = Choice(graph, lanes, element)
         self.tasks = tasks_of(graph)
         if reuse:
-            self.tasks = absorbed(graph, self.tasks, self._applies)
+            self.tasks = absorbed(graph, self.tasks, self.choice.applies)
         self.last_read = {source: index for index, task in enumerate(self.tasks) for source in task.reads}
 
     def plan(self, scale: Array, shift: Array) -> Plan:
@@ -162,7 +146,7 @@ class _Planner:
                 vectors.elementwise(self.draft, node)
 
     def _convolve(self, index: int, task: Task, node: Conv) -> None:
-        kernel, owner = self._kernel(node), f"node '{node.name}'"
+        kernel, owner = self.choice.of(node), f"node '{node.name}'"
         weight = self.draft.weight(node, "weight")
         bias = self.draft.weight(node, "bias").astype(np.float64) if node.bias else np.zeros(node.channels)
         if task.fused and isinstance(task.fused[0], BatchNorm):
@@ -184,34 +168,6 @@ class _Planner:
             return made
 
         self._finish(index, task, phases_out, step)
-
-    def _applies(self, node: Conv) -> bool:
-        """Whether a convolution is to do what stands before it, element by element; zeros around a map stay zeros.
-
-        Where another kernel would be so much cheaper that a step of its own for that pays, it is not.
-        """
-        inputs, size, gated = self._facts(node)
-        applying = [k for k in KERNELS if isinstance(k, Matrix) and k.supports(node, inputs, self.element)]
-        if not applying or window_of(node).taps > 1 or any(sides(node.padding)):
-            return False
-        kernel = cheapest(applying, node, inputs, size, self.element, self.lanes, gated=gated)
-        saved = _STEP * math.prod(size) / self.lanes / node.channels
-        costs = [one.cost(node, *size, self.lanes, self.element) for one in (kernel, self._kernel(node))]
-        if costs[0] <= costs[1] + saved:
-            self.applying[node.name] = kernel
-        return node.name in self.applying
-
-    def _kernel(self, node: Conv) -> Kernel:
-        if node.name in self.applying:
-            return self.applying[node.name]
-        inputs, size, gated = self._facts(node)
-        return cheapest(KERNELS, node, inputs, size, self.element, self.lanes, gated=gated)
-
-    def _facts(self, node: Conv) -> tuple[int, tuple[int, int], bool]:
-        """How many channels it reads, the size of its output, whether a gate may close channels of that."""
-        inputs, *_ = self.graph.shapes[node.inputs[0]]
-        _, height, width = self.graph.shapes[node.name]
-        return inputs, (height, width), node.name in self.graph.wanted
 
     def _finish(self, index: int, task: Task, phases: int, step: Callable[[Channels, Epilogue], Step]) -> None:
         """Emit the step, and the one that does the rest for channels whose gate is closed."""
@@ -279,7 +235,7 @@ class _Planner:
         return any(self._reads_closed(reader, name) for reader in self.graph.readers[name])
 
     def _reads_closed(self, reader: Node, name: str) -> bool:
-        if isinstance(reader, Conv) and not self._kernel(reader).skips_inputs:
+        if isinstance(reader, Conv) and not self.choice.of(reader).skips_inputs:
             return self.graph.wanted_by.get(reader.name) != self.graph.zeroed_by.get(name)
         return not isinstance(reader, Conv) and not (isinstance(reader, GlobalPool) and reader.kind == "average")
 
@@ -361,7 +317,7 @@ class _Planner:
         """The number of phases that the first reader of a map wants."""
         for reader in self.graph.readers[node.name]:
             if isinstance(reader, Conv):
-                return self._kernel(reader).phases(reader)[0]
+                return self.choice.of(reader).phases(reader)[0]
             if isinstance(reader, Pool):
                 return window_of(reader).stride
         return 1

@@ -68,6 +68,10 @@ class Kernel(ABC):
         """Vectors of multiply-adds for one output and input channel; height and width are those of the output."""
         return window_of(node).taps * -(-height * width // lanes)
 
+    def held(self, node: Conv) -> int:
+        """Numbers that it keeps of the weights of one output and input channel."""
+        return window_of(node).taps
+
     def phases(self, node: Conv) -> tuple[int, int]:
         """In how many phases it reads the source and writes the output.
 
@@ -155,27 +159,6 @@ class Group:
     def transformed(self) -> int:
         """Elements of scratch for the transformed inputs."""
         return self.inputs * self.channel if self.kernel.packed else 0
-
-
-def cheapest(
-    kernels: Sequence[Kernel],
-    node: Conv,
-    inputs: int,
-    size: Sequence[int],
-    element: Element,
-    lanes: int,
-    *,
-    gated: bool = False,
-) -> Kernel:
-    """The kernel of least cost that supports the convolution; the first one of several.
-
-    inputs: channels that it reads. size: of its output, whose channels a gate may close if ``gated``.
-    Raises UnsupportedError if there is none.
-    """
-    window_of(node)
-    height, width = size
-    fitting = [k for k in kernels if k.supports(node, inputs, element) and (k.skips_outputs or not gated)]
-    return min(fitting, key=lambda kernel: kernel.cost(node, height, width, lanes, element))
 
 
 def apart(rows: int, length: int, element: Element) -> NDArray[Any]:

@@ -32,12 +32,16 @@ from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, MapStep, Ste
 from manidp.engine.walk import single
 from manidp.graph import Conv, sides
 
-VECTORS = 3  # of outputs at a time
 _MOST = 256  # taps of all positions: the code has K multiply-adds for each
 _OF_16, _OF_8 = 0.81, 0.87  # AVX-512 takes a factor from memory as it multiplies, AVX2 needs an instruction more
 
 _X, _WEIGHTS, _BIAS, _LI, _NI = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%li"), Index("%ni")
 _INPUTS, _SCRATCH, _FIRST, _COUNT = Index("%inputs"), Pointer("%scratch"), Index("%first"), Index("%count")
+
+
+def _vectors(lanes: int) -> int:
+    """Of outputs at a time. Fewer positions fit beside three in AVX2's registers, and weights are read more often."""
+    return 3 if lanes > 8 else 2
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class OutputLanes(Kernel):
     def pack(self, weight: NDArray[Any], element: Element, lanes: int) -> NDArray[Any]:
         """Of K vectors of outputs after the other, input by input, tap by tap; outputs padded to whole vectors."""
         rows = lengthened(weight.reshape(len(weight), -1), lanes)
-        return by_input(rows, [*range(0, len(rows), VECTORS * lanes), len(rows)], element)
+        return by_input(rows, [*range(0, len(rows), _vectors(lanes) * lanes), len(rows)], element)
 
     def step(
         self, node: Conv, source: MapKey, packed: Packed, inputs: Channels, outputs: Channels, epilogue: Epilogue
@@ -99,7 +103,7 @@ class ConvolveInLanes(MapStep):
         source, frame = module.plan.maps[self.source].layout, module.plan.maps[self.epilogue.frame].layout
         operands = epilogues.operands_of(module, f, self.epilogue)
         extra = epilogues.parameters_of(operands)
-        window, whole = window_of(self.node), VECTORS * module.lanes
+        window, whole = window_of(self.node), _vectors(module.lanes) * module.lanes
         module.reserve_scratch(single(frame, module.lanes).blocks * module.lanes * whole)
         tiles, rest = divmod(self.node.channels, whole)
         code = _Code(module, window, source, frame, self.epilogue, extra)
@@ -162,10 +166,11 @@ class _Code:
 
     def write(self, g: Function, tiles: int, rest: int) -> None:
         """Some whole tiles of K vectors of outputs, and one of the outputs that are left."""
-        whole = VECTORS * g.lanes
+        vectors = _vectors(g.lanes)
+        whole = vectors * g.lanes
 
         def one_tile(t: Index) -> list[Index]:
-            self._tile(g, VECTORS, g.scaled(t, whole), whole)
+            self._tile(g, vectors, g.scaled(t, whole), whole)
             return []
 
         if tiles:

@@ -62,11 +62,12 @@ class Matrix(Kernel):
         return node.groups == 1 and (one or (window.stride > 1 and pays and window.taps <= _TAPS))
 
     def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
-        """A direct convolution takes 1.2 to 1.5 times as long by measurement (AVX2); less on maps of two vectors."""
-        if height * width <= (lanes if window_of(node).taps == 1 else 2 * lanes):
-            share = 1.2
-        else:
-            share = 0.9 if self.rows else 0.8
+        """A direct convolution takes 1.2 to 1.5 times as long by measurement (AVX2); less on maps of two vectors.
+
+        A map of one vector has as few sums as outputs at a time, and additions wait for one another.
+        """
+        single, few = height * width <= lanes, window_of(node).taps > 1 and height * width <= 2 * lanes
+        share = 1.2 if few or (single and not self.rows) else 0.9 if self.rows else 0.8
         return share * super().cost(node, height, width, lanes, element)
 
     def pack(self, weight: NDArray[Any], element: Element, lanes: int) -> NDArray[Any]:

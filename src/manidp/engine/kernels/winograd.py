@@ -100,6 +100,9 @@ class Winograd(TileKernel):
         tiles = -(-height // self.side) * -(-width // self.side)
         return (_TRANSFORMS if element == FLOAT else 1.0) * self.points * -(-tiles // lanes)
 
+    def held(self, node: Conv) -> int:
+        return self.points
+
     def phases(self, node: Conv) -> tuple[int, int]:
         return self.side, self.side
 

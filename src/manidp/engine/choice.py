@@ -1,0 +1,93 @@
+"""Which kernel computes a convolution: the cheapest, as long as packed weights take no more memory than they may."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from manidp.engine.ir import Element
+from manidp.engine.kernels.convolution import Kernel
+from manidp.engine.kernels.depthwise import Depthwise
+from manidp.engine.kernels.direct import Direct
+from manidp.engine.kernels.lanes import OutputLanes
+from manidp.engine.kernels.matrix import Matrix
+from manidp.engine.kernels.winograd import Winograd
+from manidp.engine.steps import window_of
+from manidp.graph import Conv, Graph, sides
+
+KERNELS: tuple[Kernel, ...] = (
+    Winograd(2), Winograd(4), Depthwise(), Matrix(False), Matrix(True), OutputLanes(), Direct(),
+)  # fmt: skip
+_STEP = 6  # instructions a vector of a map takes in a step that only applies functions, in multiply-adds
+# what packed weights may take: so many times the network's, or so many bytes
+TIMES, _FREE = 2.4, 2**25
+
+
+class Choice:
+    """The kernel of every convolution of a graph. Raises UnsupportedError for one that none supports."""
+
+    def __init__(self, graph: Graph, lanes: int, element: Element) -> None:
+        self.graph, self.lanes, self.element = graph, lanes, element
+        convolutions = [node for node in graph.nodes if isinstance(node, Conv)]
+        self._chosen = {node.name: self._cheapest(node, self._fitting(node)) for node in convolutions}
+        self._fit(convolutions)
+
+    def of(self, node: Conv) -> Kernel:
+        """The kernel of a convolution."""
+        return self._chosen[node.name]
+
+    def applies(self, node: Conv) -> bool:
+        """Whether a convolution is to do what stands before it, element by element; zeros around a map stay zeros.
+
+        Where another kernel would be so much cheaper that a step of its own for that pays, it is not.
+        """
+        able = [kernel for kernel in self._fitting(node) if isinstance(kernel, Matrix)]
+        if not able or window_of(node).taps > 1 or any(sides(node.padding)):
+            return False
+        kernel = self._cheapest(node, able)
+        saved = _STEP * math.prod(self._size(node)) / self.lanes / node.channels
+        if self._cost(kernel, node) > self._cost(self.of(node), node) + saved:
+            return False
+        self._chosen[node.name] = kernel
+        return True
+
+    def _fit(self, convolutions: Sequence[Conv]) -> None:
+        """Take slower kernels of fewer weights, most memory for least time first, until all have place."""
+        numbers = sum(math.prod(shape) for shape in self.graph.parameters.values())
+        allowed = max(_FREE / self.element.size, TIMES * numbers)
+        pairs = {node.name: node.channels * self._inputs(node) // node.groups for node in convolutions}
+        while numbers + sum(pairs[node.name] * self._beyond(self.of(node), node) for node in convolutions) > allowed:
+            slower = [
+                ((self._cost(kernel, node) - self._cost(self.of(node), node)) / saved, node.name, kernel)
+                for node in convolutions
+                for kernel in self._fitting(node)
+                if (saved := self._beyond(self.of(node), node) - self._beyond(kernel, node)) > 0
+            ]
+            if not slower:
+                break
+            _, name, kernel = min(slower, key=lambda one: one[:2])
+            self._chosen[name] = kernel
+
+    def _beyond(self, kernel: Kernel, node: Conv) -> int:
+        """Numbers that a kernel keeps for an output and an input channel beyond the weights that they have."""
+        return kernel.held(node) - window_of(node).taps
+
+    def _fitting(self, node: Conv) -> list[Kernel]:
+        inputs, gated = self._inputs(node), node.name in self.graph.wanted
+        window_of(node)  # which refuses windows that no kernel supports
+        return [k for k in KERNELS if k.supports(node, inputs, self.element) and (k.skips_outputs or not gated)]
+
+    def _cheapest(self, node: Conv, kernels: Sequence[Kernel]) -> Kernel:
+        """The first one of several."""
+        return min(kernels, key=lambda kernel: self._cost(kernel, node))
+
+    def _cost(self, kernel: Kernel, node: Conv) -> float:
+        return kernel.cost(node, *self._size(node), self.lanes, self.element)
+
+    def _inputs(self, node: Conv) -> int:
+        inputs, *_ = self.graph.shapes[node.inputs[0]]
+        return inputs
+
+    def _size(self, node: Conv) -> tuple[int, int]:
+        _, height, width = self.graph.shapes[node.name]
+        return height, width
