@@ -37,6 +37,7 @@ _OF_16, _OF_8 = 0.81, 0.87  # AVX-512 takes a factor from memory as it multiplie
 
 _X, _WEIGHTS, _BIAS, _LI, _NI = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%li"), Index("%ni")
 _INPUTS, _SCRATCH, _FIRST, _COUNT = Index("%inputs"), Pointer("%scratch"), Index("%first"), Index("%count")
+_STRIDE = Index("%stride")
 
 
 def _vectors(lanes: int) -> int:
@@ -188,17 +189,17 @@ class _Code:
             begin, end = (n * len(positions) // groups for n in (index, index + 1))
             first_slot, first_place, these = _from_the_first(positions[begin:end])
             into = g.at(_SCRATCH, first_slot * vectors * g.lanes)
-            g.call(self._multiply(vectors, these), g.at(_X, first_place), weights, _LI, _NI, into)
+            g.call(self._multiply(vectors, these), g.at(_X, first_place), self.source.channel, weights, _LI, _NI, into)
         g.call(self._outputs(vectors), _SCRATCH, _BIAS, first, count, *self.extra)
 
     def _multiply(self, vectors: int, positions: tuple[_Position, ...]) -> str:
         """The function that multiplies and adds: some vectors of outputs at some positions, from all kept inputs."""
-        channel, taps = self.source.channel, self.window.taps
+        taps = self.window.taps
 
         def write(g: Function) -> None:
             def one_input(j: Index, *sums: Vec) -> list[Vec]:
                 i, totals = g.index(_LI, j), list(sums)
-                x = g.at(_X, g.scaled(i, channel))
+                x = g.at(_X, g.scaled(i, _STRIDE))
                 row = g.at(_WEIGHTS, g.scaled(i, taps * vectors * g.lanes))
                 for t in range(taps):
                     inside = [(p, position.taps[t]) for p, position in enumerate(positions)]
@@ -217,8 +218,8 @@ class _Code:
                 p, k = divmod(at, vectors)
                 g.store(total, _SCRATCH, (positions[p].slot * vectors + k) * g.lanes)
 
-        key = ("lanes multiply", vectors, channel, positions)
-        return self.module.function(key, [_X, _WEIGHTS, _LI, _NI, _SCRATCH], write)
+        key = ("lanes multiply", vectors, taps, positions)
+        return self.module.function(key, [_X, _STRIDE, _WEIGHTS, _LI, _NI, _SCRATCH], write)
 
     def _outputs(self, vectors: int) -> str:
         """The function that brings what a tile made into the planes of its outputs, and does what follows."""

@@ -273,13 +273,23 @@ class _Code:
                         here = g.at(x, g.scaled(first, g.lanes))
                         into = g.at(_SCRATCH, g.scaled(g.minus(block, _FIRST), _SLOT))
                         into = g.at(into, g.scaled(j, window.taps * vectors * g.lanes))
-                        for t, (offset, (mask,)) in enumerate(taps):
-                            for v in range(vectors):
-                                value = g.load(here, offset + v * g.lanes)
+
+                        def one_vector(v: Index, here: Pointer = here, into: Pointer = into) -> list[Index]:
+                            at = g.scaled(v, g.lanes)
+                            here, into = g.at(here, at), g.at(into, at)
+                            for t, (offset, (mask,)) in enumerate(taps):
+                                value = g.load(here, offset)
                                 for op, numbers in zip(self.before, factors, strict=True):
                                     value = epilogues.applied(g, op, numbers, value)
                                 value = g.zero_unless(mask.bits(g, g.plus(first, v)), value)
-                                g.store(value, into, (t * vectors + v) * g.lanes)
+                                g.store(value, into, t * vectors * g.lanes)
+                            return []
+
+                        if window.taps > 1:  # a stem has 49 of them
+                            g.loop(vectors, one_vector)
+                        else:
+                            for v in range(vectors):
+                                one_vector(Index(v))
                         return []
 
                     g.loop(g.minus(high, low), one_block)
