@@ -19,6 +19,7 @@ KERNELS: tuple[Kernel, ...] = (
     Winograd(2), Winograd(4), Depthwise(), Matrix(False), Matrix(True), OutputLanes(), Direct(),
 )  # fmt: skip
 _STEP = 6  # instructions a vector of a map takes in a step that only applies functions, in multiply-adds
+_OPEN = 0.5  # share of a gate's channels that is taken to be open
 # what packed weights may take: so many times the network's, or so many bytes
 TIMES, _FREE = 2.4, 2**25
 
@@ -82,7 +83,8 @@ class Choice:
         return min(kernels, key=lambda kernel: self._cost(kernel, node))
 
     def _cost(self, kernel: Kernel, node: Conv) -> float:
-        return kernel.cost(node, *self._size(node), self.lanes, self.element)
+        open_ = _OPEN if node.name in self.graph.wanted and not kernel.computes_closed else 1.0
+        return open_ * kernel.cost(node, *self._size(node), self.lanes, self.element)
 
     def _inputs(self, node: Conv) -> int:
         inputs, *_ = self.graph.shapes[node.inputs[0]]

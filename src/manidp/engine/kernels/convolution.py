@@ -54,10 +54,11 @@ class Kernel(ABC):
     """A way to compute a convolution."""
 
     skips_inputs = True  # whether it leaves out closed channels of its input, rather than read zeros there
+    computes_closed = False  # whether it computes closed channels of its output, though it does not write them
 
     @property
     def skips_outputs(self) -> bool:
-        """Whether it can leave out closed channels of its output."""
+        """Whether it can leave closed channels of its output as they are."""
         return True
 
     @abstractmethod

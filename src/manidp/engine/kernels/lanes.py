@@ -11,7 +11,7 @@
 A map whose positions do not fill vectors leaves no lane idle so: 49 of them are three vectors of 16 and a lane. Of a
 map of fewer positions than a vector has lanes, weights take longer to read than to multiply; they are read vector by
 vector in the order in which they lie, and taps outside the map are not computed at all: of a 3x3 convolution of a 2x2
-map that is more than half. All outputs are computed.
+map that is more than half. All outputs are computed; those that a gate closes are not written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _OF_16, _OF_8 = 0.81, 0.87  # AVX-512 takes a factor from memory as it multiplie
 
 _X, _WEIGHTS, _BIAS, _LI, _NI = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%li"), Index("%ni")
 _INPUTS, _SCRATCH, _FIRST, _COUNT = Index("%inputs"), Pointer("%scratch"), Index("%first"), Index("%count")
-_STRIDE = Index("%stride")
+_LO, _BELOW, _STRIDE = Pointer("%lo"), Pointer("%below"), Index("%stride")
 
 
 def _vectors(lanes: int) -> int:
@@ -47,11 +47,9 @@ def _vectors(lanes: int) -> int:
 
 @dataclass(frozen=True)
 class OutputLanes(Kernel):
-    """Where no gate closes outputs."""
+    """Cheap enough on small maps to pay even where half of the outputs are not wanted."""
 
-    @property
-    def skips_outputs(self) -> bool:
-        return False
+    computes_closed = True
 
     def supports(self, node: Conv, inputs: int, element: Element) -> bool:
         return node.groups == 1
@@ -80,7 +78,7 @@ class OutputLanes(Kernel):
     def step(
         self, node: Conv, source: MapKey, packed: Packed, inputs: Channels, outputs: Channels, epilogue: Epilogue
     ) -> Step:
-        return ConvolveInLanes(node, source, packed, inputs, epilogue)
+        return ConvolveInLanes(node, source, packed, inputs, outputs, epilogue)
 
     def model(self, x: NDArray[np.float32], weight: NDArray[np.float64], node: Conv) -> NDArray[Any]:
         """Input by input, as the direct convolution."""
@@ -95,6 +93,7 @@ class ConvolveInLanes(MapStep):
     source: MapKey
     packed: Packed
     inputs: Channels
+    outputs: Channels
     epilogue: Epilogue
 
     def walks(self) -> Conv:
@@ -108,13 +107,14 @@ class ConvolveInLanes(MapStep):
         module.reserve_scratch(single(frame, module.lanes).blocks * module.lanes * whole)
         tiles, rest = divmod(self.node.channels, whole)
         code = _Code(module, window, source, frame, self.epilogue, extra)
-        arguments = [_X, _WEIGHTS, _BIAS, _LI, _NI, _INPUTS, _SCRATCH, *extra]
+        arguments = [_X, _WEIGHTS, _BIAS, _LI, _NI, _LO, _BELOW, _INPUTS, _SCRATCH, *extra]
         key = ("lanes", tiles, rest, window, source, frame, self.epilogue.signature)
         name = module.function(key, arguments, lambda g: code.write(g, tiles, rest))
         li, _, ni = module.lists(f, self.inputs)
+        lo, below, _ = module.lists(f, self.outputs)
         f.call(
             name, module.map_at(f, self.source), module.constant_at(f, self.packed.weights),
-            module.constant_at(f, self.packed.bias), li, ni, self.inputs.count,
+            module.constant_at(f, self.packed.bias), li, ni, lo, below, self.inputs.count,
             f.at(WORKSPACE, module.plan.workspace), *operands,
         )  # fmt: skip
 
@@ -190,7 +190,9 @@ class _Code:
             first_slot, first_place, these = _from_the_first(positions[begin:end])
             into = g.at(_SCRATCH, first_slot * vectors * g.lanes)
             g.call(self._multiply(vectors, these), g.at(_X, first_place), self.source.channel, weights, _LI, _NI, into)
-        g.call(self._outputs(vectors), _SCRATCH, _BIAS, first, count, *self.extra)
+        before = g.index(_BELOW, first)
+        kept = g.minus(g.index(_BELOW, g.plus(first, count)), before)
+        g.call(self._outputs(vectors), _SCRATCH, _BIAS, g.floats.at(_LO, before), first, kept, *self.extra)
 
     def _multiply(self, vectors: int, positions: tuple[_Position, ...]) -> str:
         """The function that multiplies and adds: some vectors of outputs at some positions, from all kept inputs."""
@@ -227,8 +229,8 @@ class _Code:
 
         def write(g: Function) -> None:
             def one_output(k: Index) -> list[Index]:
-                channel, products = g.plus(_FIRST, k), g.at(_SCRATCH, k)
-                bias = g.splat_float(_BIAS, channel)
+                channel = g.index(_LO, k)
+                bias, products = g.splat_float(_BIAS, channel), g.at(_SCRATCH, g.minus(channel, _FIRST))
 
                 def one_vector(v: Index) -> list[Index]:
                     start = g.scaled(v, g.lanes)
@@ -246,4 +248,4 @@ class _Code:
             g.loop(_COUNT, one_output)
 
         key = ("lanes outputs", vectors, frame, self.epilogue.signature)
-        return self.module.function(key, [_SCRATCH, _BIAS, _FIRST, _COUNT, *self.extra], write)
+        return self.module.function(key, [_SCRATCH, _BIAS, _LO, _FIRST, _COUNT, *self.extra], write)
