@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 
@@ -54,20 +55,32 @@ class Choice:
 
     def _fit(self, convolutions: Sequence[Conv]) -> None:
         """Take slower kernels of fewer weights, most memory for least time first, until all have place."""
+        pairs = [node.channels * self._inputs(node) // node.groups for node in convolutions]
         numbers = sum(math.prod(shape) for shape in self.graph.parameters.values())
         allowed = max(_FREE / self.element.size, TIMES * numbers)
-        pairs = {node.name: node.channels * self._inputs(node) // node.groups for node in convolutions}
-        while numbers + sum(pairs[node.name] * self._beyond(self.of(node), node) for node in convolutions) > allowed:
-            slower = [
-                ((self._cost(kernel, node) - self._cost(self.of(node), node)) / saved, node.name, kernel)
-                for node in convolutions
-                for kernel in self._fitting(node)
-                if (saved := self._beyond(self.of(node), node) - self._beyond(kernel, node)) > 0
-            ]
-            if not slower:
-                break
-            _, name, kernel = min(slower, key=lambda one: one[:2])
-            self._chosen[name] = kernel
+        held = numbers + sum(
+            count * self._beyond(self.of(node), node) for count, node in zip(pairs, convolutions, strict=True)
+        )
+        waiting = [step for at, node in enumerate(convolutions) for step in self._smaller(at, node)]
+        heapq.heapify(waiting)
+        while held > allowed and waiting:
+            _, at, saved, kernel = heapq.heappop(waiting)
+            node = convolutions[at]
+            held -= pairs[at] * saved
+            self._chosen[node.name] = KERNELS[kernel]
+            for step in self._smaller(at, node):
+                heapq.heappush(waiting, step)
+
+    def _smaller(self, at: int, node: Conv) -> list[tuple[float, int, int, int]]:
+        """The best way to fewer weights, if there is one: its price, of which node, numbers saved, which kernel."""
+        now = self.of(node)
+        ways = []
+        for kernel in self._fitting(node):
+            saved = now.held(node) - kernel.held(node)
+            if saved > 0:
+                price = (self._cost(kernel, node) - self._cost(now, node)) / saved
+                ways.append((price, at, saved, KERNELS.index(kernel)))
+        return sorted(ways)[:1]
 
     def _beyond(self, kernel: Kernel, node: Conv) -> int:
         """Numbers that a kernel keeps for an output and an input channel beyond the weights that they have."""
