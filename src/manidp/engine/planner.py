@@ -1,7 +1,7 @@
 """From a graph and its weights to a plan: what to run, in which order, on which channels, and where everything lies.
 
-Which channels a step may leave out comes from ``Graph.wanted`` and ``Graph.zeroed`` alone. Of the kernels that
-support a convolution, the cheapest is taken.
+Which channels a step may leave out comes from ``Graph.wanted`` and ``Graph.zeroed`` alone, which kernel computes a
+convolution from ``manidp.engine.choice``.
 """
 
 from __future__ import annotations
