@@ -41,7 +41,8 @@ class Choice:
     def applies(self, node: Conv) -> bool:
         """Whether a convolution is to do what stands before it, element by element; zeros around a map stay zeros.
 
-        Where another kernel would be so much cheaper that a step of its own for that pays, it is not.
+        Where another kernel would be so much cheaper that a step of its own for that pays, it is not. If it is, its
+        kernel is from now on one that can.
         """
         able = [kernel for kernel in self._fitting(node) if isinstance(kernel, Matrix)]
         if not able or window_of(node).taps > 1 or any(sides(node.padding)):
@@ -59,17 +60,20 @@ class Choice:
         numbers = sum(math.prod(shape) for shape in self.graph.parameters.values())
         allowed = max(_FREE / self.element.size, TIMES * numbers)
         held = numbers + sum(
-            count * self._beyond(self.of(node), node) for count, node in zip(pairs, convolutions, strict=True)
+            count * (self.of(node).held(node) - window_of(node).taps)
+            for count, node in zip(pairs, convolutions, strict=True)
         )
-        waiting = [step for at, node in enumerate(convolutions) for step in self._smaller(at, node)]
+        if held <= allowed:
+            return
+        waiting = [way for at, node in enumerate(convolutions) for way in self._smaller(at, node)]
         heapq.heapify(waiting)
         while held > allowed and waiting:
             _, at, saved, kernel = heapq.heappop(waiting)
             node = convolutions[at]
             held -= pairs[at] * saved
             self._chosen[node.name] = KERNELS[kernel]
-            for step in self._smaller(at, node):
-                heapq.heappush(waiting, step)
+            for way in self._smaller(at, node):
+                heapq.heappush(waiting, way)
 
     def _smaller(self, at: int, node: Conv) -> list[tuple[float, int, int, int]]:
         """The best way to fewer weights, if there is one: its price, of which node, numbers saved, which kernel."""
@@ -81,10 +85,6 @@ class Choice:
                 price = (self._cost(kernel, node) - self._cost(now, node)) / saved
                 ways.append((price, at, saved, KERNELS.index(kernel)))
         return sorted(ways)[:1]
-
-    def _beyond(self, kernel: Kernel, node: Conv) -> int:
-        """Numbers that a kernel keeps for an output and an input channel beyond the weights that they have."""
-        return kernel.held(node) - window_of(node).taps
 
     def _fitting(self, node: Conv) -> list[Kernel]:
         inputs, gated = self._inputs(node), node.name in self.graph.wanted

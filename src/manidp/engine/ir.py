@@ -236,6 +236,8 @@ class Function:
         return self.make(Index, f"sub i64 {a}, {b}")
 
     def scaled(self, value: Index, factor: Offset) -> Index:
+        if value.isdecimal() and str(factor).isdecimal():
+            return Index(int(value) * int(factor))
         return ZERO if "0" in (value, str(factor)) else self.make(Index, f"mul nsw i64 {value}, {factor}")
 
     def divided(self, value: Offset, divisor: Offset) -> Index:

@@ -220,7 +220,7 @@ def _conv(net: Network, node: Conv, p: P, x: Tensor) -> Tensor:
     if net.training and depthwise and down * across > 1 and x.is_cpu and torch.is_autocast_enabled("cpu"):
         # oneDNN's gradient of a strided depthwise convolution takes up to ten times as long in bfloat16 as in float32.
         with torch.autocast("cpu", enabled=False):
-            return F.conv2d(x.float(), p["weight"], p.get("bias"), *settings).bfloat16()
+            return F.conv2d(x.float(), p["weight"], p.get("bias"), *settings).to(torch.get_autocast_dtype("cpu"))
     return F.conv2d(x, p["weight"], p.get("bias"), *settings)
 
 

@@ -95,6 +95,30 @@ class Kernel(ABC):
         """Its arithmetic in NumPy: x (B, inputs, H, W), weight (outputs, inputs / groups, kernel), no bias."""
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class ConvolutionStep(MapStep):
+    """A convolution and what follows it: of some channels of a map those of another."""
+
+    node: Conv
+    source: MapKey
+    packed: Packed
+    inputs: Channels
+    outputs: Channels
+    epilogue: Epilogue
+
+    def walks(self) -> Conv:
+        return self.node
+
+    def layouts(self, module: Module) -> tuple[Layout, Layout]:
+        """Of the source, and of what is made."""
+        return module.plan.maps[self.source].layout, module.plan.maps[self.epilogue.frame].layout
+
+    def reads(self, module: Module, f: Function) -> tuple[Pointer, Pointer, Pointer]:
+        """Where source, weights and bias lie."""
+        x, weights = module.map_at(f, self.source), module.constant_at(f, self.packed.weights)
+        return x, weights, module.constant_at(f, self.packed.bias)
+
+
 class TileKernel(Kernel):
     """One that multiplies in tiles of outputs and positions."""
 
@@ -109,7 +133,7 @@ class TileKernel(Kernel):
     def step(
         self, node: Conv, source: MapKey, packed: Packed, inputs: Channels, outputs: Channels, epilogue: Epilogue
     ) -> Step:
-        return Convolve(node, self, source, packed, inputs, outputs, epilogue)
+        return Convolve(node, source, packed, inputs, outputs, epilogue, self)
 
     @abstractmethod
     def taps(
@@ -194,23 +218,14 @@ def tile_shape(positions: int, most_outputs: int, isa: Isa) -> Tile:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Convolve(MapStep):
+class Convolve(ConvolutionStep):
     """A convolution in tiles, and what follows it."""
 
-    node: Conv
     kernel: TileKernel
-    source: MapKey
-    packed: Packed
-    inputs: Channels
-    outputs: Channels
-    epilogue: Epilogue
-
-    def walks(self) -> Conv:
-        return self.node
 
     def emit(self, module: Module, f: Function) -> None:
         node = self.node
-        source, frame = module.plan.maps[self.source].layout, module.plan.maps[self.epilogue.frame].layout
+        source, frame = self.layouts(module)
         outputs = node.channels // node.groups
         group = Group(
             kernel=self.kernel,
@@ -231,8 +246,7 @@ class Convolve(MapStep):
         name = module.function(key, arguments, blocks.write)
         li, below_in, ni = module.lists(f, self.inputs)
         lo, below_out, no = module.lists(f, self.outputs)
-        x, weights = module.map_at(f, self.source), module.constant_at(f, self.packed.weights)
-        bias = module.constant_at(f, self.packed.bias)
+        x, weights, bias = self.reads(module, f)
         rest = [f.at(WORKSPACE, module.plan.workspace), *operands]
 
         def one_group(index: Index) -> list[Index]:

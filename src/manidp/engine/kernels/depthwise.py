@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from manidp.engine.ir import Element, Function, Index, Pointer, Vec
 from manidp.engine.kernels import epilogue as epilogues
-from manidp.engine.kernels.convolution import Kernel, Packed
+from manidp.engine.kernels.convolution import ConvolutionStep, Kernel, Packed
 from manidp.engine.kernels.direct import windows_of
 from manidp.engine.module import WORKSPACE, Module
-from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, MapStep, Step, window_of
+from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, Step, window_of
 from manidp.engine.walk import Mask, Span, Tile, mask_of, single, tap
 from manidp.graph import Conv
 
@@ -44,7 +44,7 @@ class Depthwise(Kernel):
         self, node: Conv, source: MapKey, packed: Packed, inputs: Channels, outputs: Channels, epilogue: Epilogue
     ) -> Step:
         kind = ConvolveEachSecond if window_of(node).stride == 2 else ConvolveEach
-        return kind(node, source, packed, outputs, epilogue)
+        return kind(node, source, packed, inputs, outputs, epilogue)
 
     def model(self, x: NDArray[np.float32], weight: NDArray[np.float64], node: Conv) -> NDArray[Any]:
         """The sum of each column tap by tap, then column by column; each product and sum rounded once."""
@@ -59,21 +59,11 @@ class Depthwise(Kernel):
         return total
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class ConvolveEach(MapStep):
+class ConvolveEach(ConvolutionStep):
     """A depthwise convolution and what follows it."""
 
-    node: Conv
-    source: MapKey
-    packed: Packed
-    channels: Channels
-    epilogue: Epilogue
-
-    def walks(self) -> Conv:
-        return self.node
-
     def emit(self, module: Module, f: Function) -> None:
-        source, frame = module.plan.maps[self.source].layout, module.plan.maps[self.epilogue.frame].layout
+        source, frame = self.layouts(module)
         window = window_of(self.node)
         operands = epilogues.operands_of(module, f, self.epilogue)
 
@@ -92,16 +82,15 @@ class ConvolveEach(MapStep):
         key = ("depthwise", window, source, frame, self.epilogue.signature)
         arguments = [_X, _WEIGHTS, _BIAS, _LIST, _N, _SCRATCH, *epilogues.parameters_of(operands)]
         name = module.function(key, arguments, write)
-        list_, _, count = module.lists(f, self.channels)
-        x, weights = module.map_at(f, self.source), module.constant_at(f, self.packed.weights)
+        list_, _, count = module.lists(f, self.outputs)
         scratch = f.at(WORKSPACE, module.plan.workspace)
-        f.call(name, x, weights, module.constant_at(f, self.packed.bias), list_, count, scratch, *operands)
+        f.call(name, *self.reads(module, f), list_, count, scratch, *operands)
 
     def _channel(
         self, module: Module, g: Function, channel: Index, x: Pointer, weights: list[list[Vec]], bias: Vec
     ) -> None:
         """Vector by vector, rows one after the other; ``weights`` of each column."""
-        source, frame = module.plan.maps[self.source].layout, module.plan.maps[self.epilogue.frame].layout
+        source, frame = self.layouts(module)
         window, tile = window_of(self.node), single(frame, module.lanes)
         columns = [[tap(module, source, frame, tile, down, right) for down in window.lines] for right in window.columns]
 
@@ -142,7 +131,7 @@ class ConvolveEachSecond(ConvolveEach):
     def _channel(
         self, module: Module, g: Function, channel: Index, x: Pointer, weights: list[list[Vec]], bias: Vec
     ) -> None:
-        source, frame = module.plan.maps[self.source].layout, module.plan.maps[self.epilogue.frame].layout
+        source, frame = self.layouts(module)
         window, lanes, tile = window_of(self.node), module.lanes, single(frame, module.lanes)
         pieces = Tile(1, 1, -(-frame.width // lanes))
         row = Layout(1, frame.width, 1, pieces.blocks * lanes, pieces.blocks * lanes)  # of outputs

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 
 from manidp.engine.ir import Element, Function, Index, Pointer, Vec
 from manidp.engine.kernels import epilogue as epilogues
-from manidp.engine.kernels.convolution import Kernel, Packed, by_input
+from manidp.engine.kernels.convolution import ConvolutionStep, Kernel, Packed, by_input
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.module import WORKSPACE, Module
-from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, MapStep, Step, Window, lengthened, window_of
+from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, Step, Window, lengthened, window_of
 from manidp.engine.walk import single
 from manidp.graph import Conv, sides
 
@@ -86,22 +86,11 @@ class OutputLanes(Kernel):
         return Direct().model(x, weight, node)
 
 
-@dataclass(frozen=True)
-class ConvolveInLanes(MapStep):
+class ConvolveInLanes(ConvolutionStep):
     """A convolution with outputs in the lanes, and what follows it."""
 
-    node: Conv
-    source: MapKey
-    packed: Packed
-    inputs: Channels
-    outputs: Channels
-    epilogue: Epilogue
-
-    def walks(self) -> Conv:
-        return self.node
-
     def emit(self, module: Module, f: Function) -> None:
-        source, frame = module.plan.maps[self.source].layout, module.plan.maps[self.epilogue.frame].layout
+        source, frame = self.layouts(module)
         operands = epilogues.operands_of(module, f, self.epilogue)
         extra = epilogues.parameters_of(operands)
         window, whole = window_of(self.node), _vectors(module.lanes) * module.lanes
@@ -114,11 +103,8 @@ class ConvolveInLanes(MapStep):
         name = module.function(key, arguments, lambda g: code.write(g, tiles, rest))
         li, _, ni = module.lists(f, self.inputs)
         lo, below, _ = module.lists(f, self.outputs)
-        f.call(
-            name, module.map_at(f, self.source), module.constant_at(f, self.packed.weights),
-            module.constant_at(f, self.packed.bias), li, ni, lo, below, self.inputs.count,
-            f.at(WORKSPACE, module.plan.workspace), *operands,
-        )  # fmt: skip
+        scratch = f.at(WORKSPACE, module.plan.workspace)
+        f.call(name, *self.reads(module, f), li, ni, lo, below, self.inputs.count, scratch, *operands)
 
 
 class _Position(NamedTuple):

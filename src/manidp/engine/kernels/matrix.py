@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from manidp.engine.ir import Element, Function, Index, Pointer, Vec
 from manidp.engine.kernels import epilogue as epilogues
-from manidp.engine.kernels.convolution import Kernel, Packed, apart, by_input
+from manidp.engine.kernels.convolution import ConvolutionStep, Kernel, Packed, apart, by_input
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.module import WORKSPACE, Module
-from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, MapStep, Op, Step, Window, window_of
+from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, Op, Step, Window, window_of
 from manidp.engine.walk import single, tap
 from manidp.graph import Conv, sides
 
@@ -66,8 +66,8 @@ class Matrix(Kernel):
 
         A map of one vector has as few sums as outputs at a time, and additions wait for one another.
         """
-        single, few = height * width <= lanes, window_of(node).taps > 1 and height * width <= 2 * lanes
-        share = 1.2 if few or (single and not self.rows) else 0.9 if self.rows else 0.8
+        one, few = height * width <= lanes, window_of(node).taps > 1 and height * width <= 2 * lanes
+        share = 1.2 if few or (one and not self.rows) else 0.9 if self.rows else 0.8
         return share * super().cost(node, height, width, lanes, element)
 
     def pack(self, weight: NDArray[Any], element: Element, lanes: int) -> NDArray[Any]:
@@ -84,7 +84,7 @@ class Matrix(Kernel):
     def step(
         self, node: Conv, source: MapKey, packed: Packed, inputs: Channels, outputs: Channels, epilogue: Epilogue
     ) -> Step:
-        return MultiplyMatrices(node, self.rows, source, packed, inputs, outputs, epilogue)
+        return MultiplyMatrices(node, source, packed, inputs, outputs, epilogue, self.rows)
 
     def model(self, x: NDArray[np.float32], weight: NDArray[np.float64], node: Conv) -> NDArray[Any]:
         """Input by input, as the direct convolution."""
@@ -114,23 +114,14 @@ def _blocks(total: int, most: int) -> _Blocks:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MultiplyMatrices(MapStep):
+class MultiplyMatrices(ConvolutionStep):
     """A convolution as a product of matrices, and what follows it."""
 
-    node: Conv
     rows: bool
-    source: MapKey
-    packed: Packed
-    inputs: Channels
-    outputs: Channels
-    epilogue: Epilogue
     before: tuple[Op, ...] = ()  # done to what it reads, where it has one tap
 
-    def walks(self) -> Conv:
-        return self.node
-
     def emit(self, module: Module, f: Function) -> None:
-        source, frame = module.plan.maps[self.source].layout, module.plan.maps[self.epilogue.frame].layout
+        source, frame = self.layouts(module)
         lanes, size = module.lanes, module.element.size
         blocks = _blocks(single(frame, lanes).blocks, (module.isa.registers - 1) // (OUTPUTS + 1))
         window, every = window_of(self.node), self.inputs.kept is None
@@ -157,11 +148,8 @@ class MultiplyMatrices(MapStep):
         name = module.function(key, arguments, code.write)
         li, _, ni = module.lists(f, self.inputs)
         lo, _, no = module.lists(f, self.outputs)
-        f.call(
-            name, module.map_at(f, self.source), module.constant_at(f, self.packed.weights),
-            module.constant_at(f, self.packed.bias), li, ni, lo, no, self.packed.row,
-            f.at(WORKSPACE, module.plan.workspace), slot, sweep, *operands, *factors,
-        )  # fmt: skip
+        scratch = f.at(WORKSPACE, module.plan.workspace)
+        f.call(name, *self.reads(module, f), li, ni, lo, no, self.packed.row, scratch, slot, sweep, *operands, *factors)
 
 
 @dataclass(frozen=True)
@@ -274,15 +262,15 @@ class _Code:
                         into = g.at(_SCRATCH, g.scaled(g.minus(block, _FIRST), _SLOT))
                         into = g.at(into, g.scaled(j, window.taps * vectors * g.lanes))
 
-                        def one_vector(v: Index, here: Pointer = here, into: Pointer = into) -> list[Index]:
+                        def one_vector(v: Index) -> list[Index]:
                             at = g.scaled(v, g.lanes)
-                            here, into = g.at(here, at), g.at(into, at)
+                            source, target = g.at(here, at), g.at(into, at)
                             for t, (offset, (mask,)) in enumerate(taps):
-                                value = g.load(here, offset)
+                                value = g.load(source, offset)
                                 for op, numbers in zip(self.before, factors, strict=True):
                                     value = epilogues.applied(g, op, numbers, value)
                                 value = g.zero_unless(mask.bits(g, g.plus(first, v)), value)
-                                g.store(value, into, t * vectors * g.lanes)
+                                g.store(value, target, t * vectors * g.lanes)
                             return []
 
                         if window.taps > 1:  # a stem has 49 of them
