@@ -11,6 +11,7 @@ chain runs.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -24,7 +25,8 @@ from manidp.gating.manidp import head, hidden_width
 from manidp.graph import Add, Conv, Graph, Multiply, Node, Shuffle
 from manidp.graph.channels import zeroed_through
 
-WORTH = 1 / 16  # most that deciding may cost of the multiply-adds that closing everything would save
+WORTH = 1 / 16  # most that deciding may take of the time that closing everything would save
+READ = 8  # multiply-adds that take as long as reading a weight: a gate's are read for one each, by measurement
 LEAST_HIDDEN = 4  # a narrower hidden layer tells too little of an image
 
 N = TypeVar("N")
@@ -59,7 +61,8 @@ def gate(graph: Graph) -> Gated[Graph]:
 
     Convolutions that get none: those that read the image (nothing is known yet), those on a shortcut or whose result is
     one (what follows needs all of it), those that make the logits, and those that a gate would not pay for: its two
-    linear layers, narrowed as need be, may take a sixteenth of the multiply-adds that closing all channels would save.
+    linear layers, narrowed as need be, may take a sixteenth of the time that closing all channels would save. Time is
+    counted in multiply-adds, at least eight for each weight: where a map is small, reading weights is what takes it.
     Of parallel operands of an addition those with most convolutions are branches, all others shortcuts.
     """
     convs = [node.name for node in graph.nodes if isinstance(node, Conv)]
@@ -88,7 +91,7 @@ def gate(graph: Graph) -> Gated[Graph]:
         elif added and name not in branches:
             reason = f"what it makes is the shortcut of '{added[0].name}', needed whole"
         elif hidden < min(LEAST_HIDDEN, graph.shapes[name][0]):
-            reason = f"a gate would not pay: {cost:,} multiply-adds to decide on {saved:,}"
+            reason = f"a gate would not pay: deciding takes as long as {cost:,} multiply-adds and can save {saved:,}"
         else:
             chosen[name] = _Chain(chain, hidden)
             followed |= {node.name for node in chain}
@@ -183,9 +186,9 @@ def _flow(graph: Graph, node: Node) -> str:
 
 
 def _hidden(graph: Graph, chain: tuple[Node, ...], place: Mapping[str, int]) -> tuple[int, int, int]:
-    """Width of the hidden layer that pays, multiply-adds of a gate of the usual width, and those that it can save."""
+    """Width of the hidden layer that pays, the time of a gate of the usual width, and the time that it can save."""
     made, read = graph.shapes[chain[0].name][0], graph.shapes[chain[0].inputs[0]][0]
-    saved = sum(node.macs(*graph.input_shapes(node)) for node in chain)
+    saved = sum(_time(graph, node) for node in chain)
     found = {chain[-1].name: np.arange(made)}  # as if no other gate closed anything
     waiting = [place[reader.name] for reader in graph.readers[chain[-1].name]]
     seen: set[int] = set()
@@ -196,14 +199,21 @@ def _hidden(graph: Graph, chain: tuple[Node, ...], place: Mapping[str, int]) -> 
         seen.add(at)
         node = graph.nodes[at]
         if isinstance(node, Conv):
-            saved += round(node.macs(*graph.input_shapes(node)) * float((found[node.inputs[0]] >= 0).mean()))
+            saved += round(_time(graph, node) * float((found[node.inputs[0]] >= 0).mean()))
         through = None if isinstance(node, Add) else zeroed_through(graph, node, found)
         if through is not None and (through >= 0).any():
             found[node.name] = through
             for reader in graph.readers[node.name]:
                 heapq.heappush(waiting, place[reader.name])
     usual = hidden_width(made)
-    return min(usual, int(saved * WORTH / (read + made))), usual * (read + made), saved
+    each = READ * (read + made)  # of a hidden channel
+    return min(usual, int(saved * WORTH / each)), usual * each, saved
+
+
+def _time(graph: Graph, node: Node) -> int:
+    """Multiply-adds of a node, or those that take as long as reading its weights."""
+    shapes = graph.input_shapes(node)
+    return max(node.macs(*shapes), READ * sum(map(math.prod, node.parameters(*shapes).values())))
 
 
 def _of_the_image(graph: Graph) -> set[str]:

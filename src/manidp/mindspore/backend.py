@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import mindspore
@@ -24,6 +25,7 @@ from manidp.mindspore.losses import complexity_weights, distillation_loss, simil
 from manidp.mindspore.network import Network
 from manidp.result import Result
 from manidp.training.backend import PADDING, Step, Weights, below, drawn, undrawn
+from manidp.training.importance import score_biases
 from manidp.training.recipe import Recipe
 
 
@@ -92,7 +94,8 @@ class MindSporeLearner:
         self.size = min(recipe.batch_size, len(data))
         self.network = from_checkpoint(start, adjustable=True)
         self.teachers = [_callable(from_checkpoint(teacher), recipe) for teacher in teachers]
-        self.training = TrainingStep(self.network, recipe, start.graph.heads)
+        biases = score_biases(start.graph) if recipe.shares == "taylor" else {}
+        self.training = TrainingStep(self.network, recipe, start.graph.heads, biases)
         self.trained = _callable(self.training, recipe)
         self.averages = weights(self.network) if recipe.ema else {}
         self.observer: Network | None = None
@@ -122,10 +125,11 @@ class MindSporeLearner:
         taught = [teacher(batch.images) for teacher in self.teachers]
         mean = sum(taught[1:], taught[0]) / len(taught) if taught else ops.zeros(1)
         self.training.set_train(True)
-        losses, *saliencies = self.trained(
+        losses, *parts = self.trained(
             batch.images, batch.labels, Tensor(limit, float32), mean, Tensor(learning_rate, float32)
         )
-        return [Step(losses, self._named(saliencies))]
+        gates = len(self.network.gate_names)
+        return [Step(losses, self._named(parts[:gates]), self._named(parts[gates:]) if parts[gates:] else {})]
 
     def average(self, share: float) -> None:
         for name, value in weights(self.network).items():
@@ -186,7 +190,9 @@ class MindSporeLearner:
 
 
 class Loss(nn.Cell):
-    """images (B, C, H, W), labels (B,), limit, taught -> the loss, the five losses of a Step, every gate's saliencies.
+    """images (B, C, H, W), labels (B,), limit, taught -> the loss, the five losses of a Step, saliencies, mean factors.
+
+    Saliencies (B, C) and mean factors (C,) are those of every gate.
 
     taught: the teachers' logits (B, classes); without distillation it is not looked at.
     loss = task + lambda_sparsity * sparsity + lambda_similarity * similarity (Tang et al. 2021, eq. 11).
@@ -213,21 +219,32 @@ class Loss(nn.Cell):
             sparsity = sparsity_loss(saliencies, complexity_weights(each, limit))
             similarity = similarity_loss(saliencies, [record[2] for record in records])
         total = total + self.lambda_sparsity * sparsity + self.lambda_similarity * similarity
-        return (total, ops.stack((total, each.mean(), accuracy, sparsity, similarity)), *saliencies)
+        factors = [record[1].mean(0) for record in records]
+        return (total, ops.stack((total, each.mean(), accuracy, sparsity, similarity)), *saliencies, *factors)
 
 
 class TrainingStep(nn.Cell):
     """What Loss takes, and a learning rate -> its losses and saliencies; the network has made a step down its gradient.
 
-    SGD with Nesterov momentum, as torch.optim.SGD has it; weight decay spares the nodes ``heads``, the gates'.
+    SGD with Nesterov momentum, as torch.optim.SGD has it; weight decay spares the nodes ``heads``, the gates'. biases:
+    of every gate, the parameter whose gradient tells its channels' importance (C,), which then follows the saliencies.
     """
 
-    def __init__(self, network: Network, recipe: Recipe, heads: Collection[str]) -> None:
+    def __init__(
+        self,
+        network: Network,
+        recipe: Recipe,
+        heads: Collection[str],
+        biases: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         super().__init__(auto_prefix=False)
         self.loss = Loss(network, recipe)
         parameters = network.trainable_params()
         decay = recipe.weight_decay
         self.decays = tuple(0.0 if p.name.rpartition(".")[0] in heads else decay for p in parameters)
+        names = [p.name for p in parameters]
+        self.gates = len(network.gate_names)
+        self.biases = tuple(names.index(biases[gate]) for gate in network.gate_names if gate in biases)
         self.momentum = recipe.momentum
         self.parameters = mindspore.ParameterTuple(parameters)
         self.velocities = self.parameters.clone(prefix="momentum", init="zeros")
@@ -243,7 +260,9 @@ class TrainingStep(nn.Cell):
             moved = self.momentum * velocity + gradient
             ops.assign(velocity, moved)
             ops.assign(parameter, parameter - learning_rate * (gradient + self.momentum * moved))
-        rest: tuple[Tensor, ...] = values[1:]
+        rest: tuple[Tensor, ...] = values[1 : 2 + self.gates]
+        for gate in range(len(self.biases)):
+            rest = (*rest, ops.square(gradients[self.biases[gate]] * values[2 + self.gates + gate]))
         return rest
 
     def momenta(self) -> Weights:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from manidp.torch.losses import complexity_weights, distillation_loss, similarit
 from manidp.torch.network import GateRecord, Network, Output
 from manidp.torch.processes import AllRows, Processes, together
 from manidp.training.backend import PADDING, Step, Weights, below, drawn, pass_size, undrawn
+from manidp.training.importance import score_biases
 from manidp.training.recipe import Recipe, point_name
 
 
@@ -116,6 +118,9 @@ class TorchLearner:
         )
         # what differs between operating points: that of the point in use lies in the network, the others' here
         self.own = {name: value for name, value in self.network.named_buffers() if recipe.points}
+        named = dict(self.network.named_parameters())
+        biases = score_biases(start.graph) if recipe.shares == "taylor" else {}
+        self.biases = {gate: named[bias] for gate, bias in biases.items()}
         names = [DEFAULT, *(point_name(start.graph, float(budget)) for budget in recipe.points)]
         self.points = {point: {name: value.clone() for name, value in self.own.items()} for point in names}
         self.point = DEFAULT
@@ -163,8 +168,18 @@ class TorchLearner:
             seen.append(Step(self.processes.mean(torch.stack([loss.detach(), *parts])), saliencies))
         self.use(DEFAULT)
         self.processes.average(p.grad for p in self.network.parameters() if p.grad is not None)
+        if self.biases:
+            seen = [replace(one, importance=self._importance(output.records)) for one in seen]
         self.optimizer.step()
         return seen
+
+    @torch.no_grad()
+    def _importance(self, records: Mapping[str, GateRecord]) -> dict[str, Tensor]:
+        found = {}
+        for gate, bias in self.biases.items():
+            assert bias.grad is not None
+            found[gate] = (bias.grad * records[gate].gate.mean(0)).square()
+        return found
 
     def _whole(self, output: Output) -> Output:
         """This process's logits, with the records of the whole batch."""

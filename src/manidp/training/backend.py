@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -31,11 +31,13 @@ class Step:
     """What one step saw, before it changed the weights.
 
     losses: (5,), float32: the total and, as means over the batch, cross entropy, accuracy 0..1, sparsity and
-    similarity. saliencies: gate -> (B, C), float32, before the threshold.
+    similarity. saliencies: gate -> (B, C), float32, before the threshold. importance: gate -> (C,), float32, the
+    channels' Taylor importance in this batch, if the recipe's ``shares`` ask for it.
     """
 
     losses: Array
     saliencies: Mapping[str, Array]
+    importance: Mapping[str, Array] = field(default_factory=dict)
 
 
 class Learner(Protocol):

@@ -27,12 +27,13 @@ from manidp.formats.checkpoint import DEFAULT, Checkpoint, OperatingPoint
 from manidp.progress import Progress
 from manidp.training.backend import Array, Backend, Learner, Weights, below, estimate_statistics
 from manidp.training.folder import LOG, MODEL, STATE, hold, holds_run
+from manidp.training.importance import Channels, score_biases, scores_in_order, worth
 from manidp.training.recipe import Recipe, point_name
 from manidp.training.reopen import begun_anew, reopenable
 from manidp.training.schedule import learning_rate
 from manidp.training.settings import brief
 from manidp.training.state import EpochRecord, State, not_finite, read_state, read_tensors, write_state
-from manidp.training.target import Target, mean_macs
+from manidp.training.target import Saliencies, Target, mean_macs
 
 SAMPLE = 10_000  # images whose saliencies set the thresholds: the last ones of an epoch, so that they are not stale
 FOLLOW = 20  # steps after which the thresholds follow the saliencies, where a budget is to be met
@@ -144,18 +145,25 @@ class Training:
         last good epoch then stays.
         """
         while len(self.records) < self.recipe.epochs:
-            record, saliencies = self._epoch(len(self.records))
+            record, saliencies, importance = self._epoch(len(self.records))
             for point, seen in saliencies.items():
                 if not seen:
                     continue
                 self.learner.use(point)
-                macs = mean_macs(self.graph, seen, self.learner.thresholds())
+                thresholds = self.learner.thresholds()
+                macs = mean_macs(self.graph, seen, thresholds)
                 if point == DEFAULT:
                     record = replace(record, macs=macs)
                 if point in record.points:
                     told = {**record.points[point], "macs": macs}
                     record = replace(record, points={**record.points, point: told})
-                self.learner.set_thresholds(self.targets[point].after_epoch(record.epoch, seen))
+                value = None
+                if importance:
+                    kept = {gate: (scores > thresholds[gate]).mean(0) for gate, scores in seen.items()}
+                    value = worth(self.graph, importance, kept)
+                    if record.epoch == 0 and not any(thresholds.values()):
+                        seen = self._order_scores(seen, value)
+                self.learner.set_thresholds(self.targets[point].after_epoch(record.epoch, seen, value))
             self.learner.use(DEFAULT)
             self.records.append(record)
             self._save()
@@ -223,6 +231,17 @@ class Training:
             state |= {f"points/{index}/{name}": weights[name] for name in below(state, f"points/{index}/")}
         self.learner.load(state)
 
+    def _order_scores(self, seen: Saliencies, value: Channels) -> dict[str, NDArray[np.float32]]:
+        """Move the mean of every channel's scores to where ``scores_in_order`` has it; returns the scores moved."""
+        state, moved = self.learner.state(), {}
+        for gate, bias in score_biases(self.graph).items():
+            by = scores_in_order(value[gate]) - seen[gate].mean(0)
+            moved[gate] = seen[gate] + by
+            for part in ("network", "average") if self.recipe.ema else ("network",):
+                state[f"{part}/{bias}"] += by
+        self.learner.load(state)
+        return moved
+
     def _sandwich(self, epoch: int) -> Iterator[tuple[str, ...]]:
         """For each step the points to train: largest, smallest, and one of those between, each as often."""
         chance = np.random.default_rng((self.recipe.seed, epoch))
@@ -233,11 +252,14 @@ class Training:
             for index in chance.permutation(len(between)):
                 yield (*ends, *between[index])
 
-    def _epoch(self, epoch: int) -> tuple[EpochRecord, dict[str, dict[str, NDArray[np.float32]]]]:
-        """Its record, and the saliencies of the last images that each point was trained with."""
+    def _epoch(
+        self, epoch: int
+    ) -> tuple[EpochRecord, dict[str, dict[str, NDArray[np.float32]]], dict[str, NDArray[np.float32]]]:
+        """Its record, the saliencies of the last images that each point was trained with, and channels' importance."""
         recipe, learner, started = self.recipe, self.learner, time.perf_counter()
         steps = learner.steps
         losses: list[Array] = []
+        importance: list[Mapping[str, Array]] = []
         of_points: dict[str, list[Array]] = {point: [] for point in self.targets}
         count = min(SAMPLE // recipe.batch_size + 1, steps)
         sample = {point: deque[Mapping[str, Array]](maxlen=count) for point in self.targets}
@@ -251,6 +273,7 @@ class Training:
             points = next(sandwich)
             seen = learner.step(batch, learning_rate=rate, limit=0.5 * self.mean_cross_entropy, points=points)
             losses.append(seen[0].losses)
+            importance.append(seen[0].importance)
             if step % CHECK == CHECK - 1 or step == steps - 1:
                 self._check_losses(epoch, losses, rate)
             if recipe.ema:
@@ -273,7 +296,8 @@ class Training:
                 for point, parts in of_points.items() if parts and self.points
             },
         )  # fmt: skip
-        return record, {point: self._joined(list(parts)) for point, parts in sample.items()}
+        means = {gate: learner.mean([one[gate] for one in importance]) for gate in importance[0]}
+        return record, {point: self._joined(list(parts)) for point, parts in sample.items()}, means
 
     def _follow(self, recent: Mapping[str, list[Mapping[str, Array]]]) -> None:
         """Thresholds follow the saliencies of the last steps, which are then forgotten."""
@@ -313,6 +337,9 @@ class Training:
 
     def _go_on(self, state: State) -> None:
         there = {"backend": "torch", "processes": 1} | state.run  # of old, when runs did not name them
+        recipe = there.get("recipe")
+        if isinstance(recipe, dict):
+            there["recipe"] = {"shares": "even"} | recipe
         if found := _differences(there, json.loads(json.dumps(self.run))):
             raise TrainingError(f"{self.state_path} is of another run: {'; '.join(found)}")
         if len(state.records) > self.recipe.epochs:
@@ -322,8 +349,10 @@ class Training:
         self.records = list(state.records)
         if state.rates.keys() != self.targets.keys():
             raise TrainingError(f"{self.state_path}: damaged: it has rates of {brief(list(state.rates))}")
+        if state.shares and state.shares.keys() != self.graph.gate_channels.keys():
+            raise TrainingError(f"{self.state_path}: damaged: it has shares of {brief(list(state.shares))}")
         for point, target in self.targets.items():
-            target.rate = state.rates[point]
+            target.rate, target.shares = state.rates[point], state.shares
         self.mean_cross_entropy = self.records[-1].cross_entropy if self.records else 0.0
         self.learner.load(read_tensors(self.state_path, self._tensors()))
         self._write_log()
@@ -350,7 +379,8 @@ class Training:
         if self.backend.rank:
             return
         with self._writing(self.state_path):
-            write_state(self.state_path, State(self.run, rates, tuple(self.records)), tensors)
+            shares = self.targets[DEFAULT].shares
+            write_state(self.state_path, State(self.run, rates, tuple(self.records), shares), tensors)
         self._write_log()
 
     def _agree(self, doing: str, content: object) -> None:

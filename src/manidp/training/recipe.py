@@ -15,12 +15,13 @@ from manidp.files import open_regular
 from manidp.formats.checkpoint import MAX_POINTS
 from manidp.graph import Graph
 from manidp.graph.macs import least_and_most_macs, ungated_macs
+from manidp.training.importance import score_biases
 from manidp.training.settings import brief, check_settings
 
 MAX_BYTES = 2**20  # of a recipe file
 PRUNING: Mapping[str, Any] = MappingProxyType({
     "epochs": 60, "learning_rate": 0.02, "ema": 0.998, "reach": 0.5, "lambda_similarity": 0.1, "distillation": 0.5,
-    "temperature": 3.0,
+    "temperature": 3.0, "shares": "taylor",
 })  # fmt: skip
 """How a trained network is pruned, taught by itself, if nothing else is said; the other settings are the defaults."""
 _PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
@@ -38,6 +39,9 @@ class Recipe:
     Every step then trains the largest budget, the smallest, and one drawn from those between (the sandwich rule, Yu &
     Huang 2019); the loss is the mean of the three. The largest follows labels and teachers, the others the teachers and
     the largest, as one more teacher. With ``reach`` 0 gates that have been trained meet their budgets from the start.
+    ``shares`` "even" lets every gate keep the same share of its channels, as the paper does; "taylor" spends the budget
+    where it is worth most, by the channels' Taylor importance (Molchanov et al. 2019) in each epoch until the budget is
+    reached, and orders the scores of fresh gates by it.
     ``ema`` averages weights and statistics over steps (0: off). ``distillation`` is the share of the loss that
     follows the teachers. ``augment`` flips and crops at random; what a crop takes from beyond the border is black
     (``padding_mode`` "constant") or the image mirrored there ("reflect"). The gates' learning rate is the network's;
@@ -62,6 +66,7 @@ class Recipe:
     reach: float = 0.65
     lambda_sparsity: float = 5e-3
     lambda_similarity: float = 1.0
+    shares: Literal["even", "taylor"] = "even"
     augment: bool = True
     padding_mode: Literal["constant", "reflect"] = "constant"
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -88,6 +93,10 @@ class Recipe:
             raise TrainingError("recipe: points are budgets beside macs_budget, which is missing")
         for budget in points if recipe.macs_budget is None else [float(recipe.macs_budget), *points]:
             _check_budget(graph, budget)
+        if self.shares == "taylor" and (points or recipe.macs_budget is None):
+            raise TrainingError("recipe: shares 'taylor' are for one macs_budget; with keep_rate or points set 'even'")
+        if self.shares == "taylor":
+            score_biases(graph)
         names = [point_name(graph, budget) for budget in points]
         if len(set(names)) < len(names) or len(names) > MAX_POINTS or recipe.macs_budget in points:
             raise TrainingError(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import BatchNorm, Clip, Graph, Linear, Node, Squareplus
+from manidp.training.importance import score_bias
 
 SMOOTHNESS = 0.04  # b of the Squareplus: a score of 0 becomes 0.1, one of 0.5 becomes 0.52
 _SPREAD = 0.02  # of the scores that channels begin anew with: thresholds cannot tell equal ones apart
@@ -67,15 +68,7 @@ def begun_anew(
     for gate in graph.gates:
         if gate.name in closed:
             gone = closed[gate.name]
-            for name in _scorer(graph, gate.inputs[0]):
-                noise = chance.uniform(-_SPREAD, _SPREAD, int(gone.sum()))
-                changed[name][gone] = noise if name.endswith(".bias") else 0
+            if bias := score_bias(graph, gate.name):
+                changed[bias][gone] = chance.uniform(-_SPREAD, _SPREAD, int(gone.sum()))
+                changed[f"{bias.removesuffix('.bias')}.weight"][gone] = 0
     return changed
-
-
-def _scorer(graph: Graph, score: str) -> list[str]:
-    """The parameters of the Linear node that a score is made of, if it is the gate's own and has a bias."""
-    while score not in graph.scorers and len(graph.by_name[score].inputs) == 1:
-        score = graph.by_name[score].inputs[0]
-    node = graph.by_name[score]
-    return [f"{score}.weight", f"{score}.bias"] if isinstance(node, Linear) and node.bias else []

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from manidp.graph import Graph
 from manidp.graph.macs import macs_per_image
+
+EVEN: Mapping[str, float] = MappingProxyType({})  # every gate keeps the same share of its channels
 
 
 def learning_rate(step: int, steps: int, *, peak: float, warmup: int = 0) -> float:
@@ -50,17 +53,19 @@ def thresholds_for_rate(saliencies: Mapping[str, NDArray[np.floating]], rate: fl
     return {name: threshold(value.mean(0), rate) for name, value in saliencies.items()}
 
 
-def rate_for_budget(graph: Graph, saliencies: Mapping[str, NDArray[np.floating]], budget: float) -> float:
+def rate_for_budget(
+    graph: Graph, saliencies: Mapping[str, NDArray[np.floating]], budget: float, shares: Mapping[str, float] = EVEN
+) -> float:
     """The one keep rate under whose continuous thresholds these images take ``budget`` MACs on average; by bisection.
 
-    saliencies (images, C_l) under the gates' names. Exact as far as saliencies do not change with the thresholds of
-    earlier gates; repeat on fresh ones to converge.
+    saliencies (images, C_l) under the gates' names; shares: see ``continuous_thresholds``. Exact as far as saliencies
+    do not change with the thresholds of earlier gates; repeat on fresh ones to converge.
     """
     means = {name: value.mean(0) for name, value in saliencies.items()}
     low, high = 0.0, 2.0
     for _ in range(24):
         rate = (low + high) / 2
-        chosen = continuous_thresholds(means, rate)
+        chosen = continuous_thresholds(means, rate, shares)
         kept = {name: value > np.float32(chosen[name]) for name, value in saliencies.items()}
         if macs_per_image(graph, kept).mean() > budget:
             high = rate
@@ -70,13 +75,23 @@ def rate_for_budget(graph: Graph, saliencies: Mapping[str, NDArray[np.floating]]
 
 
 def thresholds_for_budget(
-    graph: Graph, saliencies: Mapping[str, NDArray[np.floating]], budget: float
+    graph: Graph, saliencies: Mapping[str, NDArray[np.floating]], budget: float, shares: Mapping[str, float] = EVEN
 ) -> dict[str, float]:
     """Every gate's continuous threshold for the keep rate under which these images take ``budget`` MACs on average."""
     means = {name: value.mean(0) for name, value in saliencies.items()}
-    return continuous_thresholds(means, rate_for_budget(graph, saliencies, budget))
+    return continuous_thresholds(means, rate_for_budget(graph, saliencies, budget, shares), shares)
 
 
-def continuous_thresholds(means: Mapping[str, NDArray[np.floating]], rate: float) -> dict[str, float]:
-    """Every gate's continuous threshold for one keep rate; means (C_l,) under the gates' names."""
-    return {name: continuous_threshold(mean, rate) for name, mean in means.items()}
+def continuous_thresholds(
+    means: Mapping[str, NDArray[np.floating]], rate: float, shares: Mapping[str, float] = EVEN
+) -> dict[str, float]:
+    """Every gate's continuous threshold for one keep rate 0..2; means (C_l,) under the gates' names.
+
+    shares: each gate's own keep rate where ``rate`` is 1; below and above, all move to 0 and 2 in proportion. Those
+    that are not given are 1, so that without them all gates have the one rate.
+    """
+    return {name: continuous_threshold(mean, _own_rate(shares.get(name, 1.0), rate)) for name, mean in means.items()}
+
+
+def _own_rate(share: float, rate: float) -> float:
+    return share * rate if rate <= 1 else share + (2 - share) * (rate - 1)

@@ -2,7 +2,8 @@
 
 Tensors: ``network/<parameter>``, ``average/<parameter>`` where weights are averaged, ``momentum/<parameter>`` from the
 first epoch on, ``points/<number>/<parameter>`` where the recipe has points. The header's entry ``manidp`` is JSON:
-``version``, ``run`` (what tells this run from all others), ``rates`` and ``records``. The file is read as one from
+``version``, ``run`` (what tells this run from all others), ``rates``, ``records`` and, where gates keep other shares
+than one another, ``shares``. The file is read as one from
 outside is: anything else in it is a TrainingError.
 """
 
@@ -50,11 +51,16 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class State:
-    """A run so far: ``run``, JSON data that identifies it, the points' keep ``rates``, and the epochs' ``records``."""
+    """A run so far.
+
+    run: JSON data that identifies it. rates: the points' keep rates. records: the epochs'. shares: what each gate keeps
+    where the rate is 1, none where all keep alike.
+    """
 
     run: dict[str, Any]
     rates: Mapping[str, float | None]
     records: tuple[EpochRecord, ...]
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 def write_state(path: Path, state: State, tensors: Tensors) -> None:
@@ -62,6 +68,7 @@ def write_state(path: Path, state: State, tensors: Tensors) -> None:
     plain = {name: np.asarray(value, order="C") for name, value in tensors.items()}  # it writes memory as it lies
     records = [asdict(record) for record in state.records]
     meta = {"version": VERSION, "run": state.run, "rates": dict(state.rates), "records": records}
+    meta |= {"shares": dict(state.shares)} if state.shares else {}
     with replacing(path) as file:
         file.write(serialize(plain, {"manidp": json.dumps(meta)}))
 
@@ -83,7 +90,8 @@ def read_state(path: Path) -> State:
             raise ValueError("'run' or 'records' is something else")
         records = tuple(_record(index, record) for index, record in enumerate(meta["records"]))
         rates = {name: None if rate is None else _number("rate", rate, 0, 2) for name, rate in meta["rates"].items()}
-        return State(meta["run"], rates, records)
+        shares = {gate: _number("share", share, 0, 2) for gate, share in meta.get("shares", {}).items()}
+        return State(meta["run"], rates, records, shares)
     except OSError as error:
         raise TrainingError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from manidp.graph import Graph
 from manidp.graph.macs import least_and_most_macs, macs_per_image, ungated_macs
+from manidp.training.importance import Channels, taylor_shares
 from manidp.training.recipe import Recipe
 from manidp.training.schedule import (
     continuous_thresholds,
@@ -26,6 +27,7 @@ class Target:
     """The target of a resolved recipe; every method gives thresholds to set, none where they stay as they are.
 
     ``rate``: the keep rate that the budget asks for, found anew after each epoch; None before, and without a budget.
+    ``shares``: what each gate keeps where the rate is 1 (``schedule.continuous_thresholds``); none: all keep alike.
     """
 
     def __init__(self, graph: Graph, recipe: Recipe) -> None:
@@ -34,6 +36,8 @@ class Target:
         self.budget = None if recipe.macs_budget is None else float(recipe.macs_budget)
         self.reach = max(1, round(recipe.reach * recipe.epochs))  # epochs
         self.rate: float | None = None
+        self.taylor = recipe.shares == "taylor"
+        self.shares: Mapping[str, float] = {}
         if self.budget is not None:
             self.full = float(least_and_most_macs(graph)[1])
             self.aim = self.full if self.budget >= ungated_macs(graph) else self.budget  # all of the network is all
@@ -44,18 +48,21 @@ class Target:
             return {}
         return self._at(self.aim, saliencies)
 
-    def after_epoch(self, epoch: int, saliencies: Saliencies) -> Thresholds:
-        """For the next epoch, on saliencies of the last images of this one."""
-        if epoch == 0:  # the gates are still nearly constant and say nothing
+    def after_epoch(self, epoch: int, saliencies: Saliencies, worth: Channels | None = None) -> Thresholds:
+        """For the next epoch, on saliencies of the last images of this one, and what each channel was worth in it."""
+        if epoch == 0 and not self.taylor:  # the gates are still nearly constant and say nothing
             return {}
         if self.keep_rate is not None:
             return thresholds_for_rate(saliencies, keep_rate(epoch, self.reach, self.keep_rate))
         if self.budget is None:
             return {}
-        return self._at(self.full * keep_rate(epoch, self.reach, self.aim / self.full), saliencies)
+        budget = self.full * keep_rate(epoch, self.reach, self.aim / self.full)
+        if worth is not None and (epoch < self.reach or not self.shares):
+            self.shares = taylor_shares(self.graph, worth, budget)
+        return self._at(budget, saliencies)
 
     def _at(self, budget: float, saliencies: Saliencies) -> Thresholds:
-        self.rate = rate_for_budget(self.graph, saliencies, budget)
+        self.rate = rate_for_budget(self.graph, saliencies, budget, self.shares)
         return self.follow(saliencies)
 
     def follow(self, saliencies: Saliencies) -> Thresholds:
@@ -65,13 +72,13 @@ class Target:
         constant a small drift closes twice the channels that the budget asks for.
         """
         assert self.rate is not None
-        return continuous_thresholds(_means(saliencies), self.rate)
+        return continuous_thresholds(_means(saliencies), self.rate, self.shares)
 
     def at_last(self, saliencies: Saliencies) -> Thresholds:
         """For the budget itself, on training images; a keep rate's thresholds stay those of the last epoch."""
         if self.budget is None:
             return {}
-        return thresholds_for_budget(self.graph, saliencies, self.aim)
+        return thresholds_for_budget(self.graph, saliencies, self.aim, self.shares)
 
     def met(self, macs: float) -> bool:
         """Whether so many multiply-adds are the budget within a fifth of a percent."""

@@ -1,0 +1,84 @@
+"""Which channels a budget of multiply-adds is best spent on: Taylor importance (Molchanov et al. 2019).
+
+A channel's importance is what the loss would lose without it, to first order: the square of its factor times the loss's
+gradient by that factor, here of a whole batch, so that the gradient of the scores' biases tells it. Divided by the
+multiply-adds that closing the channel saves, channels of all gates stand in one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manidp.errors import TrainingError
+from manidp.graph import Graph, Linear
+from manidp.graph.macs import macs_per_image
+
+SCORES = 0.8, 1.1  # mean scores of the least and the most important channel of a gate that begins
+OPEN = 2.0  # the rate of a gate that closes nothing, see ``schedule.continuous_threshold``
+
+Channels = Mapping[str, NDArray[np.floating]]  # gate -> (C,)
+
+
+def score_bias(graph: Graph, gate: str) -> str | None:
+    """The parameter that is added to a gate's scores, one number for each channel, if it is the gate's own."""
+    name = graph.by_name[gate].inputs[0]
+    while name not in graph.scorers and len(graph.by_name[name].inputs) == 1:
+        name = graph.by_name[name].inputs[0]
+    node = graph.by_name[name]
+    return f"{name}.bias" if isinstance(node, Linear) and node.bias and name in graph.scorers else None
+
+
+def score_biases(graph: Graph) -> dict[str, str]:
+    """``score_bias`` of every gate. Raises TrainingError for one without, or that does not scale its channels."""
+    found = {gate.name: score_bias(graph, gate.name) for gate in graph.gates if gate.gain == "score"}
+    if without := [gate.name for gate in graph.gates if found.get(gate.name) is None]:
+        raise TrainingError(
+            f"recipe: with shares 'taylor' a gate must scale channels by a score with a bias of its own; "
+            f"'{without[0]}' does not: set shares to 'even'"
+        )
+    return {gate: bias for gate, bias in found.items() if bias is not None}
+
+
+def worth(graph: Graph, importance: Channels, kept: Channels) -> dict[str, NDArray[np.floating]]:
+    """gate -> (C,): importance of a multiply-add, where ``kept`` are the shares of images that open the channels."""
+    numbers = graph.gate_numbers
+    open_ = np.ones(sum(map(len, numbers.values())) + 1)
+    for gate, share in kept.items():
+        open_[numbers[gate]] = share
+    saved = graph.counters.saved(open_)
+    return {gate: importance[gate] / np.maximum(saved[numbers[gate]], 1) for gate in numbers}
+
+
+def taylor_shares(graph: Graph, worth: Channels, budget: float) -> dict[str, float]:
+    """Every gate's keep rate if the channels of most worth are kept, as many as the budget allows, one of each gate.
+
+    worth: (C,) under the gates' names. A gate that keeps all gets the rate ``OPEN``.
+    """
+    order = np.sort(np.concatenate(list(worth.values())))[::-1]
+    best = {gate: np.arange(len(own)) == int(own.argmax()) for gate, own in worth.items()}
+
+    def kept(count: int) -> dict[str, NDArray[np.bool_]]:
+        least = order[count - 1] if count else np.inf
+        return {gate: (own >= least) | best[gate] for gate, own in worth.items()}
+
+    low, high = 0, len(order)
+    while low < high:
+        count = (low + high + 1) // 2
+        if macs_per_image(graph, {gate: own[None] for gate, own in kept(count).items()})[0] > budget:
+            high = count - 1
+        else:
+            low = count
+    return {gate: OPEN if own.all() else float(own.mean()) for gate, own in kept(low).items()}
+
+
+def scores_in_order(worth: NDArray[np.floating]) -> NDArray[np.float32]:
+    """(C,) scores in the order of worth, evenly spaced: what gates that know nothing yet begin with.
+
+    A fresh gate's scores are all 1, and whatever moves them first would decide which channels are closed.
+    """
+    rank = np.argsort(np.argsort(worth, kind="stable"), kind="stable")
+    low, high = SCORES
+    return (low + (high - low) * rank / max(1, len(rank) - 1)).astype(np.float32)
