@@ -40,6 +40,16 @@ def test_a_point_takes_its_budget_and_leaves_the_others_as_they_are(checkpoint: 
     assert [point.name for point in again.points] == ["cheap", "70%"]
 
 
+def test_gates_that_keep_less_than_others_go_on_doing_so(checkpoint: Checkpoint) -> None:
+    few, shares = "stage_2.0.mb1", dict.fromkeys(checkpoint.graph.gate_channels, 0.7)
+    weights = with_thresholds(checkpoint.graph, dict(checkpoint.weights), IMAGES, shares | {few: 0.2})
+    uneven = checkpoint_of(checkpoint.graph, weights)
+    with Engine(calibrate(uneven, IMAGES, 0.4)) as engine:
+        kept = {gate: own.mean() for gate, own in engine.run(IMAGES, budget="40%").kept.items()}
+    others = [share for gate, share in kept.items() if gate != few]
+    assert kept[few] < 0.5 * min(others)
+
+
 @pytest.mark.parametrize(("budget", "message"), [(0.01, "all gates closed"), (3.0, "all open"), (0.4, "0 images")])
 def test_a_budget_out_of_reach_is_refused(budget: float, message: str, checkpoint: Checkpoint) -> None:
     with pytest.raises(TrainingError, match=message):

@@ -18,16 +18,15 @@ from hypothesis import strategies as st
 from manidp.data.preprocessing import Preprocessing
 from manidp.errors import CheckpointError
 from manidp.formats.checkpoint import Checkpoint, OperatingPoint, checkpoint_path, load_checkpoint, save_checkpoint
-from manidp.gating.place import with_gates
 from manidp.graph.macs import ungated_macs
-from manidp.models import resnet
+from networks import small_gated
 
 OLD = Path(__file__).parent / "data" / "version-1.safetensors"  # ``made()``, as version 1 saved it
 CLASSES = ("cat", "dog", "Łódź")
 
 
 def made(seed: int = 0) -> Checkpoint:
-    graph = with_gates(resnet(8, num_classes=3, width=2, image=(3, 8, 8)))
+    graph = small_gated(width=2, classes=3)
     weights = {
         name: (np.arange(math.prod(shape)) % 7 / 4 + seed).astype(np.float32).reshape(shape)
         for name, shape in graph.parameters.items()

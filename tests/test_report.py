@@ -26,7 +26,6 @@ from manidp.data.images import ImageSet
 from manidp.data.preprocessing import Preprocessing
 from manidp.errors import ManiDPError, MissingExtraError
 from manidp.formats.checkpoint import Checkpoint
-from manidp.gating.place import with_gates
 from manidp.graph import Graph
 from manidp.graph.macs import dense_macs
 from manidp.models import resnet
@@ -34,12 +33,13 @@ from manidp.report.charts import draw_overview
 from manidp.report.findings import Findings, class_keep_rates, collect, macs_histogram
 from manidp.report.page import write_report
 from manidp.result import Result
+from networks import small_gated
 
 # Names as folders may have them: markup, mathematics, another script, what XML forbids, what is longer than its place.
 CLASSES = ("<b>bold</b> & co", "$x_{$", "日本", "bell\x07\ufffe", "a name longer than there is room for it", "unseen")
 NAMES_SHOWN = ("<b>bold</b> & co", "$x_{$", "日本", "bell\ufffd\ufffd", "a name longer than there is roo…")
 DENSE = resnet(8, width=4, num_classes=len(CLASSES), image=(3, 8, 8))
-GATED = with_gates(DENSE)
+GATED = small_gated(width=4, classes=len(CLASSES))
 
 
 class Reference:

@@ -24,16 +24,18 @@ from manidp.mindspore.convert import weights
 from manidp.mindspore.losses import similarity_loss
 from manidp.mindspore.network import Network
 from manidp.models import resnet
+from manidp.training.importance import score_biases
 from manidp.training.job import Job, run_job
 from manidp.training.recipe import Recipe
 from manidp.training.schedule import learning_rate
 from manidp.training.start import start_of
+from networks import small_gated
 
 # Made by tests/with_torch/test_training_step.py.
 RECORD = Path(__file__).parents[1] / "data" / "training-step.safetensors"
 RECIPE = Recipe(learning_rate=0.05, weight_decay=5e-2, lambda_sparsity=0.5, lambda_similarity=30.0)
 STEPS = 4
-GRAPH = with_gates(resnet(8, num_classes=4, width=4, image=(3, 8, 8)))
+GRAPH = small_gated(width=4, classes=4)
 MINDSPORE = MindSpore()
 Array = NDArray[np.float32]
 Arrays = dict[str, Array]
@@ -102,6 +104,17 @@ def test_two_steps_end_where_those_of_torch_end(mode: str, recorded: Arrays) -> 
     assert {f"after/{name}" for name in after} == {name for name in recorded if name.startswith("after/")}
     for name, value in after.items():
         assert_close(value, recorded[f"after/{name}"], name)
+
+
+def test_importance_is_the_factor_times_its_gradient_squared(recorded: Arrays) -> None:
+    step = TrainingStep(network_of(recorded), RECIPE, GRAPH.heads, score_biases(GRAPH))
+    step.set_train(True)
+    made = step(*batch(recorded), mindspore.Tensor(0.0, mindspore.float32))
+    gates = [gate.name for gate in GRAPH.gates]
+    assert len(made) == 1 + 2 * len(gates)
+    for name, found in zip(gates, made[1 + len(gates) :], strict=True):
+        factor = recorded[f"gate/{name}"].mean(0)
+        assert_close(found.asnumpy(), (factor * recorded[f"gradient/{name}.fc2.bias"]) ** 2, name)
 
 
 def test_compiled_it_does_the_same_and_thresholds_can_still_be_set() -> None:

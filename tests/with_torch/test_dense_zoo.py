@@ -26,11 +26,11 @@ def dense_zoo() -> Any:
 
 
 def test_gates_leave_the_share_or_the_least(dense_zoo: Any) -> None:
-    dense = random_checkpoint(resnet(8, image=(3, 8, 8)))
-    images = np.random.default_rng(0).normal(size=(3, 3, 8, 8)).astype(np.float32)
+    dense = random_checkpoint(resnet(8, width=32, image=(3, 16, 16)))
+    images = np.random.default_rng(0).normal(size=(3, 3, 16, 16)).astype(np.float32)
     half, least = dense_zoo.gated(dense, 0.5), dense_zoo.gated(dense, 0.01)
     whole = dense_macs(dense.graph)
-    assert Engine(half).run(images).macs / whole == pytest.approx(0.5, abs=0.01)
+    assert Engine(half).run(images).macs / whole == pytest.approx(0.5, abs=0.02)
     assert (Engine(least).run(images).macs == least_and_most_macs(least.graph)[0]).all()
     assert np.isfinite(Engine(half).run(images).logits).all()
 

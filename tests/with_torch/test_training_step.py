@@ -11,12 +11,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from manidp.gating.place import with_gates
 from manidp.graph import Graph
-from manidp.models import resnet
 from manidp.torch.losses import complexity_weights, similarity_loss, sparsity_loss
 from manidp.torch.network import Network
 from manidp.training.schedule import learning_rate
+from networks import small_gated
 
 RECORD = Path(__file__).parents[1] / "data" / "training-step.safetensors"
 Arrays = dict[str, NDArray[np.float32]]
@@ -24,7 +23,7 @@ LAMBDA_SPARSITY, LAMBDA_SIMILARITY, PEAK, STEPS = 0.5, 30.0, 0.05, 4
 
 
 def graph() -> Graph:
-    return with_gates(resnet(8, num_classes=4, width=4, image=(3, 8, 8)))
+    return small_gated(width=4, classes=4)
 
 
 def start() -> Arrays:

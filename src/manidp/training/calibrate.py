@@ -6,6 +6,7 @@ they become under these thresholds: other channels are open, and maps have other
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from manidp.graph import Concat, Graph, Node
 from manidp.graph.macs import least_and_most_macs, ungated_macs
 from manidp.training.backend import Backend, Weights
 from manidp.training.recipe import point_name
-from manidp.training.schedule import thresholds_for_budget
+from manidp.training.schedule import shares_of, thresholds_for_budget
 from manidp.training.statistics import estimated
 
 TOLERANCE = 0.002  # of the budget
@@ -41,8 +42,8 @@ def calibrate(
 
     images: as ``Engine.run`` takes them; they should be pictures to train with, not to test with. budget: share of the
     dense network's multiply-adds that an image may take on average, 0..1. name: of the point, by default the budget in
-    percent; a point of this name is replaced. One keep rate for all gates sets the thresholds, as in training (Tang et
-    al. 2021, made continuous). backend: what estimates the point's batch statistics on the images, then uint8
+    percent; a point of this name is replaced. The keep rates of all gates move in proportion from what they are, which
+    is one rate for all where they were trained so (Tang et al. 2021, made continuous). backend: what estimates the point's batch statistics on the images, then uint8
     (N, H, W, C); without one they stay as they are, which costs much accuracy far from the default budget.
     Raises GraphError without gates that have thresholds, TrainingError for a budget that the network cannot take.
     """
@@ -127,6 +128,7 @@ def _thresholds(
     sizes = graph.gate_channels
     chosen = {name: values[name] for name in graph.thresholds}
     best: tuple[float, Weights, float] | None = None
+    shares: Mapping[str, float] = {}
     for _ in range(ROUNDS):
         scores, macs = _run(probe, values | chosen, images)
         if best is None or abs(macs - target) < best[0]:
@@ -134,7 +136,8 @@ def _thresholds(
         if best[0] <= TOLERANCE * target:
             break
         of_gates = dict(zip(sizes, np.split(scores, np.cumsum(list(sizes.values()))[:-1], axis=1), strict=True))
-        limits = thresholds_for_budget(graph, of_gates, target)
+        shares = shares or shares_of(of_gates, {gate: float(values[f"{gate}.threshold"]) for gate in of_gates})
+        limits = thresholds_for_budget(graph, of_gates, target, shares)
         chosen = {f"{gate}.threshold": np.array(limit, np.float32) for gate, limit in limits.items()}
     assert best is not None
     return best[1], best[2]

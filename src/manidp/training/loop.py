@@ -214,10 +214,10 @@ class Training:
             self._begin_closed_anew()
         if self.recipe.reach == 0:
             self._estimate(self.sample)
-            seen = self._saliencies(self.sample)
+            seen, thresholds = self._saliencies(self.sample), self.learner.thresholds()
             for point, target in self.targets.items():
                 self.learner.use(point)
-                self.learner.set_thresholds(target.at_first(seen))
+                self.learner.set_thresholds(target.at_first(seen, thresholds))
             self.learner.use(DEFAULT)
 
     def _begin_closed_anew(self) -> None:

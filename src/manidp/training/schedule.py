@@ -48,6 +48,20 @@ def continuous_threshold(mean_saliency: NDArray[np.floating], rate: float) -> fl
     return float(np.interp(rate, np.append(ranks, 2.0), np.append(ordered, 0.0)))
 
 
+def rate_of_threshold(mean_saliency: NDArray[np.floating], threshold: float) -> float:
+    """The rate 0..2 of a ``continuous_threshold``; of one above all mean saliencies that of the greatest of them."""
+    if threshold <= 0:
+        return 2.0
+    ordered = np.sort(np.asarray(mean_saliency, dtype=np.float64))[::-1]
+    ranks = np.arange(1, len(ordered) + 1) / len(ordered)
+    return float(np.interp(threshold, np.append(ordered, 0.0)[::-1], np.append(ranks, 2.0)[::-1]))
+
+
+def shares_of(saliencies: Mapping[str, NDArray[np.floating]], thresholds: Mapping[str, float]) -> dict[str, float]:
+    """What every gate keeps with these thresholds, as ``continuous_thresholds`` takes it; saliencies (images, C_l)."""
+    return {gate: rate_of_threshold(value.mean(0), thresholds[gate]) for gate, value in saliencies.items()}
+
+
 def thresholds_for_rate(saliencies: Mapping[str, NDArray[np.floating]], rate: float) -> dict[str, float]:
     """Every gate's threshold for one keep rate; saliencies (images, C_l) under the gates' names."""
     return {name: threshold(value.mean(0), rate) for name, value in saliencies.items()}

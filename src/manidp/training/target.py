@@ -15,6 +15,7 @@ from manidp.training.schedule import (
     continuous_thresholds,
     keep_rate,
     rate_for_budget,
+    shares_of,
     thresholds_for_budget,
     thresholds_for_rate,
 )
@@ -42,10 +43,14 @@ class Target:
             self.full = float(least_and_most_macs(graph)[1])
             self.aim = self.full if self.budget >= ungated_macs(graph) else self.budget  # all of the network is all
 
-    def at_first(self, saliencies: Saliencies) -> Thresholds:
-        """For the budget itself before the first epoch, on training images; none where scores are all alike."""
+    def at_first(self, saliencies: Saliencies, thresholds: Mapping[str, float]) -> Thresholds:
+        """For the budget itself before the first epoch, on training images; none where scores are all alike.
+
+        Gates go on with the shares that they keep with ``thresholds``, the start's.
+        """
         if self.budget is None or not all(np.ptp(mean) > 0 for mean in _means(saliencies).values()):
             return {}
+        self.shares = shares_of(saliencies, thresholds)
         return self._at(self.aim, saliencies)
 
     def after_epoch(self, epoch: int, saliencies: Saliencies, worth: Channels | None = None) -> Thresholds:
