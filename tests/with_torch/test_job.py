@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from manidp import cli
 from manidp.data.images import ImageSet
 from manidp.data.preprocessing import Preprocessing
+from manidp.engine.engine import Engine
 from manidp.errors import TrainingError
 from manidp.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manidp.gating.place import with_gates
@@ -230,6 +231,24 @@ def test_a_budget_that_is_missed_is_told_and_the_model_is_there(job: Job, capsys
     assert made.provenance["recipe"]["macs_budget"] == pytest.approx(0.6 * ungated_macs(made.graph))
     code, err = command(capsys, *arguments, f"--out={job.out}-open", f"--set=macs_budget={dense_macs(made.graph)}")
     assert code == 0, err
+
+
+@pytest.mark.parametrize("more", [(), ("macs_budget=50%",)])
+def test_trained_on_gates_keep_the_shares_that_they_had(job: Job, more: tuple[str, ...]) -> None:
+    options = ("epochs=3", "reach=0.7", "batch_size=4", "learning_rate=1e-4", "precision=float32", "augment=false")
+    first, _, _ = finished(replace(job, settings=(*options, "macs_budget=60%", "shares=taylor")))
+    again = replace(job, start=str(job.out / "model.safetensors"), out=Path(f"{job.out}-on"))
+    second, _, _ = finished(replace(again, settings=(*options, *more)))
+    assert second.provenance["recipe"]["shares"] == "taylor"
+    images = np.random.default_rng(0).normal(size=(64, 3, 8, 8)).astype(np.float32)
+    shares = []
+    for made in (first, second):
+        with Engine(made) as engine:
+            shares.append(np.array([own.mean() for own in engine.run(images).kept.values()]))
+    assert np.ptp(shares[0]) > 0.25
+    assert np.corrcoef(shares)[0, 1] > 0.7
+    plain, _, _ = finished(replace(again, settings=(*options, "keep_rate=0.5"), out=Path(f"{job.out}-rate")))
+    assert plain.provenance["recipe"]["shares"] == "even"
 
 
 def test_classes_are_matched_by_name(job: Job, tmp_path: Path) -> None:

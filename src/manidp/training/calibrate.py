@@ -42,9 +42,10 @@ def calibrate(
 
     images: as ``Engine.run`` takes them; they should be pictures to train with, not to test with. budget: share of the
     dense network's multiply-adds that an image may take on average, 0..1. name: of the point, by default the budget in
-    percent; a point of this name is replaced. The keep rates of all gates move in proportion from what they are, which
-    is one rate for all where they were trained so (Tang et al. 2021, made continuous). backend: what estimates the point's batch statistics on the images, then uint8
-    (N, H, W, C); without one they stay as they are, which costs much accuracy far from the default budget.
+    percent; a point of this name is replaced. The keep rates of all gates move in proportion from what they are: one
+    rate for all where they were trained so (Tang et al. 2021, made continuous). backend: what estimates the point's
+    batch statistics on the images, then uint8 (N, H, W, C); without one they stay as they are, which costs much
+    accuracy far from the default budget.
     Raises GraphError without gates that have thresholds, TrainingError for a budget that the network cannot take.
     """
     graph = checkpoint.graph

@@ -269,10 +269,12 @@ def _settings(job: Job) -> dict[str, Any]:
 
 
 def _recipe(settings: dict[str, Any], parent: Checkpoint | None) -> Recipe:
-    """Defaults, the parent's target if it was gated already and none is given, the settings."""
+    """Defaults; of a parent that was gated already its target, if none is given, and its shares; the settings."""
+    before = parent.provenance.get("recipe") if parent is not None and parent.graph.gates else None
     inherited: dict[str, Any] = {}
-    if parent is not None and parent.graph.gates and not {"keep_rate", "macs_budget"} & settings.keys():
-        before = parent.provenance.get("recipe")
-        if isinstance(before, dict):
+    if isinstance(before, dict):
+        if not {"keep_rate", "macs_budget"} & settings.keys():
             inherited = {name: before.get(name) for name in ("keep_rate", "macs_budget")} | {"reach": 0.0}
+        if (settings.get("macs_budget") or inherited.get("macs_budget")) and not settings.get("points"):
+            inherited["shares"] = before.get("shares", "even")
     return Recipe(**inherited | settings)
