@@ -187,3 +187,7 @@ def test_gates_that_do_not_scale_are_refused() -> None:
     assert random_weights(hard).keys() == random_weights(graph).keys()
     with pytest.raises(TrainingError, match=r"'stage_1\.0\.mb1' does not: set shares to 'even'"):
         TAYLOR.resolved(hard)
+    assert replace(TAYLOR, shares="auto").resolved(hard).shares == "even"
+    assert replace(TAYLOR, shares="auto").resolved(graph).shares == "taylor"
+    assert replace(TAYLOR, shares="auto", points=("40%",)).resolved(graph).shares == "even"
+    assert replace(TAYLOR, shares="auto", macs_budget=None, keep_rate=0.5).resolved(graph).shares == "even"

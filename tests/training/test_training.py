@@ -230,7 +230,7 @@ def test_for_a_budget_thresholds_follow_within_the_epoch_for_a_rate_they_wait_fo
     def look(done: int, total: int | None) -> None:
         seen.append(tuple(run.learner.thresholds().values()))
 
-    recipe = replace(RECIPE, macs_budget="80%") if target == "macs_budget" else GATED
+    recipe = replace(RECIPE, macs_budget="80%", shares="even") if target == "macs_budget" else GATED
     run = training(backend, tmp_path, recipe, progress=look)
     list(run.epochs())
     steps = run.learner.steps

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.errors import TrainingError
 from manidp.graph import Graph, Linear
 from manidp.graph.macs import macs_per_image
 
@@ -32,14 +31,9 @@ def score_bias(graph: Graph, gate: str) -> str | None:
 
 
 def score_biases(graph: Graph) -> dict[str, str]:
-    """``score_bias`` of every gate. Raises TrainingError for one without, or that does not scale its channels."""
-    found = {gate.name: score_bias(graph, gate.name) for gate in graph.gates if gate.gain == "score"}
-    if without := [gate.name for gate in graph.gates if found.get(gate.name) is None]:
-        raise TrainingError(
-            f"recipe: with shares 'taylor' a gate must scale channels by a score with a bias of its own; "
-            f"'{without[0]}' does not: set shares to 'even'"
-        )
-    return {gate: bias for gate, bias in found.items() if bias is not None}
+    """``score_bias`` of every gate that has one and scales its channels, so that their importance can be told."""
+    biases = {gate.name: score_bias(graph, gate.name) for gate in graph.gates if gate.gain == "score"}
+    return {gate: bias for gate, bias in biases.items() if bias is not None}
 
 
 def worth(graph: Graph, importance: Channels, kept: Channels) -> dict[str, NDArray[np.floating]]:

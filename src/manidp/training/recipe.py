@@ -21,7 +21,7 @@ from manidp.training.settings import brief, check_settings
 MAX_BYTES = 2**20  # of a recipe file
 PRUNING: Mapping[str, Any] = MappingProxyType({
     "epochs": 60, "learning_rate": 0.02, "ema": 0.998, "reach": 0.5, "lambda_similarity": 0.1, "distillation": 0.5,
-    "temperature": 3.0, "shares": "taylor",
+    "temperature": 3.0,
 })  # fmt: skip
 """How a trained network is pruned, taught by itself, if nothing else is said; the other settings are the defaults."""
 _PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
@@ -41,7 +41,8 @@ class Recipe:
     the largest, as one more teacher. With ``reach`` 0 gates that have been trained meet their budgets from the start.
     ``shares`` "even" lets every gate keep the same share of its channels, as the paper does; "taylor" spends the budget
     where it is worth most, by the channels' Taylor importance (Molchanov et al. 2019) in each epoch until the budget is
-    reached, and orders the scores of fresh gates by it.
+    reached, and orders the scores of fresh gates by it. "auto" is "taylor" for a ``macs_budget`` without ``points``
+    where every gate scales its channels, else "even".
     ``ema`` averages weights and statistics over steps (0: off). ``distillation`` is the share of the loss that
     follows the teachers. ``augment`` flips and crops at random; what a crop takes from beyond the border is black
     (``padding_mode`` "constant") or the image mirrored there ("reflect"). The gates' learning rate is the network's;
@@ -66,7 +67,7 @@ class Recipe:
     reach: float = 0.65
     lambda_sparsity: float = 5e-3
     lambda_similarity: float = 1.0
-    shares: Literal["even", "taylor"] = "even"
+    shares: Literal["auto", "even", "taylor"] = "auto"
     augment: bool = True
     padding_mode: Literal["constant", "reflect"] = "constant"
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -93,16 +94,26 @@ class Recipe:
             raise TrainingError("recipe: points are budgets beside macs_budget, which is missing")
         for budget in points if recipe.macs_budget is None else [float(recipe.macs_budget), *points]:
             _check_budget(graph, budget)
-        if self.shares == "taylor" and (points or recipe.macs_budget is None):
-            raise TrainingError("recipe: shares 'taylor' are for one macs_budget; with keep_rate or points set 'even'")
-        if self.shares == "taylor":
-            score_biases(graph)
+        recipe = replace(recipe, shares=_shares(self.shares, graph, recipe.macs_budget is not None and not points))
         names = [point_name(graph, budget) for budget in points]
         if len(set(names)) < len(names) or len(names) > MAX_POINTS or recipe.macs_budget in points:
             raise TrainingError(
                 f"recipe: points must be at most {MAX_POINTS} different budgets, other than macs_budget; got {names}"
             )
         return replace(recipe, points=tuple(points))
+
+
+def _shares(asked: str, graph: Graph, one_budget: bool) -> Literal["even", "taylor"]:
+    able = score_biases(graph)
+    unable = [gate.name for gate in graph.gates if gate.name not in able]
+    if asked == "taylor" and not one_budget:
+        raise TrainingError("recipe: shares 'taylor' are for one macs_budget; with keep_rate or points set 'even'")
+    if asked == "taylor" and unable:
+        raise TrainingError(
+            f"recipe: with shares 'taylor' a gate must scale channels by a score with a bias of its own; "
+            f"'{unable[0]}' does not: set shares to 'even'"
+        )
+    return "even" if asked == "even" or unable or not one_budget else "taylor"
 
 
 def point_name(graph: Graph, budget: float) -> str:
