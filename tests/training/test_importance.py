@@ -16,7 +16,7 @@ from manidp.graph import Graph, Select
 from manidp.graph.macs import macs_per_image, ungated_macs
 from manidp.models import resnet
 from manidp.training.backend import Backend
-from manidp.training.importance import OPEN, score_biases, scores_in_order, taylor_shares, worth
+from manidp.training.importance import OPEN, score_biases, scores_in_order, taylor_shares, undecided, worth
 from manidp.training.recipe import Recipe
 from manidp.training.schedule import continuous_threshold, continuous_thresholds, rate_of_threshold, shares_of
 from networks import random_weights, small_gated
@@ -154,6 +154,21 @@ def test_interrupted_and_resumed_it_ends_with_the_same_bits(backend: Backend, tm
     one, two = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "parts"))
     for name in one:
         assert one[name].tobytes() == two[name].tobytes(), name
+
+
+def test_gates_that_know_something_keep_the_order_of_their_scores(backend: Backend, tmp_path: Path) -> None:
+    start = fresh(backend, GATED_GRAPH)
+    weights, chance = dict(start.weights), np.random.default_rng(0)
+    assert undecided(GATED_GRAPH, weights)
+    biases = score_biases(GATED_GRAPH)
+    for bias in biases.values():
+        weights[bias] = chance.uniform(0.5, 1.5, weights[bias].shape).astype(np.float32)
+        name = f"{bias.removesuffix('.bias')}.weight"
+        weights[name] = np.full_like(weights[name], 1e-3)
+    recipe = replace(TAYLOR, epochs=1, learning_rate=1e-6, ema=0.0)
+    run, _ = trained(backend, tmp_path, recipe, start=replace(start, weights=weights))
+    for bias in biases.values():
+        np.testing.assert_allclose(run.learner.state()[f"network/{bias}"], weights[bias], atol=1e-3)
 
 
 def test_shares_of_other_gates_are_refused(backend: Backend, tmp_path: Path) -> None:

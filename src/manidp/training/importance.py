@@ -36,6 +36,12 @@ def score_biases(graph: Graph) -> dict[str, str]:
     return {gate: bias for gate, bias in biases.items() if bias is not None}
 
 
+def undecided(graph: Graph, weights: Channels) -> bool:
+    """Whether no gate's scores depend on the image yet, as they begin."""
+    biases = score_biases(graph).values()
+    return not any(weights[f"{bias.removesuffix('.bias')}.weight"].any() for bias in biases)
+
+
 def worth(graph: Graph, importance: Channels, kept: Channels) -> dict[str, NDArray[np.floating]]:
     """gate -> (C,): importance of a multiply-add, where ``kept`` are the shares of images that open the channels."""
     numbers = graph.gate_numbers
@@ -46,17 +52,17 @@ def worth(graph: Graph, importance: Channels, kept: Channels) -> dict[str, NDArr
     return {gate: importance[gate] / np.maximum(saved[numbers[gate]], 1) for gate in numbers}
 
 
-def taylor_shares(graph: Graph, worth: Channels, budget: float) -> dict[str, float]:
+def taylor_shares(graph: Graph, value: Channels, budget: float) -> dict[str, float]:
     """Every gate's keep rate if the channels of most worth are kept, as many as the budget allows, one of each gate.
 
-    worth: (C,) under the gates' names. A gate that keeps all gets the rate ``OPEN``.
+    value: (C,) under the gates' names, see ``worth``. A gate that keeps all gets the rate ``OPEN``.
     """
-    order = np.sort(np.concatenate(list(worth.values())))[::-1]
-    best = {gate: np.arange(len(own)) == int(own.argmax()) for gate, own in worth.items()}
+    order = np.sort(np.concatenate(list(value.values())))[::-1]
+    best = {gate: np.arange(len(own)) == int(own.argmax()) for gate, own in value.items()}
 
     def kept(count: int) -> dict[str, NDArray[np.bool_]]:
         least = order[count - 1] if count else np.inf
-        return {gate: (own >= least) | best[gate] for gate, own in worth.items()}
+        return {gate: (own >= least) | best[gate] for gate, own in value.items()}
 
     low, high = 0, len(order)
     while low < high:
@@ -68,11 +74,11 @@ def taylor_shares(graph: Graph, worth: Channels, budget: float) -> dict[str, flo
     return {gate: OPEN if own.all() else float(own.mean()) for gate, own in kept(low).items()}
 
 
-def scores_in_order(worth: NDArray[np.floating]) -> NDArray[np.float32]:
-    """(C,) scores in the order of worth, evenly spaced: what gates that know nothing yet begin with.
+def scores_in_order(value: NDArray[np.floating]) -> NDArray[np.float32]:
+    """(C,) scores in the order of channels' worth, evenly spaced: what gates that know nothing yet begin with.
 
     A fresh gate's scores are all 1, and whatever moves them first would decide which channels are closed.
     """
-    rank = np.argsort(np.argsort(worth, kind="stable"), kind="stable")
+    rank = np.argsort(np.argsort(value, kind="stable"), kind="stable")
     low, high = SCORES
     return (low + (high - low) * rank / max(1, len(rank) - 1)).astype(np.float32)

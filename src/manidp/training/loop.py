@@ -27,7 +27,7 @@ from manidp.formats.checkpoint import DEFAULT, Checkpoint, OperatingPoint
 from manidp.progress import Progress
 from manidp.training.backend import Array, Backend, Learner, Weights, below, estimate_statistics
 from manidp.training.folder import LOG, MODEL, STATE, hold, holds_run
-from manidp.training.importance import Channels, score_biases, scores_in_order, worth
+from manidp.training.importance import Channels, score_biases, scores_in_order, undecided, worth
 from manidp.training.recipe import Recipe, point_name
 from manidp.training.reopen import begun_anew, reopenable
 from manidp.training.schedule import learning_rate
@@ -161,7 +161,7 @@ class Training:
                 if importance:
                     kept = {gate: (scores > thresholds[gate]).mean(0) for gate, scores in seen.items()}
                     value = worth(self.graph, importance, kept)
-                    if record.epoch == 0 and not any(thresholds.values()):
+                    if record.epoch == 0 and undecided(self.graph, self.start.weights):
                         seen = self._order_scores(seen, value)
                 self.learner.set_thresholds(self.targets[point].after_epoch(record.epoch, seen, value))
             self.learner.use(DEFAULT)
@@ -252,14 +252,14 @@ class Training:
             for index in chance.permutation(len(between)):
                 yield (*ends, *between[index])
 
-    def _epoch(
-        self, epoch: int
-    ) -> tuple[EpochRecord, dict[str, dict[str, NDArray[np.float32]]], dict[str, NDArray[np.float32]]]:
+    def _epoch(self, epoch: int) -> tuple[EpochRecord, dict[str, Saliencies], Channels]:
         """Its record, the saliencies of the last images that each point was trained with, and channels' importance."""
         recipe, learner, started = self.recipe, self.learner, time.perf_counter()
         steps = learner.steps
         losses: list[Array] = []
         importance: list[Mapping[str, Array]] = []
+        taylor = recipe.shares == "taylor"
+        sums = {gate: np.zeros(count) for gate, count in self.graph.gate_channels.items() if taylor}
         of_points: dict[str, list[Array]] = {point: [] for point in self.targets}
         count = min(SAMPLE // recipe.batch_size + 1, steps)
         sample = {point: deque[Mapping[str, Array]](maxlen=count) for point in self.targets}
@@ -276,6 +276,9 @@ class Training:
             importance.append(seen[0].importance)
             if step % CHECK == CHECK - 1 or step == steps - 1:
                 self._check_losses(epoch, losses, rate)
+                for gate in sums:
+                    sums[gate] += len(importance) * learner.mean([one[gate] for one in importance])
+                importance.clear()
             if recipe.ema:
                 learner.average(1 - min(recipe.ema, (1 + done) / (10 + done)))
             if self.progress is not None:
@@ -296,8 +299,7 @@ class Training:
                 for point, parts in of_points.items() if parts and self.points
             },
         )  # fmt: skip
-        means = {gate: learner.mean([one[gate] for one in importance]) for gate in importance[0]}
-        return record, {point: self._joined(list(parts)) for point, parts in sample.items()}, means
+        return record, {point: self._joined(list(parts)) for point, parts in sample.items()}, sums
 
     def _follow(self, recent: Mapping[str, list[Mapping[str, Array]]]) -> None:
         """Thresholds follow the saliencies of the last steps, which are then forgotten."""
