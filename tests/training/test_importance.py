@@ -16,9 +16,9 @@ from manidp.graph import Graph, Select
 from manidp.graph.macs import macs_per_image, ungated_macs
 from manidp.models import resnet
 from manidp.training.backend import Backend
-from manidp.training.importance import OPEN, score_biases, scores_in_order, taylor_shares, undecided, worth
+from manidp.training.importance import score_biases, scores_in_order, taylor_shares, undecided, worth
 from manidp.training.recipe import Recipe
-from manidp.training.schedule import continuous_threshold, continuous_thresholds, rate_of_threshold, shares_of
+from manidp.training.schedule import OPEN, continuous_threshold, continuous_thresholds, rate_of_threshold, shares_of
 from networks import random_weights, small_gated
 
 from .cases import GATED_GRAPH, RECIPE, fresh, image_set, trained, training

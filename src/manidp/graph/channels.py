@@ -116,13 +116,13 @@ def heads(graph: Graph) -> frozenset[str]:
     return frozenset(found)
 
 
-def scorers(graph: Graph) -> frozenset[str]:
-    """The last Linear node before each Select, elementwise nodes between them passed over."""
-    found: set[str] = set()
+def scorers(graph: Graph) -> dict[str, str]:
+    """Select -> the last Linear node before it, elementwise nodes passed over, if that serves gates alone."""
+    found: dict[str, str] = {}
     for gate in graph.gates:
         node = graph.by_name[gate.inputs[0]]
         while not isinstance(node, Linear) and len(node.inputs) == 1 and node.name in graph.heads:
             node = graph.by_name[node.inputs[0]]
         if isinstance(node, Linear) and node.name in graph.heads:
-            found.add(node.name)
-    return frozenset(found)
+            found[gate.name] = node.name
+    return found

@@ -152,9 +152,14 @@ class Graph:
         return self.heads | self._gate_names
 
     @cached_property
-    def scorers(self) -> frozenset[str]:
-        """The last Linear node before each Select: what it adds and weighs becomes the gates' scores."""
+    def scorer_of(self) -> Mapping[str, str]:
+        """Gate -> the last Linear node before it: what that adds and weighs becomes the gate's scores."""
         return channels.scorers(self)
+
+    @cached_property
+    def scorers(self) -> frozenset[str]:
+        """The nodes of ``scorer_of``."""
+        return frozenset(self.scorer_of.values())
 
     @cached_property
     def num_classes(self) -> int:

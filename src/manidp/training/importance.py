@@ -14,32 +14,29 @@ from numpy.typing import NDArray
 
 from manidp.graph import Graph, Linear
 from manidp.graph.macs import macs_per_image
+from manidp.training.schedule import OPEN
 
 SCORES = 0.8, 1.1  # mean scores of the least and the most important channel of a gate that begins
-OPEN = 2.0  # the rate of a gate that closes nothing, see ``schedule.continuous_threshold``
 
 Channels = Mapping[str, NDArray[np.floating]]  # gate -> (C,)
 
 
-def score_bias(graph: Graph, gate: str) -> str | None:
-    """The parameter that is added to a gate's scores, one number for each channel, if it is the gate's own."""
-    name = graph.by_name[gate].inputs[0]
-    while name not in graph.scorers and len(graph.by_name[name].inputs) == 1:
-        name = graph.by_name[name].inputs[0]
-    node = graph.by_name[name]
-    return f"{name}.bias" if isinstance(node, Linear) and node.bias and name in graph.scorers else None
+def own_scorer(graph: Graph, gate: str) -> str | None:
+    """The Linear node that makes a gate's scores, if it adds one number for each channel."""
+    name = graph.scorer_of.get(gate)
+    node = graph.by_name[name] if name is not None else None
+    return name if isinstance(node, Linear) and node.bias else None
 
 
 def score_biases(graph: Graph) -> dict[str, str]:
-    """``score_bias`` of every gate that has one and scales its channels, so that their importance can be told."""
-    biases = {gate.name: score_bias(graph, gate.name) for gate in graph.gates if gate.gain == "score"}
-    return {gate: bias for gate, bias in biases.items() if bias is not None}
+    """gate -> what is added to its scores, of every gate that has that and scales its channels: it tells importance."""
+    scorers = {gate.name: own_scorer(graph, gate.name) for gate in graph.gates if gate.gain == "score"}
+    return {gate: f"{scorer}.bias" for gate, scorer in scorers.items() if scorer is not None}
 
 
 def undecided(graph: Graph, weights: Channels) -> bool:
     """Whether no gate's scores depend on the image yet, as they begin."""
-    biases = score_biases(graph).values()
-    return not any(weights[f"{bias.removesuffix('.bias')}.weight"].any() for bias in biases)
+    return not any(weights[f"{scorer}.weight"].any() for scorer in graph.scorers)
 
 
 def worth(graph: Graph, importance: Channels, kept: Channels) -> dict[str, NDArray[np.floating]]:

@@ -30,7 +30,7 @@ from manidp.training.folder import LOG, MODEL, STATE, hold, holds_run
 from manidp.training.importance import Channels, score_biases, scores_in_order, undecided, worth
 from manidp.training.recipe import Recipe, point_name
 from manidp.training.reopen import begun_anew, reopenable
-from manidp.training.schedule import learning_rate
+from manidp.training.schedule import kept_by, learning_rate
 from manidp.training.settings import brief
 from manidp.training.state import EpochRecord, State, not_finite, read_state, read_tensors, write_state
 from manidp.training.target import Saliencies, Target, mean_macs
@@ -159,7 +159,7 @@ class Training:
                     record = replace(record, points={**record.points, point: told})
                 value = None
                 if importance:
-                    kept = {gate: (scores > thresholds[gate]).mean(0) for gate, scores in seen.items()}
+                    kept = {gate: opened.mean(0) for gate, opened in kept_by(seen, thresholds).items()}
                     value = worth(self.graph, importance, kept)
                     if record.epoch == 0 and undecided(self.graph, self.start.weights):
                         seen = self._order_scores(seen, value)

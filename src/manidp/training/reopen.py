@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import BatchNorm, Clip, Graph, Linear, Node, Squareplus
-from manidp.training.importance import score_bias
+from manidp.training.importance import own_scorer
 
 SMOOTHNESS = 0.04  # b of the Squareplus: a score of 0 becomes 0.1, one of 0.5 becomes 0.52
 _SPREAD = 0.02  # of the scores that channels begin anew with: thresholds cannot tell equal ones apart
@@ -68,7 +68,7 @@ def begun_anew(
     for gate in graph.gates:
         if gate.name in closed:
             gone = closed[gate.name]
-            if bias := score_bias(graph, gate.name):
-                changed[bias][gone] = chance.uniform(-_SPREAD, _SPREAD, int(gone.sum()))
-                changed[f"{bias.removesuffix('.bias')}.weight"][gone] = 0
+            if scorer := own_scorer(graph, gate.name):
+                changed[f"{scorer}.bias"][gone] = chance.uniform(-_SPREAD, _SPREAD, int(gone.sum()))
+                changed[f"{scorer}.weight"][gone] = 0
     return changed

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from manidp.graph import Graph
 from manidp.graph.macs import macs_per_image
 
+OPEN = 2.0  # the keep rate, with continuous thresholds, of a gate that closes nothing of a positive saliency
 EVEN: Mapping[str, float] = MappingProxyType({})  # every gate keeps the same share of its channels
 
 
@@ -43,23 +44,34 @@ def continuous_threshold(mean_saliency: NDArray[np.floating], rate: float) -> fl
     Equal to it wherever rate * C is whole, linear between; from rate 1 on it falls to 0, reached at rate 2: the least
     mean saliency still closes its channel for half of the images, 0 keeps whatever is positive.
     """
-    ordered = np.sort(np.asarray(mean_saliency, dtype=np.float64))[::-1]
-    ranks = np.arange(1, len(ordered) + 1) / len(ordered)
-    return float(np.interp(rate, np.append(ranks, 2.0), np.append(ordered, 0.0)))
+    return float(np.interp(rate, *_curve(mean_saliency)))
 
 
 def rate_of_threshold(mean_saliency: NDArray[np.floating], threshold: float) -> float:
     """The rate 0..2 of a ``continuous_threshold``; of one above all mean saliencies that of the greatest of them."""
     if threshold <= 0:
-        return 2.0
+        return OPEN
+    rates, thresholds = _curve(mean_saliency)
+    return float(np.interp(threshold, thresholds[::-1], rates[::-1]))
+
+
+def _curve(mean_saliency: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Rates, rising, and their continuous thresholds: linear between them."""
     ordered = np.sort(np.asarray(mean_saliency, dtype=np.float64))[::-1]
     ranks = np.arange(1, len(ordered) + 1) / len(ordered)
-    return float(np.interp(threshold, np.append(ordered, 0.0)[::-1], np.append(ranks, 2.0)[::-1]))
+    return np.append(ranks, OPEN), np.append(ordered, 0.0)
 
 
 def shares_of(saliencies: Mapping[str, NDArray[np.floating]], thresholds: Mapping[str, float]) -> dict[str, float]:
     """What every gate keeps with these thresholds, as ``continuous_thresholds`` takes it; saliencies (images, C_l)."""
     return {gate: rate_of_threshold(value.mean(0), thresholds[gate]) for gate, value in saliencies.items()}
+
+
+def kept_by(
+    saliencies: Mapping[str, NDArray[np.floating]], thresholds: Mapping[str, float]
+) -> dict[str, NDArray[np.bool_]]:
+    """Which channels of which images these thresholds leave open; saliencies (images, C_l) under the gates' names."""
+    return {name: value > np.float32(thresholds[name]) for name, value in saliencies.items()}
 
 
 def thresholds_for_rate(saliencies: Mapping[str, NDArray[np.floating]], rate: float) -> dict[str, float]:
@@ -76,12 +88,11 @@ def rate_for_budget(
     do not change with the thresholds of earlier gates; repeat on fresh ones to converge.
     """
     means = {name: value.mean(0) for name, value in saliencies.items()}
-    low, high = 0.0, 2.0
+    low, high = 0.0, OPEN
     for _ in range(24):
         rate = (low + high) / 2
         chosen = continuous_thresholds(means, rate, shares)
-        kept = {name: value > np.float32(chosen[name]) for name, value in saliencies.items()}
-        if macs_per_image(graph, kept).mean() > budget:
+        if macs_per_image(graph, kept_by(saliencies, chosen)).mean() > budget:
             high = rate
         else:
             low = rate
@@ -108,4 +119,4 @@ def continuous_thresholds(
 
 
 def _own_rate(share: float, rate: float) -> float:
-    return share * rate if rate <= 1 else share + (2 - share) * (rate - 1)
+    return share * rate if rate <= 1 else share + (OPEN - share) * (rate - 1)

@@ -14,6 +14,7 @@ from manidp.training.recipe import Recipe
 from manidp.training.schedule import (
     continuous_thresholds,
     keep_rate,
+    kept_by,
     rate_for_budget,
     shares_of,
     thresholds_for_budget,
@@ -101,8 +102,7 @@ class Target:
 
 def mean_macs(graph: Graph, saliencies: Saliencies, thresholds: Mapping[str, float]) -> float:
     """Mean multiply-adds of images with these saliencies under these thresholds."""
-    kept = {name: value > np.float32(thresholds[name]) for name, value in saliencies.items()}
-    return float(macs_per_image(graph, kept).mean())
+    return float(macs_per_image(graph, kept_by(saliencies, thresholds)).mean())
 
 
 def _means(saliencies: Saliencies) -> dict[str, NDArray[np.float32]]:
