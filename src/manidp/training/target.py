@@ -38,7 +38,6 @@ class Target:
         self.budget = None if recipe.macs_budget is None else float(recipe.macs_budget)
         self.reach = max(1, round(recipe.reach * recipe.epochs))  # epochs
         self.rate: float | None = None
-        self.taylor = recipe.shares == "taylor"
         self.shares: Mapping[str, float] = {}
         if self.budget is not None:
             self.full = float(least_and_most_macs(graph)[1])
@@ -56,7 +55,7 @@ class Target:
 
     def after_epoch(self, epoch: int, saliencies: Saliencies, worth: Channels | None = None) -> Thresholds:
         """For the next epoch, on saliencies of the last images of this one, and what each channel was worth in it."""
-        if epoch == 0 and not self.taylor:  # the gates are still nearly constant and say nothing
+        if epoch == 0 and worth is None:  # the gates are still nearly constant and say nothing
             return {}
         if self.keep_rate is not None:
             return thresholds_for_rate(saliencies, keep_rate(epoch, self.reach, self.keep_rate))
