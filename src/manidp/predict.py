@@ -39,6 +39,11 @@ class Runner(Protocol):
         """Of maps and convolutions."""
         ...
 
+    @property
+    def batch_size(self) -> int:
+        """Images that run together on a thread or a device."""
+        ...
+
     def run(
         self,
         images: Any,
@@ -111,8 +116,9 @@ class Evaluation:
     """How a model does on a labelled set.
 
     ``correct`` of ``total`` images are right. ``mean_macs``: multiply-adds an image, gates included; ``dense_macs``:
-    the same without gates. ``milliseconds_per_image``: images one at a time on each of ``threads`` threads, median of
-    ``rounds`` passes over the set. ``went_on``: share of the images that the dear point of a cascade saw, None without.
+    the same without gates. ``milliseconds_per_image``: ``batch_size`` images at a time on each of ``threads`` threads,
+    or on the device; median of ``rounds`` passes over the set. ``went_on``: share of the images that the dear point of
+    a cascade saw, None without.
     """
 
     model: str
@@ -123,6 +129,7 @@ class Evaluation:
     milliseconds_per_image: float
     rounds: int
     threads: int
+    batch_size: int
     precision: str
     budget: str | float
     went_on: float | None = None
@@ -161,6 +168,7 @@ def evaluate(
             milliseconds_per_image=float(np.median(seconds[name])) / len(images) * 1e3,
             rounds=len(seconds[name]),
             threads=engine.threads,
+            batch_size=engine.batch_size,
             precision=engine.precision,
             budget=" then ".join(map(str, cascades[name][:2])) if name in cascades else budgets.get(name, DEFAULT),
             went_on=None if (on := results[name].went_on) is None else float(on.mean()),

@@ -1,4 +1,4 @@
-"""The laws of training hold in every framework: these tests run with each one that is installed."""
+"""The laws of training hold in every framework, and on a GPU: these tests run with each that is there."""
 
 import os
 import warnings
@@ -16,9 +16,25 @@ if "mindspore" in FRAMEWORKS:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture(scope="session", params=FRAMEWORKS)
+def _gpu() -> bool:
+    if "torch" not in FRAMEWORKS:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session", params=[*FRAMEWORKS, *(["cuda"] if _gpu() else [])])
 def backend(request: pytest.FixtureRequest) -> Backend:
     """A framework, on one thread: the networks of these tests are too small to share."""
+    if request.param == "cuda":
+        import torch
+
+        from manidp.torch.backend import Torch
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)  # sums in one order, as a CPU has them: runs that go on end the same
+        return Torch("cuda", threads=1)
     if request.param == "torch":
         from manidp.torch.backend import Torch
 

@@ -15,6 +15,7 @@ from manidp import cli
 from manidp.data.images import load_sample
 from manidp.engine.engine import Engine
 from manidp.errors import ImageError, ManiDPError, TrainingError
+from manidp.graph.macs import ungated_macs
 from manidp.predict import predict
 from manidp.torch.backend import Torch
 from manidp.torch.inference import TorchEngine
@@ -32,6 +33,8 @@ def test_pixels_gates_and_multiply_adds_are_the_engines() -> None:
     assert theirs.run(images[:0]).logits.shape == (0, 10)
     low = manidp.torch.load("manidp-res20", precision="bfloat16", threads=1).run(images)
     assert 1e-4 < np.abs(low.logits - wanted.logits).max() / np.abs(wanted.logits).max() < 0.1
+    dense = manidp.torch.load("dense-res20", threads=1).run(images)  # has no gates
+    assert set(dense.macs) == {ungated_macs(dense.graph)} and not dense.kept
 
 
 def test_a_budget_is_that_of_its_operating_point() -> None:

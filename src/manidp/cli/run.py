@@ -133,7 +133,7 @@ def evaluate(
             indent=2,
         )
     else:
-        show.evaluated(rows, description)
+        show.evaluated(rows, description, device)
 
 
 def report(

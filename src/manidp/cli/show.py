@@ -60,16 +60,18 @@ def classified(rows: list[dict[str, Any]], dense: int) -> None:
     show(table)
 
 
-def evaluated(rows: Sequence[Evaluation], description: str) -> None:
+def evaluated(rows: Sequence[Evaluation], description: str, device: str = "cpu") -> None:
     """One row a model: accuracy, multiply-adds, latency."""
     from rich.box import SIMPLE
     from rich.table import Table
 
     first = rows[0]
+    where = f"{first.threads} thread{'s' if first.threads > 1 else ''}" if device == "cpu" else device
+    where += f" in batches of {first.batch_size}" if first.batch_size > 1 else ""
     table = Table(
         box=SIMPLE, title=description, title_justify="left", caption_justify="left",
         caption=f"M MACs: million multiply-adds; without gates {first.dense_macs / 1e6:.2f}; "
-        f"latency: {first.threads} thread, {first.precision}, median of {first.rounds} rounds",
+        f"latency: {where}, {first.precision}, median of {first.rounds} rounds",
     )  # fmt: skip
     table.add_column("model")
     for heading in ("correct", "accuracy", "mean M MACs", "of dense", "ms an image"):

@@ -43,10 +43,15 @@ class Preprocessing:
             expected = f"uint8 (N, {self.size[0]}, {self.size[1]}, 3)"
             raise ImageError(f"expected images of {expected}; got {images.dtype} {images.shape}")
         planes = np.empty((len(images), 3, *self.size), np.float32)
-        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
-            table = ((np.arange(256) / 255 - mean) / std).astype(np.float32)
+        for channel, table in enumerate(self.tables()):
             planes[:, channel] = table[images[..., channel]]
         return planes
+
+    def tables(self) -> NDArray[np.float32]:
+        """What each value of a pixel becomes, (3, 256)."""
+        mean, std = np.array(self.mean)[:, None], np.array(self.std)[:, None]
+        tables: NDArray[np.float32] = ((np.arange(256) / 255 - mean) / std).astype(np.float32)
+        return tables
 
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

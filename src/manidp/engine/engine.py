@@ -181,6 +181,8 @@ class Engine:
     Raises UnsupportedError for a node, precision or instruction set it cannot run, ManiDPError for other options.
     """
 
+    batch_size = 1  # images that run together on a thread
+
     def __init__(
         self, checkpoint: Checkpoint, *, precision: str = "float32", threads: int = 1, isa: str | None = None
     ) -> None:

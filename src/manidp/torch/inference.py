@@ -28,7 +28,8 @@ class TorchEngine:
 
     Every channel is computed, and closed ones are multiplied by 0: a GPU gains nothing by skipping them one image at a
     time. device: cpu or cuda. precision: "float32" (without TF32), or "bfloat16" for maps and convolutions. threads: of
-    the CPU, for the whole process; None: as many as PyTorch has. Raises ManiDPError for options that cannot be.
+    the CPU, for the whole process; None: as many as PyTorch has. ``batch_size`` images run together. Raises ManiDPError
+    for options that cannot be.
     """
 
     def __init__(
@@ -39,6 +40,8 @@ class TorchEngine:
             raise ManiDPError(f"precision of torch is {' or '.join(PRECISIONS)}; got {precision!r:.80}")
         use_threads(threads)
         self.checkpoint, self.graph, self.device, self.precision = checkpoint, checkpoint.graph, device, precision
+        self.batch_size = pass_size(checkpoint.preprocessing.size)
+        self._tables = torch.from_numpy(checkpoint.preprocessing.tables()).to(device)
         self._networks: dict[str, Network] = {}  # of the operating points that have been asked for
         self._network(DEFAULT)
 
@@ -70,33 +73,37 @@ class TorchEngine:
 
     @torch.no_grad()
     def _pass(self, batch: NDArray[Any], budget: str | float) -> Result:
-        network, preprocessing = self._network(budget), self.checkpoint.preprocessing
+        network = self._network(budget)
         wide = sum(self.graph.gate_channels.values())
-        logits = [np.empty((0, self.graph.num_classes), np.float32)]
-        gates = [np.empty((0, wide), np.float32)]
-        size = pass_size(preprocessing.size)
-        with _exact(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            for start in range(0, len(batch), size):
-                part = batch[start : start + size]
-                planes = preprocessing.apply(part) if part.dtype == np.uint8 else part
-                if not np.isfinite(planes).all():
-                    raise ImageError("images hold numbers that are not finite (or exceed float32)")
-                tensor = torch.from_numpy(planes).to(self.device).contiguous(memory_format=torch.channels_last)
-                output = network(tensor)
-                logits.append(output.logits.float().cpu().numpy())
+        logits = [torch.empty(0, self.graph.num_classes, device=self.device)]
+        gates = [torch.empty(0, wide, device=self.device)]
+        with exact(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            for start in range(0, len(batch), self.batch_size):
+                output = network(self._planes(batch[start : start + self.batch_size]))
+                logits.append(output.logits.float())
                 if wide:
                     records = [output.records[name].gate for name in self.graph.gate_channels]
-                    gates.append(torch.cat(records, 1).float().cpu().numpy())
-        joined = np.concatenate(logits)
+                    gates.append(torch.cat(records, 1).float())
+        joined = torch.cat(logits).cpu().numpy()
         if not np.isfinite(joined).all():
             bad = np.flatnonzero(~np.isfinite(joined).all(axis=1))
             raise ManiDPError(f"the logits of images {bad.tolist()} are not finite: values overflow {self.precision}")
-        values = np.concatenate(gates) if wide else np.empty((len(joined), 0), np.float32)
+        values = torch.cat(gates).cpu().numpy() if wide else np.empty((len(joined), 0), np.float32)
         return Result(self.graph, joined, values)
+
+    def _planes(self, images: NDArray[Any]) -> Tensor:
+        """The network's input on the device, to which pixels travel as bytes."""
+        placed = torch.from_numpy(images).to(self.device)
+        if images.dtype == np.uint8:
+            planes = [table[placed[..., channel].int()] for channel, table in enumerate(self._tables)]
+            placed = torch.stack(planes, 1)
+        elif not np.isfinite(images).all():
+            raise ImageError("images hold numbers that are not finite (or exceed float32)")
+        return placed.contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager
-def _exact() -> Iterator[None]:
+def exact() -> Iterator[None]:
     """Products of float32 in float32: by default a GPU rounds those of convolutions to TF32."""
     backends: Any = torch.backends
     kinds = [backends.cudnn.conv, backends.cuda.matmul]
