@@ -1,5 +1,7 @@
 """A tiny network, and images of two classes that it can tell."""
 
+import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,24 @@ SHORT = Graph(  # quick to compile
 )
 RECIPE = Recipe(epochs=4, batch_size=16, learning_rate=0.05, ema=0.9, precision="float32", augment=False)  # not to flip
 GATED = replace(RECIPE, keep_rate=0.6)  # with an average, momentum and thresholds to carry over
+
+
+def backend_of(name: str) -> Backend:
+    """A framework, or torch on a GPU ("cuda"), on one thread: the networks of these tests are too small to share."""
+    if name == "mindspore":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those that MindSpore itself gives rise to, while it is imported
+            from manidp.mindspore.backend import MindSpore
+        return MindSpore()
+    from manidp.torch.backend import Torch
+
+    if name == "torch":
+        return Torch(threads=1)
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)  # sums in one order, as a CPU has them: runs that go on end the same
+    return Torch(name, threads=1)
 
 
 def image_set(count: int = 64, seed: int = 0) -> ImageSet:

@@ -80,21 +80,18 @@ def test_the_log_has_the_run_and_a_line_an_epoch(backend: Backend, tmp_path: Pat
 SCRIPT = """
 import sys
 from pathlib import Path
-from training.cases import GATED, trained
-from manidp.{name}.backend import {kind}
-backend = {kind}()
-{more}
-run, _ = trained(backend, Path(sys.argv[1]), GATED, resume=True)
+from training.cases import GATED, backend_of, trained
+run, _ = trained(backend_of(sys.argv[2]), Path(sys.argv[1]), GATED, resume=True)
 """
-MORE = {"torch": "import torch; torch.set_num_threads(1)", "mindspore": ""}
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(backend: Backend, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(name=backend.name, kind=type(backend).__name__, more=MORE[backend.name]))
+    script.write_text(SCRIPT)
+    name = backend.device if backend.device == "cuda" else backend.name
 
     paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = subprocess.Popen([sys.executable, str(script), str(tmp_path / "killed")], env=paths)
+    killed = subprocess.Popen([sys.executable, str(script), str(tmp_path / "killed"), name], env=paths)
     log = tmp_path / "killed" / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and len(log.read_text().splitlines()) >= 2):

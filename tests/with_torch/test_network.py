@@ -1,10 +1,13 @@
 """The torch network walks the graph: equal to the reference, identity gates, exact names."""
 
 import gc
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from manidp.data.preprocessing import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
 from manidp.errors import CheckpointError
@@ -42,6 +45,25 @@ def test_records_are_what_the_reference_has() -> None:
         assert ((record.gate > 0).numpy() == result.kept[name]).all(), name
         assert record.gate.numpy() == pytest.approx(result.gates[name], rel=1e-4)
         assert (np.where(record.gate > 0, record.saliency, 0) == record.gate.numpy()).all()
+
+
+def test_maps_are_forgotten_once_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, maps, most = Network(with_gates(resnet(20))).eval(), weakref.WeakSet[Tensor](), 0
+    step = Network._step
+
+    def counted(self: Network, *given: Any) -> Tensor:
+        nonlocal most
+        value = step(self, *given)
+        if value.dim() == 4:
+            maps.add(value)
+        most = max(most, len(maps))
+        return value
+
+    monkeypatch.setattr(Network, "_step", counted)
+    with torch.no_grad():
+        network(torch.zeros(1, 3, 32, 32))
+        assert most == 3  # a block's input, what an op reads and what it makes
+        assert len(network.node_values(torch.zeros(1, 3, 32, 32))) == len(network.graph.nodes)
 
 
 def test_a_gate_may_scale_a_vector_and_what_another_scaled() -> None:

@@ -185,9 +185,10 @@ def freeze(
     """Write the static twin of a gated model: a dense network with the same channels for every image.
 
     Each gate keeps the channels that it opens most often, and the others are removed. The twin takes no more
-    multiply-adds than the model does on average. Its batch statistics are estimated anew; it is not trained further, as
-    `train --from` would. The images of --data decide; with CIFAR-10, 10,000 training images decide, and the test images
-    measure. With --gates, the other gates go on deciding: `diagnose` tells which gates hardly do.
+    multiply-adds than the model does on average, where it can: convolutions in groups may not be cut. Its batch
+    statistics are estimated anew; it is not trained further, as `train --from` would. The images of --data decide; with
+    CIFAR-10, 10,000 training images decide, and the test images measure. With --gates, the other gates go on deciding:
+    `diagnose` tells which gates hardly do.
     """
     from manidp.engine.engine import Engine
     from manidp.formats.checkpoint import save_checkpoint

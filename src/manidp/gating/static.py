@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from manidp.errors import GraphError, some
 from manidp.formats.checkpoint import Checkpoint
 from manidp.graph import BatchNorm, Concat, Graph, Node, Scatter, Slice
+from manidp.graph.channels import wanted
 from manidp.graph.macs import Kept, macs_per_image, node_macs, opened
 
 Indices = NDArray[np.intp]
@@ -61,7 +62,8 @@ def constant_masks(
     """Mask (C,) and gain (C,) of each of ``gates``, such that the twin takes ``budget`` on average at most.
 
     factors: those of every gate, (N, C). budget: multiply-adds. Equally often open channels are opened in the order of
-    their gains. A gate keeps at least its first channel.
+    their gains. A gate keeps at least its first channel. Where the twin of the fewest channels takes more, because what
+    an image skips cannot be cut off, as in convolutions in groups: as many as would take ``budget`` if it could.
     """
     kept = {name: value > 0 for name, value in factors.items()}
     open_share = {name: kept[name].mean(0) for name in gates}
@@ -74,20 +76,24 @@ def constant_masks(
         ),
         key=lambda entry: (-entry[0], -entry[1]),
     )
-    low, high = 0, len(order)  # opening more channels never costs less: bisect how many of them fit
-    masks: dict[str, NDArray[np.bool_]] = {}
-    while low <= high:
-        count = (low + high) // 2
-        tried = {name: np.zeros(len(shares), dtype=bool) for name, shares in open_share.items()}
+
+    def first(count: int) -> dict[str, NDArray[np.bool_]]:
+        masks = {name: np.zeros(len(shares), dtype=bool) for name, shares in open_share.items()}
         for share, _, name, c in order[:count]:
-            tried[name][c] = share > 0
-        for name, mask in tried.items():
+            masks[name][c] = share > 0
+        for name, mask in masks.items():
             mask[int(open_share[name].argmax())] |= not mask.any()
-        if static_macs(graph, tried, kept) <= budget or count == 0:
-            masks, low = tried, count + 1
+        return masks
+
+    cost = static_macs if static_macs(graph, first(0), kept) <= budget else _skipping_macs
+    low, high = 0, len(order)  # opening more channels never costs less: bisect how many of them fit
+    while low < high:
+        count = (low + high + 1) // 2
+        if cost(graph, first(count), kept) <= budget:
+            low = count
         else:
             high = count - 1
-    return masks, gains
+    return first(low), gains
 
 
 def static_macs(graph: Graph, masks: Mapping[str, NDArray[np.bool_]], kept: Kept) -> float:
@@ -95,6 +101,14 @@ def static_macs(graph: Graph, masks: Mapping[str, NDArray[np.bool_]], kept: Kept
 
     kept: (N, C) what each of the other gates keeps, for N images; those of ``masks`` are not looked at.
     """
+    none = np.zeros((), np.float32)
+    weights = {name: np.broadcast_to(none, shape) for name, shape in graph.parameters.items()}
+    twin, _ = without_gates(graph, weights, masks, {name: np.ones(len(mask)) for name, mask in masks.items()})
+    return float(macs_per_image(twin, {name: kept[name] for name in twin.gate_channels}).mean())
+
+
+def _skipping_macs(graph: Graph, masks: Mapping[str, NDArray[np.bool_]], kept: Kept) -> float:
+    """As ``static_macs``, had the twin all its channels and skipped the closed ones."""
     live = {name: value for name, value in kept.items() if name not in masks}
     images = len(next(iter(live.values()), np.empty(1)))
     same = {name: np.broadcast_to(mask, (images, len(mask))) for name, mask in masks.items()}
@@ -153,6 +167,10 @@ class _Rewrite:
         return Graph(tuple(self.nodes.values()), self._whole(self.graph.output)), self.weights
 
     @cached_property
+    def _wanted(self) -> Mapping[str, Indices]:
+        return wanted(self.graph, _needless(self.graph, self.masks))
+
+    @cached_property
     def _opened(self) -> NDArray[np.bool_]:
         ever = {
             gate: self.masks.get(gate, np.ones(count, bool))[None] for gate, count in self.graph.gate_channels.items()
@@ -178,9 +196,9 @@ class _Rewrite:
                 return
         whole = () if left is not None and flow == "summed" else node.inputs
         node = replace(node, inputs=tuple(self._whole(s) if s in whole else self._made(s) for s in node.inputs))
-        wanted = self.graph.wanted.get(node.name)
-        if wanted is not None and flow == "summed":
-            open_ = self._opened[wanted]
+        governed = self._wanted.get(node.name)
+        if governed is not None and flow == "summed":
+            open_ = self._opened[governed]
             open_[0] |= not open_.any()
             if not open_.all():
                 left = _Left(np.flatnonzero(open_), zero=False)

@@ -7,7 +7,7 @@ an array of such numbers, -1 where a channel is governed by none.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,19 +58,22 @@ def zeroed_through(graph: Graph, node: Node, found: Mapping[str, Numbers]) -> Nu
     return read[0] if flow == "own" and len(read) == 1 and node.keeps_zero else None
 
 
-def wanted(graph: Graph) -> Mapping[str, Numbers]:
+def wanted(graph: Graph, without: Collection[str] = ()) -> Mapping[str, Numbers]:
     """value -> (C,) what scales all that is computed from each channel: where it is closed, the channel need not be.
 
-    A value of which some channels may help to decide on others is computed whole.
+    A value of which some channels may help to decide on others is computed whole. without: nodes that are left out;
+    the gates among them are decided before anything is computed.
     """
     found: dict[str, Numbers] = {}
-    place = {node.name: index for index, node in enumerate(graph.nodes)}
+    place = {node.name: -1 if node.name in without else index for index, node in enumerate(graph.nodes)}
     gates = np.repeat([place[name] for name in graph.gate_channels], list(graph.gate_channels.values()))
     for node in reversed(graph.nodes):
         if node.name == graph.output:
             continue
         by = np.full(graph.shapes[node.name][0], _UNREAD)
         for reader in graph.readers[node.name]:
+            if reader.name in without:
+                continue
             through = _wanted_through(graph, reader, node.name, found)
             if through is None:
                 by[:] = _NONE

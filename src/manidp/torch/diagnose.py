@@ -18,7 +18,7 @@ from manidp.graph.macs import ungated_macs
 from manidp.progress import Progress
 from manidp.result import Result
 from manidp.torch.backend import Torch
-from manidp.torch.network import GateRecord, Network
+from manidp.torch.network import Network, Output
 from manidp.training.backend import estimate_statistics
 from manidp.training.diagnosis import Diagnosis, Variant, differing
 from manidp.training.evaluate import evaluate
@@ -96,7 +96,7 @@ class _Changed(Network):
         self.seen = [plain]  # in a list: no part of this module
         self.classes: Callable[[], Tensor] = lambda: torch.zeros(0, dtype=torch.int64)
 
-    def _run(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, GateRecord]]:
+    def forward(self, images: Tensor) -> Output:
         @functools.cache
         def classes() -> Tensor:
             with torch.no_grad():
@@ -104,11 +104,13 @@ class _Changed(Network):
             return found
 
         self.classes = classes  # once for all gates, and only for rules that ask
-        return super()._run(images)
+        return super().forward(images)
 
-    def _step(self, node: Node, own: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
-        value = super()._step(node, own, inputs)
-        return self.rule(node.name, inputs[0], value, self.classes) if isinstance(node, Select) else value
+    def _step(self, node: Node, own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:
+        value = super()._step(node, own, values)
+        if not isinstance(node, Select):
+            return value
+        return self.rule(node.name, values[node.inputs[0]], value, self.classes)
 
 
 def _run(network: Network, checkpoint: Checkpoint, images: NDArray[np.uint8]) -> Result:

@@ -91,6 +91,7 @@ class Network(nn.Module):
         # as plain data, which torch.compile follows: what is computed in float32, and what each gate scales
         self._deciding = graph.deciding
         self._gate_of = {node.name: gate for node in graph.nodes if (gate := graph.select_of(node)) is not None}
+        self._done = _last_reads(graph)
         self._handlers = {node.name: handles[node] for node in graph.nodes if not isinstance(node, Input)}
         self._local: dict[str, tuple[str, ...]] = {}  # node -> its parameters' names without its own
         generator = torch.Generator().manual_seed(seed)
@@ -135,14 +136,15 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         """Run a batch (B, C, H, W) of normalised images."""
-        values, records = self._run(images)
+        values, records = self._run(images, self._done)
         return Output(values[self.graph.output], records)
 
     def node_values(self, images: Tensor) -> dict[str, Tensor]:
         """Value of every node by name, batch axis first, for normalised images (B, C, H, W)."""
-        return self._run(images)[0]
+        return self._run(images, {})[0]
 
-    def _run(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, GateRecord]]:
+    def _run(self, images: Tensor, done: Mapping[str, list[str]]) -> tuple[dict[str, Tensor], dict[str, GateRecord]]:
+        """Values and records; after each node what is ``done`` with it is forgotten."""
         own = self._collect()
         values = {self.graph.input.name: images}
         pooled: dict[str, Tensor] = {}  # mean over H and W in float32, for gates and the similarity loss
@@ -152,24 +154,23 @@ class Network(nn.Module):
                 continue
             if isinstance(node, GlobalPool) and node.kind == "average":  # the mean may be known already
                 values[node.name] = self._mean_of(node.inputs[0], values, pooled)
-                continue
-            inputs = [values[source] for source in node.inputs]
-            if node.name in self._deciding:
+            elif node.name in self._deciding:
                 with torch.autocast(images.device.type, enabled=False):
-                    values[node.name] = self._step(node, own, inputs)
+                    values[node.name] = self._step(node, own, values)
             else:
-                values[node.name] = self._step(node, own, inputs)
+                values[node.name] = self._step(node, own, values)
             gate = self._gate_of.get(node.name)
             if gate is not None:
                 score = values[self.graph.by_name[gate].inputs[0]]
                 feature = self._mean_of(node.inputs[0], values, pooled)
                 records[gate] = GateRecord(score, values[gate], feature)
+            for name in done.get(node.name, ()):
+                del values[name]
         return values, records
 
-    def _step(self, node: Node, own: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
-        return self._handlers[node.name](
-            self, node, {p: own[f"{node.name}.{p}"] for p in self._local[node.name]}, *inputs
-        )
+    def _step(self, node: Node, own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:
+        parameters = {p: own[f"{node.name}.{p}"] for p in self._local[node.name]}
+        return self._handlers[node.name](self, node, parameters, *(values[source] for source in node.inputs))
 
     def _mean_of(self, name: str, values: Mapping[str, Tensor], pooled: dict[str, Tensor]) -> Tensor:
         """Mean over H and W of a value, from ``pooled`` if it is there.
@@ -368,6 +369,16 @@ def _mean(x: Tensor) -> Tensor:
         return x.to(_wide(x))
     mean: Tensor = _SpatialMean.apply(x)  # type: ignore[no-untyped-call]
     return mean
+
+
+def _last_reads(graph: Graph) -> dict[str, list[str]]:
+    """Node -> the maps that no later node reads. Vectors are small, and later means are made of them."""
+    last = {source: node.name for node in graph.nodes for source in node.inputs}
+    found: dict[str, list[str]] = {}
+    for value, reader in last.items():
+        if value != graph.output and len(graph.shapes[value]) == 3:
+            found.setdefault(reader, []).append(value)
+    return found
 
 
 def _fresh(graph: Graph, node: Node, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
