@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from manidp.engine.kernels.pointwise import ResetPooled
 from manidp.engine.kernels.select import ListChannels
 from manidp.engine.memory import Constants
-from manidp.engine.steps import Channels, Step, VectorKey, lengthened
+from manidp.engine.steps import Channels, MapKey, Step, VectorKey, lengthened
 from manidp.graph import BatchNorm, GlobalPool, Graph, Node, PoolKind
 
 Array = NDArray[Any]
@@ -41,15 +41,15 @@ class Draft:
         sums = VectorKey(name, kind)
         self.pooled[sums] = self.vector(sums, self.graph.shapes[name][0] * self.lanes)
 
-    def reset_sums(self, name: str, kind: PoolKind, channels: Channels) -> None:
-        """Begin anew with the pooled sums of these channels of a map."""
-        self.steps.append(ResetPooled(self.pooled[VectorKey(name, kind)], channels))
+    def reset_sums(self, frame: MapKey, kind: PoolKind, channels: Channels, left: Channels | None = None) -> None:
+        """Begin anew with the pooled sums of these channels of a map; see ``ResetPooled``."""
+        self.steps.append(ResetPooled(self.pooled[VectorKey(frame.node, kind)], frame, channels, left))
 
-    def pool_anew(self, name: str) -> None:
+    def pool_anew(self, frame: MapKey) -> None:
         """Vectors for all pooled sums of a map, begun anew in every channel."""
-        for kind in self.pooled_kinds(name):
-            self.partial_sums(name, kind)
-            self.reset_sums(name, kind, Channels(self.graph.shapes[name][0]))
+        for kind in self.pooled_kinds(frame.node):
+            self.partial_sums(frame.node, kind)
+            self.reset_sums(frame, kind, Channels(self.graph.shapes[frame.node][0]))
 
     def pooled_kinds(self, name: str) -> list[PoolKind]:
         """How the map is pooled by its readers."""

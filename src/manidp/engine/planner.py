@@ -126,7 +126,8 @@ class _Planner:
             case Slice() | Shuffle() | Scatter() if len(shape) == 3:
                 self._move(node)
             case GlobalPool():
-                vectors.reduce_pooled(self.draft, VectorKey(node.inputs[0], node.kind), VectorKey(node.name))
+                frame = MapKey(node.inputs[0], self.phases[node.inputs[0]])
+                vectors.reduce_pooled(self.draft, frame, node.kind, VectorKey(node.name))
             case Linear():
                 bias = self.draft.weight(node, "bias") if node.bias else np.zeros(node.features)
                 vectors.multiply(self.draft, node, self.draft.weight(node, "weight"), bias)
@@ -183,18 +184,19 @@ class _Planner:
             self.in_place[key] = self.in_place.get(residual, residual)
             self.taken.add(self.in_place[key])
         untouched = residual is not None and self._changes_nothing(task, residual, tail)
+        made = Channels(channels, VectorKey(gate, "list")) if gate else self.draft.channels(task.start.name, "made")
+        closed = replace(made, closed=True)
+        completed = cut is not None and not untouched and (tail or self._needs_zeros(name))
         for kind in self.draft.pooled_kinds(name):
             if residual and untouched:
                 self.draft.pooled[VectorKey(name, kind)] = self.draft.pooled[VectorKey(residual.node, kind)]
             else:
                 self.draft.partial_sums(name, kind)
-            reset = Channels(channels, VectorKey(gate, "list") if gate and untouched else None)
-            self.draft.reset_sums(name, kind, reset)
+            left = None if untouched or completed or made.kept is None else closed
+            self.draft.reset_sums(key, kind, made if untouched else Channels(channels), left)
         epilogue = Epilogue(key, tuple(op for _, op in ops), stored, pooled=self.draft.pooled_sums(name))
-        made = Channels(channels, VectorKey(gate, "list")) if gate else self.draft.channels(task.start.name, "made")
         self.draft.steps.append(step(made, epilogue))
-        if cut is not None and not untouched and (tail or self._needs_zeros(name)):
-            closed = replace(made, closed=True)
+        if completed:
             self.draft.steps.append(Pointwise(None, None, closed, replace(epilogue, ops=tuple(op for _, op in tail))))
 
     def _ops(self, task: Task, phases: int) -> list[tuple[Node, Op]]:
@@ -273,8 +275,8 @@ class _Planner:
     def _concat(self, node: Concat) -> None:
         phases = self.phases[node.inputs[0]]
         self.phases[node.name] = phases
-        self.draft.pool_anew(node.name)
         whole, first = MapKey(node.name, phases), 0
+        self.draft.pool_anew(whole)
         for source in node.inputs:
             part, channels = self._read(source, phases), self.graph.shapes[source][0]
             if self._can_lie_within(part, node):
@@ -304,10 +306,9 @@ class _Planner:
 
     def _pool_stored(self, name: str) -> None:
         """Pooled sums of a map that its own step could not make on the way."""
-        channels = Channels(self.graph.shapes[name][0])
-        self.draft.pool_anew(name)
+        key, channels = MapKey(name, self.phases[name]), Channels(self.graph.shapes[name][0])
+        self.draft.pool_anew(key)
         if self.draft.pooled_kinds(name):
-            key = MapKey(name, self.phases[name])
             epilogue = Epilogue(key, stored=False, pooled=self.draft.pooled_sums(name))
             self.draft.steps.append(Pointwise(key, None, channels, epilogue))
 

@@ -11,16 +11,17 @@ from manidp.engine.kernels import linear
 from manidp.engine.kernels.pointwise import Reduce
 from manidp.engine.kernels.select import Decide
 from manidp.engine.kernels.vector import VectorOp
-from manidp.engine.steps import VectorKey, applied
+from manidp.engine.steps import MapKey, VectorKey, applied
 from manidp.errors import UnsupportedError
-from manidp.graph import Add, BatchNorm, Concat, Multiply, Node, PReLU, Scatter, Select, Shuffle, Slice
+from manidp.graph import Add, BatchNorm, Concat, Multiply, Node, PoolKind, PReLU, Scatter, Select, Shuffle, Slice
 
 
-def reduce_pooled(draft: Draft, sums: VectorKey, target: VectorKey) -> None:
+def reduce_pooled(draft: Draft, frame: MapKey, kind: PoolKind, target: VectorKey) -> None:
     """The average or the maximum of a map, from its pooled sums."""
-    channels, *size = draft.graph.shapes[sums.node]
-    factor = 1 / math.prod(size) if sums.part == "average" else 1.0
-    draft.steps.append(Reduce(draft.pooled[sums], draft.vector(target, channels), channels, factor))
+    channels, *size = draft.graph.shapes[frame.node]
+    factor = 1 / math.prod(size) if kind == "average" else 1.0
+    sums = draft.pooled[VectorKey(frame.node, kind)]
+    draft.steps.append(Reduce(sums, frame, draft.vector(target, channels), channels, factor))
 
 
 def select(draft: Draft, node: Select) -> None:

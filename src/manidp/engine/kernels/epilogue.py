@@ -6,12 +6,27 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from manidp.engine.ir import Function, Index, Pointer, Vec
+from manidp.engine.ir import FLOAT, Function, Index, Pointer, Scalar, Vec
 from manidp.engine.module import Module
 from manidp.engine.steps import Epilogue, Layout, MapKey, Op, VectorKey
 from manidp.engine.walk import mask_of, single
 
 START = {"average": 0.0, "max": -np.inf}  # of pooled sums and maxima
+
+
+def at_once(frame: Layout, lanes: int) -> bool:
+    """Whether a channel is one vector: its pooled sum is then made at once and one number, else one for each lane."""
+    return single(frame, lanes).blocks == 1
+
+
+def joined(g: Function, part: str, sums: Vec) -> Scalar:
+    """The sum, or the maximum, of all lanes of a vector of floats."""
+    v = f"v{g.lanes}f32"
+    if part == "average":
+        return g.make(Scalar, f"call reassoc float @llvm.vector.reduce.fadd.{v}(float 0.0, {g.floats.vector} {sums})")
+    total = g.make(Scalar, f"call nnan float @llvm.vector.reduce.fmax.{v}({g.floats.vector} {sums})")
+    bad = g.floats.any_of(g.floats.is_nan(sums))
+    return g.make(Scalar, f"select i1 {bad}, float {FLOAT.literal(np.nan)}, float {total}")
 
 
 def operands_of(module: Module, f: Function, epilogue: Epilogue) -> list[Pointer]:
@@ -22,7 +37,8 @@ def operands_of(module: Module, f: Function, epilogue: Epilogue) -> list[Pointer
         first = epilogue.first_channel * frame.channel
         pointers.append(f.at(module.map_at(f, epilogue.frame), first, element=module.element))
     for sums in epilogue.pooled:
-        pointers.append(f.at(module.vector_at(f, sums), epilogue.first_channel * module.lanes))
+        wide = 1 if at_once(module.plan.maps[epilogue.frame].layout, module.lanes) else module.lanes
+        pointers.append(f.at(module.vector_at(f, sums), epilogue.first_channel * wide))
     return pointers
 
 
@@ -82,7 +98,9 @@ class Element:
             self.maps.append(g.at(next(pointers), in_map) if takes_map else Pointer())
             self.factors.append(factors_of(g, op, pointers, channel))
         self.into = g.at(next(pointers), in_map) if epilogue.stored else None
-        self.sums = [(sums.part, g.floats.at(next(pointers), g.scaled(channel, g.lanes))) for sums in epilogue.pooled]
+        self.at_once = at_once(frame, g.lanes)
+        sums = g.scaled(channel, 1 if self.at_once else g.lanes)
+        self.sums = [(pooled.part, g.floats.at(next(pointers), sums)) for pooled in epilogue.pooled]
         self.totals: dict[str, Vec] = {}
 
     def make(self, phase: int, block: Index, y: Vec, beyond: int = 0) -> None:
@@ -104,9 +122,13 @@ class Element:
 
     def pool(self) -> None:
         """Add what was made to the pooled sums."""
-        floats = self.g.floats
+        g = self.g
         for part, pointer in self.sums:
-            floats.store(self._pooled(part, floats.load(pointer), self.totals[part]), pointer)
+            made = self.totals[part]
+            if self.at_once:
+                g.do(f"store float {joined(g, part, made)}, ptr {pointer}, align 4")
+            else:
+                g.floats.store(self._pooled(part, g.floats.load(pointer), made), pointer)
 
     def _pooled(self, part: str, a: Vec, b: Vec) -> Vec:
         floats = self.g.floats

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.engine.ir import FLOAT, NULL, Function, Index, Pointer, Scalar
-from manidp.engine.kernels.epilogue import START, Element, operands_of, parameters_of
+from manidp.engine.kernels.epilogue import START, Element, at_once, joined, operands_of, parameters_of
 from manidp.engine.kernels.pool import window_value
 from manidp.engine.module import Module
 from manidp.engine.steps import Channels, Epilogue, MapKey, MapStep, Step, VectorKey, window_of
@@ -72,23 +72,35 @@ class Pointwise(MapStep):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ResetPooled(Step):
-    """Pooled sums of some channels back to where they start."""
+    """Pooled sums of some channels of a map back to where they start.
+
+    Where a channel is one vector, of ``left`` alone: those of the others are not added to what is there.
+    """
 
     pooled: VectorKey
+    frame: MapKey
     channels: Channels
+    left: Channels | None
 
     def emit(self, module: Module, f: Function) -> None:
-        start = START[self.pooled.part]
+        start, once = START[self.pooled.part], at_once(module.plan.maps[self.frame].layout, module.lanes)
+        channels = self.left if once else self.channels
+        if channels is None:
+            return
 
         def write(g: Function) -> None:
             def one_channel(j: Index) -> list[Index]:
-                g.store(g.constant(start), _SUMS, g.scaled(g.index(_LIST, j), module.lanes))
+                c = g.index(_LIST, j)
+                if once:
+                    g.do(f"store float {FLOAT.literal(start)}, ptr {g.at(_SUMS, c)}, align 4")
+                else:
+                    g.store(g.constant(start), _SUMS, g.scaled(c, module.lanes))
                 return []
 
             g.loop(_N, one_channel)
 
-        name = module.function(("reset", start), [_SUMS, _LIST, _N], write, FLOAT)
-        list_, _, count = module.lists(f, self.channels)
+        name = module.function(("reset", start, once), [_SUMS, _LIST, _N], write, FLOAT)
+        list_, _, count = module.lists(f, channels)
         f.call(name, module.vector_at(f, self.pooled), list_, count)
 
 
@@ -97,30 +109,34 @@ class Reduce(Step):
     """Partial sums (or maxima) of a map to one number a channel, times ``factor``."""
 
     pooled: VectorKey
+    frame: MapKey
     target: VectorKey
     channels: int
     factor: float
 
     def emit(self, module: Module, f: Function) -> None:
-        v, factor = f"v{module.lanes}f32", Scalar("%factor")
+        factor, part = Scalar("%factor"), self.pooled.part
+        once = at_once(module.plan.maps[self.frame].layout, module.lanes)
 
-        def write(g: Function) -> None:
+        def scaled(g: Function) -> None:
+            def one_vector(v: Index) -> list[Index]:
+                at = g.scaled(v, g.lanes)
+                g.store(g.arithmetic("fmul", g.load(_SUMS, at), g.splat(factor)), _INTO, at)
+                return []
+
+            g.loop(g.divided(g.plus(_N, g.lanes - 1), g.lanes), one_vector)
+
+        def summed(g: Function) -> None:
             def one_channel(c: Index) -> list[Index]:
-                sums = g.load(_SUMS, g.scaled(c, module.lanes))
-                if self.pooled.part == "max":
-                    total = g.make(Scalar, f"call nnan float @llvm.vector.reduce.fmax.{v}({g.vector} {sums})")
-                    bad = g.any_of(g.is_nan(sums))
-                    total = g.make(Scalar, f"select i1 {bad}, float {FLOAT.literal(np.nan)}, float {total}")
-                else:
-                    sum_ = f"call reassoc float @llvm.vector.reduce.fadd.{v}(float 0.0, {g.vector} {sums})"
-                    total = g.make(Scalar, sum_)
+                total = joined(g, part, g.load(_SUMS, g.scaled(c, g.lanes)))
                 product = g.make(Scalar, f"fmul float {total}, {factor}")
                 g.do(f"store float {product}, ptr {g.at(_INTO, c)}, align 4")
                 return []
 
             g.loop(_N, one_channel)
 
-        name = module.function(("reduce", self.pooled.part), [_SUMS, _INTO, _N, factor], write, FLOAT)
+        arguments = [_SUMS, _INTO, _N, factor]
+        name = module.function(("reduce", part, once), arguments, scaled if once else summed, FLOAT)
         f.call(
             name, module.vector_at(f, self.pooled), module.vector_at(f, self.target), self.channels,
             FLOAT.literal(self.factor),
