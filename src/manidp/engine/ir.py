@@ -344,6 +344,23 @@ class Function:
     def zero_unless(self, mask: Bits | None, value: Vec) -> Vec:
         return value if mask is None else self.select(mask, value, self.constant(0))
 
+    def total(self, value: Vec) -> Scalar:
+        """The sum of all lanes, in any order."""
+        v, (name, lanes) = self.vector, self._reduced
+        return self.make(Scalar, f"call reassoc {name} @llvm.vector.reduce.fadd.{lanes}({name} 0.0, {v} {value})")
+
+    def largest(self, value: Vec) -> Scalar:
+        """The maximum of all lanes, NaN if any is."""
+        v, (name, lanes) = self.vector, self._reduced
+        found = self.make(Scalar, f"call nnan {name} @llvm.vector.reduce.fmax.{lanes}({v} {value})")
+        bad, nan = self.any_of(self.is_nan(value)), self.element.literal(np.nan)
+        return self.make(Scalar, f"select i1 {bad}, {name} {nan}, {name} {found}")
+
+    @property
+    def _reduced(self) -> tuple[str, str]:
+        """The type of one lane, and the vector's in the names of intrinsics."""
+        return self.element.name, f"v{self.lanes}{self.element.suffix}"
+
     def any_of(self, bits: Bits) -> Bool:
         integer = self.make(Piece, f"bitcast <{self.lanes} x i1> {bits} to i{self.lanes}")
         return self.make(Bool, f"icmp ne i{self.lanes} {integer}, 0")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from manidp.engine.ir import FLOAT, Function, Index, Pointer, Scalar, Vec
+from manidp.engine.ir import Function, Index, Pointer, Vec
 from manidp.engine.module import Module
 from manidp.engine.steps import Epilogue, Layout, MapKey, Op, VectorKey
 from manidp.engine.walk import mask_of, single
@@ -17,16 +17,6 @@ START = {"average": 0.0, "max": -np.inf}  # of pooled sums and maxima
 def at_once(frame: Layout, lanes: int) -> bool:
     """Whether a channel is one vector: its pooled sum is then made at once and one number, else one for each lane."""
     return single(frame, lanes).blocks == 1
-
-
-def joined(g: Function, part: str, sums: Vec) -> Scalar:
-    """The sum, or the maximum, of all lanes of a vector of floats."""
-    v = f"v{g.lanes}f32"
-    if part == "average":
-        return g.make(Scalar, f"call reassoc float @llvm.vector.reduce.fadd.{v}(float 0.0, {g.floats.vector} {sums})")
-    total = g.make(Scalar, f"call nnan float @llvm.vector.reduce.fmax.{v}({g.floats.vector} {sums})")
-    bad = g.floats.any_of(g.floats.is_nan(sums))
-    return g.make(Scalar, f"select i1 {bad}, float {FLOAT.literal(np.nan)}, float {total}")
 
 
 def operands_of(module: Module, f: Function, epilogue: Epilogue) -> list[Pointer]:
@@ -126,7 +116,8 @@ class Element:
         for part, pointer in self.sums:
             made = self.totals[part]
             if self.at_once:
-                g.do(f"store float {joined(g, part, made)}, ptr {pointer}, align 4")
+                total = g.floats.largest(made) if part == "max" else g.floats.total(made)
+                g.do(f"store float {total}, ptr {pointer}, align 4")
             else:
                 g.floats.store(self._pooled(part, g.floats.load(pointer), made), pointer)
 

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.engine.ir import FLOAT, Function, Index, Pointer, Scalar, Vec
-from manidp.engine.kernels.epilogue import joined
 from manidp.engine.module import Module
 from manidp.engine.steps import Step, VectorKey, lengthened
 
@@ -72,7 +71,7 @@ class MatVec(Step):
                 zeros = [Vec("zeroinitializer")] * _AT_ONCE
                 for k, total in enumerate(g.loop(g.divided(inputs, lanes), one_vector, *zeros)):
                     one = g.plus(first, k)
-                    made = g.make(Scalar, f"fadd float {joined(g, 'average', total)}, {g.scalar(bias, one)}")
+                    made = g.make(Scalar, f"fadd float {g.total(total)}, {g.scalar(bias, one)}")
                     g.do(f"store float {made}, ptr {g.at(into, one)}, align 4")
                 return []
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.engine.ir import FLOAT, NULL, Function, Index, Pointer, Scalar
-from manidp.engine.kernels.epilogue import START, Element, at_once, joined, operands_of, parameters_of
+from manidp.engine.kernels.epilogue import START, Element, at_once, operands_of, parameters_of
 from manidp.engine.kernels.pool import window_value
 from manidp.engine.module import Module
 from manidp.engine.steps import Channels, Epilogue, MapKey, MapStep, Step, VectorKey, window_of
@@ -128,7 +128,8 @@ class Reduce(Step):
 
         def summed(g: Function) -> None:
             def one_channel(c: Index) -> list[Index]:
-                total = joined(g, part, g.load(_SUMS, g.scaled(c, g.lanes)))
+                sums = g.load(_SUMS, g.scaled(c, g.lanes))
+                total = g.largest(sums) if part == "max" else g.total(sums)
                 product = g.make(Scalar, f"fmul float {total}, {factor}")
                 g.do(f"store float {product}, ptr {g.at(_INTO, c)}, align 4")
                 return []
