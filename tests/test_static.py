@@ -18,7 +18,7 @@ from manidp.engine.engine import Engine
 from manidp.engine.target import available_isas
 from manidp.errors import GraphError
 from manidp.formats.checkpoint import load_checkpoint, save_checkpoint
-from manidp.gating.static import constant_masks, freeze, static_macs, without_gates
+from manidp.gating.static import constant_masks, freeze, skipping_macs, static_macs, without_gates
 from manidp.graph import Activation, Conv, GlobalPool, Graph, Linear, Multiply, Select
 from manidp.graph.macs import dense_macs, gate_macs, macs_per_image
 from manidp.reference import run
@@ -62,6 +62,10 @@ def test_a_twin_says_what_constant_gates_say_and_costs_what_they_keep(
     found = run(frozen, own, images)
     assert_close(found.logits, expected.logits, "twin in float64", 1e-5)
     assert dense_macs(frozen) <= dense_macs(graph) - gate_macs(graph) + gate_macs(frozen)
+    ever = {gate: mask[None].repeat(2, 0) for gate, mask in masks.items()} | found.kept
+    assert skipping_macs(graph, masks, expected.kept) == macs_per_image(graph, ever).mean() - (
+        gate_macs(graph) - gate_macs(frozen)
+    )
     assert static_macs(graph, masks, expected.kept) == macs_per_image(frozen, found.kept).mean()
     check(frozen, own, images, available_isas()[0])
 
@@ -113,7 +117,7 @@ def test_a_twin_costs_no_more_than_the_gated_network_did(name: str) -> None:
 
 
 def test_what_a_closed_channel_alone_reads_is_left_out_too() -> None:
-    """Of a depthwise convolution's input as well, which the gate read to decide, and of that of a second one."""
+    """Of a depthwise convolution's input as well, which the gate read to decide."""
     depthwise = Conv(name="each", channels=12, groups=12), Activation(name="relu")
     score = (
         GlobalPool(name="pool", inputs=("stem",)),

@@ -60,13 +60,17 @@ def classified(rows: list[dict[str, Any]], dense: int) -> None:
     show(table)
 
 
+def _threads(count: int) -> str:
+    return f"{count} thread" if count == 1 else f"{count} threads"
+
+
 def evaluated(rows: Sequence[Evaluation], description: str, device: str = "cpu") -> None:
     """One row a model: accuracy, multiply-adds, latency."""
     from rich.box import SIMPLE
     from rich.table import Table
 
     first = rows[0]
-    where = f"{first.threads} thread{'s' if first.threads > 1 else ''}" if device == "cpu" else device
+    where = _threads(first.threads) if device == "cpu" else device
     where += f" in batches of {first.batch_size}" if first.batch_size > 1 else ""
     table = Table(
         box=SIMPLE, title=description, title_justify="left", caption_justify="left",
@@ -114,7 +118,7 @@ def bench(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     for mode in (*found["modes"], *found["growth"]):
-        where = f"{mode['batch']} at a time on {mode['threads']} thread" if "batch" in mode else mode["network"]
+        where = f"{mode['batch']} at a time on {_threads(mode['threads'])}" if "batch" in mode else mode["network"]
         table = Table(box=SIMPLE, title=where, title_justify="left", caption_justify="left",
                       caption=f"medians (quartiles) of {mode['rounds']} rounds")  # fmt: skip
         for heading in ("runtime", "model", "computes", "precision"):

@@ -281,6 +281,10 @@ class Function:
     def scalar(self, pointer: Pointer, offset: Offset = 0) -> Scalar:
         return self.make(Scalar, f"load {self.element.name}, ptr {self.at(pointer, offset)}, align {self.element.size}")
 
+    def put_scalar(self, value: Scalar | str, pointer: Pointer, offset: Offset = 0) -> None:
+        name, size = self.element.name, self.element.size
+        self.do(f"store {name} {value}, ptr {self.at(pointer, offset)}, align {size}")
+
     def get(self, address: Pointer, element: Element, lanes: int) -> Piece:
         """A vector of any type and length."""
         return self.make(Piece, f"load <{lanes} x {element.name}>, ptr {address}, align {element.size}")

@@ -187,12 +187,12 @@ class _Planner:
         made = Channels(channels, VectorKey(gate, "list")) if gate else self.draft.channels(task.start.name, "made")
         closed = replace(made, closed=True)
         completed = cut is not None and not untouched and (tail or self._needs_zeros(name))
+        left = None if untouched or completed or made.kept is None else closed
         for kind in self.draft.pooled_kinds(name):
             if residual and untouched:
                 self.draft.pooled[VectorKey(name, kind)] = self.draft.pooled[VectorKey(residual.node, kind)]
             else:
                 self.draft.partial_sums(name, kind)
-            left = None if untouched or completed or made.kept is None else closed
             self.draft.reset_sums(key, kind, made if untouched else Channels(channels), left)
         epilogue = Epilogue(key, tuple(op for _, op in ops), stored, pooled=self.draft.pooled_sums(name))
         self.draft.steps.append(step(made, epilogue))

@@ -85,7 +85,7 @@ def constant_masks(
             mask[int(open_share[name].argmax())] |= not mask.any()
         return masks
 
-    cost = static_macs if static_macs(graph, first(0), kept) <= budget else _skipping_macs
+    cost = static_macs if static_macs(graph, first(0), kept) <= budget else skipping_macs
     low, high = 0, len(order)  # opening more channels never costs less: bisect how many of them fit
     while low < high:
         count = (low + high + 1) // 2
@@ -107,7 +107,7 @@ def static_macs(graph: Graph, masks: Mapping[str, NDArray[np.bool_]], kept: Kept
     return float(macs_per_image(twin, {name: kept[name] for name in twin.gate_channels}).mean())
 
 
-def _skipping_macs(graph: Graph, masks: Mapping[str, NDArray[np.bool_]], kept: Kept) -> float:
+def skipping_macs(graph: Graph, masks: Mapping[str, NDArray[np.bool_]], kept: Kept) -> float:
     """As ``static_macs``, had the twin all its channels and skipped the closed ones."""
     live = {name: value for name, value in kept.items() if name not in masks}
     images = len(next(iter(live.values()), np.empty(1)))
@@ -155,9 +155,8 @@ class _Rewrite:
     alias: dict[str, str] = field(default_factory=dict)  # value -> the node of the twin that makes it
 
     def run(self) -> tuple[Graph, dict[str, NDArray[np.float32]]]:
-        needless = _needless(self.graph, self.masks)
         for node in self.graph.nodes:
-            if node.name in needless:
+            if node.name in self._needless:
                 continue
             gate = self.graph.select_of(node)
             if gate is not None and gate in self.masks:
@@ -167,8 +166,12 @@ class _Rewrite:
         return Graph(tuple(self.nodes.values()), self._whole(self.graph.output)), self.weights
 
     @cached_property
+    def _needless(self) -> set[str]:
+        return _needless(self.graph, self.masks)
+
+    @cached_property
     def _wanted(self) -> Mapping[str, Indices]:
-        return wanted(self.graph, _needless(self.graph, self.masks))
+        return wanted(self.graph, self._needless)
 
     @cached_property
     def _opened(self) -> NDArray[np.bool_]:

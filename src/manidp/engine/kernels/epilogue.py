@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from manidp.engine.ir import Function, Index, Pointer, Vec
+from manidp.engine.ir import Function, Index, Pointer, Scalar, Vec
 from manidp.engine.module import Module
 from manidp.engine.steps import Epilogue, Layout, MapKey, Op, VectorKey
 from manidp.engine.walk import mask_of, single
@@ -17,6 +17,11 @@ START = {"average": 0.0, "max": -np.inf}  # of pooled sums and maxima
 def at_once(frame: Layout, lanes: int) -> bool:
     """Whether a channel is one vector: its pooled sum is then made at once and one number, else one for each lane."""
     return single(frame, lanes).blocks == 1
+
+
+def across(g: Function, part: str, sums: Vec) -> Scalar:
+    """Pooled sums, or maxima, of all lanes together."""
+    return g.largest(sums) if part == "max" else g.total(sums)
 
 
 def operands_of(module: Module, f: Function, epilogue: Epilogue) -> list[Pointer]:
@@ -112,14 +117,13 @@ class Element:
 
     def pool(self) -> None:
         """Add what was made to the pooled sums."""
-        g = self.g
+        floats = self.g.floats
         for part, pointer in self.sums:
             made = self.totals[part]
             if self.at_once:
-                total = g.floats.largest(made) if part == "max" else g.floats.total(made)
-                g.do(f"store float {total}, ptr {pointer}, align 4")
+                floats.put_scalar(across(floats, part, made), pointer)
             else:
-                g.floats.store(self._pooled(part, g.floats.load(pointer), made), pointer)
+                floats.store(self._pooled(part, floats.load(pointer), made), pointer)
 
     def _pooled(self, part: str, a: Vec, b: Vec) -> Vec:
         floats = self.g.floats

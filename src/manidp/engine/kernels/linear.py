@@ -72,7 +72,7 @@ class MatVec(Step):
                 for k, total in enumerate(g.loop(g.divided(inputs, lanes), one_vector, *zeros)):
                     one = g.plus(first, k)
                     made = g.make(Scalar, f"fadd float {g.total(total)}, {g.scalar(bias, one)}")
-                    g.do(f"store float {made}, ptr {g.at(into, one)}, align 4")
+                    g.put_scalar(made, into, one)
                 return []
 
             fours = g.divided(g.plus(outputs, lanes - 1), _AT_ONCE * lanes)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manidp.engine.ir import FLOAT, NULL, Function, Index, Pointer, Scalar
-from manidp.engine.kernels.epilogue import START, Element, at_once, operands_of, parameters_of
+from manidp.engine.kernels.epilogue import START, Element, across, at_once, operands_of, parameters_of
 from manidp.engine.kernels.pool import window_value
 from manidp.engine.module import Module
 from manidp.engine.steps import Channels, Epilogue, MapKey, MapStep, Step, VectorKey, window_of
@@ -92,7 +92,7 @@ class ResetPooled(Step):
             def one_channel(j: Index) -> list[Index]:
                 c = g.index(_LIST, j)
                 if once:
-                    g.do(f"store float {FLOAT.literal(start)}, ptr {g.at(_SUMS, c)}, align 4")
+                    g.put_scalar(FLOAT.literal(start), _SUMS, c)
                 else:
                     g.store(g.constant(start), _SUMS, g.scaled(c, module.lanes))
                 return []
@@ -128,10 +128,8 @@ class Reduce(Step):
 
         def summed(g: Function) -> None:
             def one_channel(c: Index) -> list[Index]:
-                sums = g.load(_SUMS, g.scaled(c, g.lanes))
-                total = g.largest(sums) if part == "max" else g.total(sums)
-                product = g.make(Scalar, f"fmul float {total}, {factor}")
-                g.do(f"store float {product}, ptr {g.at(_INTO, c)}, align 4")
+                total = across(g, part, g.load(_SUMS, g.scaled(c, g.lanes)))
+                g.put_scalar(g.make(Scalar, f"fmul float {total}, {factor}"), _INTO, c)
                 return []
 
             g.loop(_N, one_channel)
