@@ -86,11 +86,9 @@ class Element:
         return Scalar(f"0x{np.float64(np.float32(value)).view(np.uint64):016X}")
 
 
-# what ``Function.apply`` knows
-FUNCTIONS = (
-    "relu", "relu6", "hardsigmoid", "hardswish", "sigmoid", "silu", "tanh", "gelu", "mish", "clip", "leaky_relu", "elu",
-    "squareplus",
-)  # fmt: skip
+# what ``Function.apply`` knows; those that take a few instructions
+SIMPLE = ("relu", "relu6", "clip", "leaky_relu", "hardsigmoid", "hardswish")
+FUNCTIONS = (*SIMPLE, "sigmoid", "silu", "tanh", "gelu", "mish", "elu", "squareplus")
 _LOG2_E = 1.4426950408889634
 # 2^x for |x| <= 0.5, the largest relative error (9e-8) as small as can be with 1 at 0; highest power first
 _POWER = (0.0013264591, 0.0096716192, 0.055507351, 0.24022241, 0.693147, 1.0)
@@ -375,6 +373,10 @@ class Function:
         second = other if other is not None else "poison"
         pattern = f"<{len(lanes)} x i32> <{chosen}>"
         return self.make(type(value), f"shufflevector {kind} {value}, {kind} {second}, {pattern}")
+
+    def ahead(self, low: Vec, high: Vec, by: int) -> Vec:
+        """The lanes ``by`` further on of two vectors that follow one another."""
+        return self.shuffle(self.vector, low, range(by, by + self.lanes), high) if by else low
 
     def scale_and_shift(self, value: Piece, scale: Scalar, shift: Scalar, lanes: int) -> Piece:
         """value * scale + shift for a vector of any length."""

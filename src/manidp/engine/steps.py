@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.engine.ir import FUNCTIONS
+from manidp.engine.ir import FUNCTIONS, SIMPLE
 from manidp.errors import UnsupportedError
 from manidp.graph import ELU, Activation, Clip, Conv, Graph, LeakyReLU, Node, Pool, Squareplus, pair, sides
 
@@ -147,6 +147,11 @@ class Epilogue:
     def maps(self) -> list[MapKey]:
         """The maps that its operations read."""
         return [op.operand for op in self.ops if isinstance(op.operand, MapKey)]
+
+    @property
+    def simple(self) -> bool:
+        """Whether it needs few registers; an exponential takes several, and its constants take more."""
+        return all(op.operand[0] in SIMPLE for op in self.ops if isinstance(op.operand, tuple))
 
     @property
     def signature(self) -> object:

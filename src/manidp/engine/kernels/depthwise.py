@@ -1,11 +1,14 @@
 """The depthwise convolution: each channel by itself, a few vectors at a time.
 
-Taps of one column are added up first: which lanes do not wrap around is the same for all of them. With stride 2 the
-map is read as it lies, row by row; every second element of two vectors makes one.
+Taps of one column are added up first: which lanes do not wrap around is the same for all of them. Where two vectors
+are put together in one instruction, all columns are added up over the same elements, each of which is loaded once for
+each line, and the sums are shifted by their column; a vector's sums are kept for the next one's. With stride 2 the map
+is read as it lies, row by row; every second element of two vectors makes one.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,33 +96,53 @@ class ConvolveEach(ConvolutionStep):
         source, frame = self.layouts(module)
         window, tile = window_of(self.node), single(frame, module.lanes)
         columns = [[tap(module, source, frame, tile, down, right) for down in window.lines] for right in window.columns]
+        shifts = [right - window.columns[0] for right in window.columns]
+        short = self.epilogue.simple and shifts[-1] <= module.lanes
+        carried = module.isa.permutes and short and tile.blocks > 1
 
-        def some(first: Index, vectors: int) -> None:
-            start = g.scaled(first, module.lanes)
-            element = epilogues.Element(module, g, frame, self.epilogue, channel, start)
-            here, blocks = g.at(x, start), [g.plus(first, v) for v in range(vectors)]
-            totals = [bias] * vectors
-            for taps, of_column in zip(columns, weights, strict=True):
+        def sums_of(x: Pointer, vectors: int) -> list[list[Vec]]:
+            """What lies under the taps of each column, added up, vector by vector; where carried, under the first's."""
+            made = []
+            for taps, of_column, shift in zip(columns, weights, shifts, strict=True):
                 sums = [g.constant(0)] * vectors
                 for (offset, _), weight in zip(taps, of_column, strict=True):
                     for v in range(vectors):
-                        sums[v] = g.fma(g.load(here, offset + v * g.lanes), weight, sums[v])
+                        value = g.load(x, offset - (shift if carried else 0) + v * g.lanes)
+                        sums[v] = g.fma(value, weight, sums[v])
+                made.append(sums)
+            return made
+
+        def some(first: Index, vectors: int, carry: list[Vec]) -> list[Vec]:
+            start = g.scaled(first, module.lanes)
+            element = epilogues.Element(module, g, frame, self.epilogue, channel, start)
+            here, blocks = g.at(x, start), [g.plus(first, v) for v in range(vectors)]
+            sums = sums_of(g.at(here, g.lanes) if carried else here, vectors)
+            if carried:
+                ahead = [[before, *of_column] for before, of_column in zip(carry, sums, strict=True)]
+                carry = [of_column[-1] for of_column in ahead]
+                sums = [
+                    [g.ahead(low, high, shift) for low, high in itertools.pairwise(of_column)]
+                    for shift, of_column in zip(shifts, ahead, strict=True)
+                ]
+            totals = [bias] * vectors
+            for taps, of_column in zip(columns, sums, strict=True):
                 (mask,) = taps[0][1]
                 for v, block in enumerate(blocks):
-                    totals[v] = g.arithmetic("fadd", totals[v], g.zero_unless(mask.bits(g, block), sums[v]))
+                    totals[v] = g.arithmetic("fadd", totals[v], g.zero_unless(mask.bits(g, block), of_column[v]))
             for v, block in enumerate(blocks):
                 element.make(0, block, totals[v], v * g.lanes)
             element.pool()
+            return carry
 
-        def one_block(index: Index) -> list[Index]:
-            some(g.scaled(index, _VECTORS), _VECTORS)
-            return []
+        def one_block(index: Index, *carry: Vec) -> list[Vec]:
+            return some(g.scaled(index, _VECTORS), _VECTORS, list(carry))
 
         blocks, rest = divmod(tile.blocks, _VECTORS)
+        carry = [of_column for (of_column,) in sums_of(x, 1)] if carried else []
         if blocks:
-            g.loop(blocks, one_block)
+            carry = g.loop(blocks, one_block, *carry)
         if rest:
-            some(Index(blocks * _VECTORS), rest)
+            some(Index(blocks * _VECTORS), rest, carry)
 
 
 class ConvolveEachSecond(ConvolveEach):

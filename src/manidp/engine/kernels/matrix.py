@@ -37,6 +37,9 @@ _WIDE, _FEW, _OUTPUTS = 64, 4, 16
 _TAPS = 49  # and up to so many taps
 _BEGUN = 8  # cache lines of a row of weights that are fetched ahead
 _TOGETHER = 4  # taps between two jumps, where all inputs are read
+# of a tile of so few products a sum, what follows them is done in registers; with more it takes too little time to be
+# worth code of each layer's own
+_SHORT = 64
 # bytes of inputs that all outputs are made of before the next ones are taken; a map of so many is taken as a whole
 _CACHE, _WHOLE = 128 * 1024, 300 * 1024
 
@@ -136,15 +139,19 @@ class MultiplyMatrices(ConvolutionStep):
             sizes = range(self.outputs.count // tiles, -(-self.outputs.count // tiles) + 1)
         extra = epilogues.parameters_of(operands)
         factors = epilogues.pointers_of(module, f, self.before)
+        at_once = self.inputs.count * window.taps <= _SHORT and self.epilogue.simple
         code = _Code(
-            module, self.rows, every, window, blocks, sizes, source, frame, self.epilogue, extra, self.before,
+            module, self.rows, every, at_once, window, blocks, sizes, source, frame, self.epilogue, extra, self.before,
             epilogues.parameters_of(factors, "q"),
         )  # fmt: skip
         arguments = [
             _X, _WEIGHTS, _BIAS, _LI, _NI, _LO, _NO, _ROW, _SCRATCH, _SLOT, _SWEEP, *code.extra, *code.factors,
         ]  # fmt: skip
         before = tuple(op.signature for op in self.before)
-        key = ("matrices", self.rows, every, window, blocks, sizes, source, frame, self.epilogue.signature, before)
+        key = (
+            "matrices", self.rows, every, at_once, window, blocks, sizes, source, frame, self.epilogue.signature,
+            before,
+        )  # fmt: skip
         name = module.function(key, arguments, code.write)
         li, _, ni = module.lists(f, self.inputs)
         lo, _, no = module.lists(f, self.outputs)
@@ -154,11 +161,12 @@ class MultiplyMatrices(ConvolutionStep):
 
 @dataclass(frozen=True)
 class _Code:
-    """The code for a layer. ``every``: no input is left out. ``sizes``: numbers of outputs that its tiles may have."""
+    """The code for a layer. ``sizes``: numbers of outputs that its tiles may have."""
 
     module: Module
     rows: bool
-    every: bool
+    every: bool  # no input is left out
+    at_once: bool  # what follows the products is done before they leave the registers
     window: Window
     blocks: _Blocks
     sizes: range
@@ -201,9 +209,13 @@ class _Code:
             def one_block(b: Index, vectors: int = vectors, low: Index = low) -> list[Index]:
                 block = g.plus(low, b)
                 x = g.at(_SCRATCH, g.scaled(g.minus(block, first), _SLOT))
-                g.call(self._multiply(outputs, vectors), x, weights, _LI, _NI, lo, _ROW, products)
-                at = self.blocks.first(g, block)
-                g.call(self._outputs(vectors), products, _BIAS, lo, outputs, at, *self.extra)
+                factors = x, weights, _LI, _NI, lo, _ROW
+                finished = _BIAS, self.blocks.first(g, block), *self.extra
+                if self.at_once:
+                    g.call(self._multiply(outputs, vectors), *factors, *finished)
+                else:
+                    g.call(self._multiply(outputs, vectors), *factors, products)
+                    g.call(self._outputs(vectors), products, lo, outputs, *finished)
                 return []
 
             g.loop(g.minus(high, low), one_block)
@@ -290,7 +302,10 @@ class _Code:
         return self.module.function(key, [_X, _LI, _NI, _SCRATCH, _FIRST, _END, _SLOT, *self.factors], write)
 
     def _multiply(self, outputs: int, vectors: int) -> str:
-        """The function that multiplies and adds: some outputs of a block, from all kept inputs."""
+        """The function that multiplies and adds: some outputs of a block, from all kept inputs.
+
+        It stores the products, or makes outputs of them at once.
+        """
 
         taps = self.window.taps
 
@@ -334,27 +349,40 @@ class _Code:
                 return g.loop(g.minus(count, whole), one_more, *g.loop(groups, one_group, *sums))
 
             zeros = [Vec("zeroinitializer")] * (outputs * vectors)
-            for at, total in enumerate(all_inputs(zeros) if self.every else g.loop(_NI, one_input, *zeros)):
-                g.store(total, _PRODUCTS, at * g.lanes)
+            totals = all_inputs(zeros) if self.every else g.loop(_NI, one_input, *zeros)
+            for k in range(outputs):
+                these = totals[k * vectors : (k + 1) * vectors]
+                if self.at_once:
+                    self._output(g, g.index(_LO, k), these)
+                else:
+                    for v, total in enumerate(these):
+                        g.store(total, _PRODUCTS, (k * vectors + v) * g.lanes)
 
         key = ("multiply", self.rows, self.every, taps, outputs, vectors)
-        return self.module.function(key, [_X, _WEIGHTS, _LI, _NI, _LO, _ROW, _PRODUCTS], write)
+        factors = [_X, _WEIGHTS, _LI, _NI, _LO, _ROW]
+        if self.at_once:
+            of_layer = (*key, self.frame, self.epilogue.signature)
+            return self.module.function(of_layer, [*factors, _BIAS, _FIRST, *self.extra], write)
+        return self.module.function(key, [*factors, _PRODUCTS], write)
+
+    def _output(self, g: Function, channel: Index, products: Sequence[Vec]) -> None:
+        """Make one output of some vectors, from %first on, of what a tile made of it."""
+        bias = g.splat_float(_BIAS, channel)
+        element = epilogues.Element(self.module, g, self.frame, self.epilogue, channel, g.scaled(_FIRST, g.lanes))
+        for v, value in enumerate(products):
+            element.make(0, g.plus(_FIRST, v), g.arithmetic("fadd", value, bias), v * g.lanes)
+        element.pool()
 
     def _outputs(self, vectors: int) -> str:
         """The function that makes outputs of a block from what a tile made, and does what follows."""
 
         def write(g: Function) -> None:
             def one_output(k: Index) -> list[Index]:
-                channel, start = g.index(_LO, k), g.scaled(_FIRST, g.lanes)
-                bias, products = g.splat_float(_BIAS, channel), g.at(_PRODUCTS, g.scaled(k, vectors * g.lanes))
-                element = epilogues.Element(self.module, g, self.frame, self.epilogue, channel, start)
-                for v in range(vectors):
-                    value = g.arithmetic("fadd", g.load(products, v * g.lanes), bias)
-                    element.make(0, g.plus(_FIRST, v), value, v * g.lanes)
-                element.pool()
+                products = g.at(_PRODUCTS, g.scaled(k, vectors * g.lanes))
+                self._output(g, g.index(_LO, k), [g.load(products, v * g.lanes) for v in range(vectors)])
                 return []
 
             g.loop(_NO, one_output)
 
         key = ("matrix outputs", vectors, self.frame, self.epilogue.signature)
-        return self.module.function(key, [_PRODUCTS, _BIAS, _LO, _NO, _FIRST, *self.extra], write)
+        return self.module.function(key, [_PRODUCTS, _LO, _NO, _BIAS, _FIRST, *self.extra], write)
