@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
+import numpy as np
 import pytest
 
-from engine_cases import check, plan_of
+from engine_cases import check, plan_of, run_program
+from manidp.engine import choice
+from manidp.engine.engine import Program
+from manidp.engine.kernels import matrix
+from manidp.engine.kernels.depthwise import ConvolveEach
 from manidp.engine.kernels.matrix import MultiplyMatrices
 from manidp.engine.kernels.pointwise import Pointwise
 from manidp.engine.steps import MapKey, VectorKey
-from manidp.engine.target import available_isas
+from manidp.engine.target import ISAS, available_isas
 from manidp.gating.manidp import head
-from manidp.graph import Activation, Add, BatchNorm, Concat, Conv, GlobalPool, Graph, Multiply, Node
+from manidp.graph import Activation, Add, BatchNorm, Clip, Concat, Conv, GlobalPool, Graph, Input, Multiply, Node
 from networks import classifier, images_for, random_weights, some_open
 
 ISA = available_isas()
@@ -92,6 +99,30 @@ def test_a_1x1_convolution_leaves_alone_what_others_read_or_what_it_cannot_do(is
         plan = plan_of(graph, random_weights(graph), isa)
         assert not any(step.before for step in plan.steps if isinstance(step, MultiplyMatrices))
         check(graph, random_weights(graph), images_for(graph), isa)
+
+
+@pytest.mark.parametrize(("kernel", "spread"), [(3, 1), (5, 1), (3, 9)])
+@pytest.mark.parametrize("isa", ISA)
+def test_a_1x1_convolution_does_a_depthwise_one_before_it_to_the_same_bits(isa: str, kernel: int, spread: int) -> None:
+    """Where its map is large, here if it is any; otherwise each has a step of its own."""
+    each = Conv(name="each", channels=40, groups=40, kernel=kernel, padding=kernel // 2 * spread, dilation=spread)
+    graph = classifier(
+        Conv(name="a", channels=40), each, BatchNorm(name="norm"), Clip(name="clip", low=0, high=2),
+        one("last", 70), image=Input(name="image", dims=(3, 23, 19)),
+    )  # fmt: skip
+    weights, images = random_weights(graph), images_for(graph)
+    logits = []
+    for large, steps in ((0, 0), (2**40, 1)):
+        with (
+            mock.patch.object(choice, "_LARGE", large),
+            mock.patch.object(matrix, "_WHOLE", 0),
+            mock.patch.object(matrix, "_CONVOLVED", 1),  # so that not all blocks are taken at once
+        ):
+            plan = plan_of(graph, weights, isa)
+            assert sum(isinstance(step, ConvolveEach) for step in plan.steps) == steps
+            logits.append(run_program(Program(plan, ISAS[isa]), plan, images)[0].logits)
+            check(graph, weights, images, isa)
+    np.testing.assert_array_equal(logits[0], logits[1])
 
 
 @pytest.mark.parametrize("isa", ISA)

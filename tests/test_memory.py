@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from checked import Checked, run_checked
 from engine_cases import Array, assert_same_result, plan_of, run_program
-from manidp.engine import memory
+from manidp.engine import choice, memory
 from manidp.engine.engine import Program
 from manidp.engine.ir import FLOAT, Function, Index, Pointer
 from manidp.engine.kernels import matrix
@@ -73,7 +73,11 @@ def test_every_access_of_random_networks_is_in_its_region(isa: str) -> None:
         weights = with_thresholds(graph, random_weights(graph, seed), images, {g.name: keep for g in graph.gates})
         if bytes_:
             images = rng.integers(0, 256, (2, *graph.input.dims[1:], graph.input.dims[0]), np.uint8)
-        with mock.patch.object(memory, "SMALL", 0 if shared else memory.SMALL), mock.patch.object(matrix, "_WIDE", 1):
+        with (
+            mock.patch.object(memory, "SMALL", 0 if shared else memory.SMALL),
+            mock.patch.object(matrix, "_WIDE", 1),
+            mock.patch.object(choice, "_LARGE", 0),
+        ):
             plan = plan_of(graph, weights, isa)
         result, outside, accesses = run_checked(plan, isa, images)
         assert not outside

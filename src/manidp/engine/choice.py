@@ -19,6 +19,7 @@ from manidp.graph import Conv, Graph, sides
 KERNELS: tuple[Kernel, ...] = (
     Winograd(2), Winograd(4), Depthwise(), Matrix(False), Matrix(True), OutputLanes(), Direct(),
 )  # fmt: skip
+_LARGE = 2**20  # bytes of a map that a second-level cache does not hold beside others
 _STEP = 6  # instructions a vector of a map takes in a step that only applies functions, in multiply-adds
 _OPEN = 0.5  # share of a gate's channels that is taken to be open
 # what packed weights may take: so many times the network's, or so many bytes
@@ -53,6 +54,14 @@ class Choice:
             return False
         self._chosen[node.name] = kernel
         return True
+
+    def convolves(self, node: Conv, before: Conv) -> bool:
+        """Whether a convolution is to do a depthwise one before it, whose map would not stay in the cache."""
+        matrices = isinstance(self.of(node), Matrix) and window_of(node).taps == 1 and not any(sides(node.padding))
+        each = isinstance(self.of(before), Depthwise) and self._size(before) == self._size(node)
+        same = self.graph.shapes[before.inputs[0]] == self.graph.shapes[before.name]
+        size = self.element.size * math.prod(self.graph.shapes[before.name])
+        return matrices and each and same and window_of(before).stride == 1 and size >= _LARGE
 
     def _fit(self, convolutions: Sequence[Conv]) -> None:
         """Take slower kernels of fewer weights, most memory for least time first, until all have place."""

@@ -46,16 +46,23 @@ def tasks_of(graph: Graph) -> list[Task]:
     return _ordered(graph, _fused(graph))
 
 
-def absorbed(graph: Graph, tasks: list[Task], can_apply: Callable[[Conv], bool]) -> list[Task]:
+def absorbed(
+    graph: Graph, tasks: list[Task], can_apply: Callable[[Conv], bool], can_convolve: Callable[[Conv, Conv], bool]
+) -> list[Task]:
     """The tasks without those that a convolution does on what it reads: it alone reads what they make of one map.
 
-    ``can_apply``: whether a convolution can. No gate may have a part in them.
+    ``can_apply``: whether a convolution can, element by element; ``can_convolve``: whether with another one, of each
+    channel by itself. No gate may have a part in them.
     """
     made: dict[str, Task] = {}
     for task in tasks:
         start = task.start
         before = made.get(start.inputs[0]) if isinstance(start, Conv) else None
-        if before and isinstance(start, Conv) and _of_one_map(graph, before) and can_apply(start):
+        if before and isinstance(start, Conv) and _of_one_map(graph, before):
+            able = can_convolve(start, before.start) if isinstance(before.start, Conv) else can_apply(start)
+        else:
+            able = False
+        if before and able:
             task.before = before.nodes
             del made[before.name]
         made[task.name] = task
@@ -63,11 +70,12 @@ def absorbed(graph: Graph, tasks: list[Task], can_apply: Callable[[Conv], bool])
 
 
 def _of_one_map(graph: Graph, task: Task) -> bool:
-    """Whether a task is element by element, of one map and factors of its channels, for one reader and no gate."""
+    """Whether a task makes elements of one map and factors of its channels, for one reader and no gate."""
     inside = {node.name for node in task.nodes}
     maps = [name for name in task.reads if name not in inside and len(graph.shapes[name]) == 3]
     free = not task.gated and gate_to_skip(graph, task) is None and task.start.name not in graph.wanted
-    pointwise = all(isinstance(node, POINTWISE) for node in task.nodes)
+    first, *rest = task.nodes
+    pointwise = isinstance(first, (Conv, *POINTWISE)) and all(isinstance(node, POINTWISE) for node in rest)
     return pointwise and free and len(maps) == 1 and len(graph.readers[task.name]) == 1
 
 

@@ -20,7 +20,7 @@ from manidp.engine.fusion import Task, absorbed, gate_to_skip, tasks_of
 from manidp.engine.ir import FLOAT, Element
 from manidp.engine.kernels.convolution import Packed
 from manidp.engine.kernels.copies import ClearGaps, FlattenMap, LoadImage, MoveChannels, Relayout
-from manidp.engine.kernels.matrix import MultiplyMatrices
+from manidp.engine.kernels.matrix import Each, MultiplyMatrices
 from manidp.engine.kernels.pointwise import Pointwise
 from manidp.engine.kernels.vector import VectorOp
 from manidp.engine.memory import place
@@ -79,7 +79,7 @@ class _Planner:
         self.choice = Choice(graph, lanes, element)
         self.tasks = tasks_of(graph)
         if reuse:
-            self.tasks = absorbed(graph, self.tasks, self.choice.applies)
+            self.tasks = absorbed(graph, self.tasks, self.choice.applies, self.choice.convolves)
         self.last_read = {source: index for index, task in enumerate(self.tasks) for source in task.reads}
 
     def plan(self, scale: Array, shift: Array) -> Plan:
@@ -147,6 +147,24 @@ class _Planner:
                 vectors.elementwise(self.draft, node)
 
     def _convolve(self, index: int, task: Task, node: Conv) -> None:
+        kernel = self.choice.of(node)
+        packed = self._packed(task, node)
+        inputs = self.draft.channels(node.inputs[0], "read")
+        phases_in, phases_out = kernel.phases(node)
+        first = Task(task.before[0], False, list(task.before[1:])) if task.before else None
+        source = self._read(first.start.inputs[0] if first else node.inputs[0], phases_in)
+        each = Each(first.start, self._packed(first, first.start)) if first and isinstance(first.start, Conv) else None
+
+        def step(channels: Channels, epilogue: Epilogue) -> Step:
+            made = kernel.step(node, source, packed, inputs, channels, epilogue)
+            if first and isinstance(made, MultiplyMatrices):
+                return replace(made, before=tuple(op for _, op in self._ops(first, phases_in)), each=each)
+            return made
+
+        self._finish(index, task, phases_out, step)
+
+    def _packed(self, task: Task, node: Conv) -> Packed:
+        """The constants of a convolution, a batch norm behind it folded in."""
         kernel, owner = self.choice.of(node), f"node '{node.name}'"
         weight = self.draft.weight(node, "weight")
         bias = self.draft.weight(node, "bias").astype(np.float64) if node.bias else np.zeros(node.channels)
@@ -156,19 +174,7 @@ class _Planner:
         with np.errstate(over="ignore"):  # ``Constants`` refuses what is too large, and says whose
             rows = kernel.pack(weight, self.element, self.lanes)
         at = self.draft.constants.add(rows, self.element, owner)
-        packed = Packed(at, rows.shape[1], self.draft.constants.add(bias, owner=owner))
-        inputs = self.draft.channels(node.inputs[0], "read")
-        phases_in, phases_out = kernel.phases(node)
-        first = Task(task.before[0], False, list(task.before[1:])) if task.before else None
-        source = self._read(first.start.inputs[0] if first else node.inputs[0], phases_in)
-
-        def step(channels: Channels, epilogue: Epilogue) -> Step:
-            made = kernel.step(node, source, packed, inputs, channels, epilogue)
-            if first and isinstance(made, MultiplyMatrices):
-                return replace(made, before=tuple(op for _, op in self._ops(first, phases_in)))
-            return made
-
-        self._finish(index, task, phases_out, step)
+        return Packed(at, rows.shape[1], self.draft.constants.add(bias, owner=owner))
 
     def _finish(self, index: int, task: Task, phases: int, step: Callable[[Channels, Epilogue], Step]) -> None:
         """Emit the step, and the one that does the rest for channels whose gate is closed."""

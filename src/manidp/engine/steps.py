@@ -133,6 +133,11 @@ class Op:
         return self.kind, self.operand if self.kind == "apply" else None
 
 
+def simple(ops: Sequence[Op]) -> bool:
+    """Whether operations need few registers; an exponential takes several, and its constants take more."""
+    return all(op.operand[0] in SIMPLE for op in ops if isinstance(op.operand, tuple))
+
+
 @dataclass(frozen=True)
 class Epilogue:
     """What becomes of a value that was just computed: operations, where it is stored, which pooled sums it feeds."""
@@ -150,8 +155,8 @@ class Epilogue:
 
     @property
     def simple(self) -> bool:
-        """Whether it needs few registers; an exponential takes several, and its constants take more."""
-        return all(op.operand[0] in SIMPLE for op in self.ops if isinstance(op.operand, tuple))
+        """Whether it needs few registers."""
+        return simple(self.ops)
 
     @property
     def signature(self) -> object:

@@ -9,7 +9,9 @@ is read as it lies, row by row; every second element of two vectors makes one.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,11 @@ from manidp.engine.kernels import epilogue as epilogues
 from manidp.engine.kernels.convolution import ConvolutionStep, Kernel, Packed
 from manidp.engine.kernels.direct import windows_of
 from manidp.engine.module import WORKSPACE, Module
-from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, Step, window_of
+from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, Step, Window, window_of
 from manidp.engine.walk import Mask, Span, Tile, mask_of, single, tap
 from manidp.graph import Conv
 
-_VECTORS = 2  # at a time
+VECTORS = 2  # at a time
 
 _X, _WEIGHTS, _BIAS, _LIST = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%list")
 _N, _SCRATCH = Index("%n"), Pointer("%scratch")
@@ -62,6 +64,80 @@ class Depthwise(Kernel):
         return total
 
 
+def taps_of(g: Function, window: Window, weights: Pointer, channel: Index) -> list[list[Vec]]:
+    """The weights of a channel, column by column, each in all lanes."""
+    row = g.at(weights, g.scaled(channel, window.taps))
+    taps = [g.splat(g.scalar(row, n)) for n in range(window.taps)]
+    return [taps[n :: len(window.columns)] for n in range(len(window.columns))]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The sums of a channel without stride, vector after vector. ``simple``: what follows takes few registers."""
+
+    module: Module
+    g: Function
+    window: Window
+    source: Layout
+    frame: Layout
+    weights: Sequence[Sequence[Vec]]  # of each column
+    bias: Vec
+    simple: bool
+
+    @property
+    def _shifts(self) -> list[int]:
+        """How far the columns lie from the first one."""
+        return [right - self.window.columns[0] for right in self.window.columns]
+
+    @property
+    def carried(self) -> bool:
+        """Whether all columns are added up over the same elements, and a vector's sums kept for the one before it."""
+        lanes, short = self.g.lanes, self.simple and self._shifts[-1] <= self.g.lanes
+        return self.module.isa.permutes and short and single(self.frame, lanes).blocks > 1
+
+    def carry(self, x: Pointer) -> list[Vec]:
+        """What the first vector, at x, needs to be kept."""
+        return [column for (column,) in self._sums(x, 1)] if self.carried else []
+
+    def totals(self, x: Pointer, blocks: Sequence[Index], carry: Sequence[Vec]) -> tuple[list[Vec], list[Vec]]:
+        """The sums of some vectors from x on, ``blocks`` their numbers in the map; what to keep for the next ones."""
+        g, carry = self.g, list(carry)
+        columns = self._sums(g.at(x, g.lanes) if self.carried else x, len(blocks))
+        if self.carried:
+            whole = [[before, *sums] for before, sums in zip(carry, columns, strict=True)]
+            carry = [sums[-1] for sums in whole]
+            columns = [
+                [g.ahead(low, high, shift) for low, high in itertools.pairwise(sums)]
+                for shift, sums in zip(self._shifts, whole, strict=True)
+            ]
+        totals = [self.bias] * len(blocks)
+        for taps, sums in zip(self._taps, columns, strict=True):
+            (mask,) = taps[0][1]
+            for v, block in enumerate(blocks):
+                totals[v] = g.arithmetic("fadd", totals[v], g.zero_unless(mask.bits(g, block), sums[v]))
+        return totals, carry
+
+    @cached_property
+    def _taps(self) -> list[list[tuple[int, list[Mask]]]]:
+        window, tile = self.window, single(self.frame, self.g.lanes)
+        return [
+            [tap(self.module, self.source, self.frame, tile, down, right) for down in window.lines]
+            for right in window.columns
+        ]
+
+    def _sums(self, x: Pointer, vectors: int) -> list[list[Vec]]:
+        """What lies under the taps of each column, added up, vector by vector; where carried, under the first's."""
+        g, made = self.g, []
+        for taps, weights, shift in zip(self._taps, self.weights, self._shifts, strict=True):
+            sums = [g.constant(0)] * vectors
+            for (offset, _), weight in zip(taps, weights, strict=True):
+                for v in range(vectors):
+                    value = g.load(x, offset - (shift if self.carried else 0) + v * g.lanes)
+                    sums[v] = g.fma(value, weight, sums[v])
+            made.append(sums)
+        return made
+
+
 class ConvolveEach(ConvolutionStep):
     """A depthwise convolution and what follows it."""
 
@@ -73,11 +149,9 @@ class ConvolveEach(ConvolutionStep):
         def write(g: Function) -> None:
             def one_channel(j: Index) -> list[Index]:
                 channel = g.index(_LIST, j)
-                row = g.at(_WEIGHTS, g.scaled(channel, window.taps))
-                weights = [g.splat(g.scalar(row, n)) for n in range(window.taps)]
-                columns = [weights[n :: len(window.columns)] for n in range(len(window.columns))]
+                weights = taps_of(g, window, _WEIGHTS, channel)
                 x, bias = g.at(_X, g.scaled(channel, source.channel)), g.splat_float(_BIAS, channel)
-                self._channel(module, g, channel, x, columns, bias)
+                self._channel(module, g, channel, x, weights, bias)
                 return []
 
             g.loop(_N, one_channel)
@@ -94,55 +168,27 @@ class ConvolveEach(ConvolutionStep):
     ) -> None:
         """Vector by vector, rows one after the other; ``weights`` of each column."""
         source, frame = self.layouts(module)
-        window, tile = window_of(self.node), single(frame, module.lanes)
-        columns = [[tap(module, source, frame, tile, down, right) for down in window.lines] for right in window.columns]
-        shifts = [right - window.columns[0] for right in window.columns]
-        short = self.epilogue.simple and shifts[-1] <= module.lanes
-        carried = module.isa.permutes and short and tile.blocks > 1
+        columns = Columns(module, g, window_of(self.node), source, frame, weights, bias, self.epilogue.simple)
 
-        def sums_of(x: Pointer, vectors: int) -> list[list[Vec]]:
-            """What lies under the taps of each column, added up, vector by vector; where carried, under the first's."""
-            made = []
-            for taps, of_column, shift in zip(columns, weights, shifts, strict=True):
-                sums = [g.constant(0)] * vectors
-                for (offset, _), weight in zip(taps, of_column, strict=True):
-                    for v in range(vectors):
-                        value = g.load(x, offset - (shift if carried else 0) + v * g.lanes)
-                        sums[v] = g.fma(value, weight, sums[v])
-                made.append(sums)
-            return made
-
-        def some(first: Index, vectors: int, carry: list[Vec]) -> list[Vec]:
-            start = g.scaled(first, module.lanes)
+        def some(first: Index, vectors: int, carry: Sequence[Vec]) -> list[Vec]:
+            start = g.scaled(first, g.lanes)
             element = epilogues.Element(module, g, frame, self.epilogue, channel, start)
-            here, blocks = g.at(x, start), [g.plus(first, v) for v in range(vectors)]
-            sums = sums_of(g.at(here, g.lanes) if carried else here, vectors)
-            if carried:
-                ahead = [[before, *of_column] for before, of_column in zip(carry, sums, strict=True)]
-                carry = [of_column[-1] for of_column in ahead]
-                sums = [
-                    [g.ahead(low, high, shift) for low, high in itertools.pairwise(of_column)]
-                    for shift, of_column in zip(shifts, ahead, strict=True)
-                ]
-            totals = [bias] * vectors
-            for taps, of_column in zip(columns, sums, strict=True):
-                (mask,) = taps[0][1]
-                for v, block in enumerate(blocks):
-                    totals[v] = g.arithmetic("fadd", totals[v], g.zero_unless(mask.bits(g, block), of_column[v]))
+            blocks = [g.plus(first, v) for v in range(vectors)]
+            totals, carry = columns.totals(g.at(x, start), blocks, carry)
             for v, block in enumerate(blocks):
                 element.make(0, block, totals[v], v * g.lanes)
             element.pool()
             return carry
 
         def one_block(index: Index, *carry: Vec) -> list[Vec]:
-            return some(g.scaled(index, _VECTORS), _VECTORS, list(carry))
+            return some(g.scaled(index, VECTORS), VECTORS, carry)
 
-        blocks, rest = divmod(tile.blocks, _VECTORS)
-        carry = [of_column for (of_column,) in sums_of(x, 1)] if carried else []
+        blocks, rest = divmod(single(frame, g.lanes).blocks, VECTORS)
+        carry = columns.carry(x)
         if blocks:
             carry = g.loop(blocks, one_block, *carry)
         if rest:
-            some(Index(blocks * _VECTORS), rest, carry)
+            some(Index(blocks * VECTORS), rest, carry)
 
 
 class ConvolveEachSecond(ConvolveEach):

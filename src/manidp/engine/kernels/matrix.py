@@ -9,15 +9,17 @@
 
 So weights are read once for many positions, and what is read over and over lies close together, however far apart the
 map's channels are. Where all outputs are computed, weights lie in the order in which they are read; where a gate closes
-some, they lie in rows, an output each. For 1x1, and for strided convolutions of many channels or of
-the image.
+some, they lie in rows, an output each. For 1x1, and for strided convolutions of many channels or of the image.
+
+What stands before a 1x1 convolution may be done on the way into scratch memory: operations on elements, and a depthwise
+convolution whose map would not stay in the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +27,10 @@ from numpy.typing import NDArray
 from manidp.engine.ir import Element, Function, Index, Pointer, Vec
 from manidp.engine.kernels import epilogue as epilogues
 from manidp.engine.kernels.convolution import ConvolutionStep, Kernel, Packed, apart, by_input
+from manidp.engine.kernels.depthwise import VECTORS, Columns, taps_of
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.module import WORKSPACE, Module
-from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, Op, Step, Window, window_of
+from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, Op, Step, Window, simple, window_of
 from manidp.engine.walk import single, tap
 from manidp.graph import Conv, sides
 
@@ -42,6 +45,7 @@ _TOGETHER = 4  # taps between two jumps, where all inputs are read
 _SHORT = 64
 # bytes of inputs that all outputs are made of before the next ones are taken; a map of so many is taken as a whole
 _CACHE, _WHOLE = 128 * 1024, 300 * 1024
+_CONVOLVED = 256 * 1024  # the same where a depthwise convolution makes them, which begins anew in every channel
 
 _X, _WEIGHTS, _BIAS, _LI, _LO = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%li"), Pointer("%lo")
 _NI, _NO, _SCRATCH, _PRODUCTS = Index("%ni"), Index("%no"), Pointer("%scratch"), Pointer("%products")
@@ -116,12 +120,23 @@ def _blocks(total: int, most: int) -> _Blocks:
     return _Blocks(vectors, count, total - (vectors - 1) * count)
 
 
+class Each(NamedTuple):
+    """A depthwise convolution without stride, and where its constants lie."""
+
+    node: Conv
+    packed: Packed
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class MultiplyMatrices(ConvolutionStep):
     """A convolution as a product of matrices, and what follows it."""
 
     rows: bool
-    before: tuple[Op, ...] = ()  # done to what it reads, where it has one tap
+    before: tuple[Op, ...] = ()  # done to what it reads, where it has one tap,
+    each: Each | None = None  # after this depthwise convolution of it
+
+    def walks(self) -> Conv:
+        return self.each.node if self.each else self.node
 
     def emit(self, module: Module, f: Function) -> None:
         source, frame = self.layouts(module)
@@ -129,7 +144,8 @@ class MultiplyMatrices(ConvolutionStep):
         blocks = _blocks(single(frame, lanes).blocks, (module.isa.registers - 1) // (OUTPUTS + 1))
         window, every = window_of(self.node), self.inputs.kept is None
         slot = self.inputs.count * window.taps * blocks.vectors * lanes + 64 // size
-        most = blocks.count if blocks.count * slot * size <= _WHOLE else max(1, _CACHE // (slot * size))
+        cache = _CONVOLVED if self.each else _CACHE
+        most = blocks.count if blocks.count * slot * size <= _WHOLE else max(1, cache // (slot * size))
         sweep = -(-blocks.count // -(-blocks.count // most))
         module.reserve_scratch(sweep * slot + OUTPUTS * blocks.vectors * lanes)
         operands = epilogues.operands_of(module, f, self.epilogue)
@@ -139,18 +155,20 @@ class MultiplyMatrices(ConvolutionStep):
             sizes = range(self.outputs.count // tiles, -(-self.outputs.count // tiles) + 1)
         extra = epilogues.parameters_of(operands)
         factors = epilogues.pointers_of(module, f, self.before)
+        if self.each:
+            packed = self.each.packed
+            factors += [module.constant_at(f, packed.weights), module.constant_at(f, packed.bias)]
         at_once = self.inputs.count * window.taps <= _SHORT and self.epilogue.simple
         code = _Code(
             module, self.rows, every, at_once, window, blocks, sizes, source, frame, self.epilogue, extra, self.before,
-            epilogues.parameters_of(factors, "q"),
+            self.each and window_of(self.each.node), epilogues.parameters_of(factors, "q"),
         )  # fmt: skip
         arguments = [
             _X, _WEIGHTS, _BIAS, _LI, _NI, _LO, _NO, _ROW, _SCRATCH, _SLOT, _SWEEP, *code.extra, *code.factors,
         ]  # fmt: skip
-        before = tuple(op.signature for op in self.before)
         key = (
             "matrices", self.rows, every, at_once, window, blocks, sizes, source, frame, self.epilogue.signature,
-            before,
+            code.prepared,
         )  # fmt: skip
         name = module.function(key, arguments, code.write)
         li, _, ni = module.lists(f, self.inputs)
@@ -175,7 +193,13 @@ class _Code:
     epilogue: Epilogue
     extra: list[Pointer]
     before: tuple[Op, ...]
+    each: Window | None
     factors: list[Pointer]
+
+    @property
+    def prepared(self) -> object:
+        """What the code that prepares inputs depends on, besides their layout."""
+        return tuple(op.signature for op in self.before), self.each
 
     def write(self, g: Function) -> None:
         """Sweep by sweep: as many blocks as fit the cache, tile by tile of outputs, block by block."""
@@ -265,6 +289,9 @@ class _Code:
                 i, pointers = g.index(_LI, j), iter(self.factors)
                 x = g.at(_X, g.scaled(i, channel))
                 factors = [epilogues.factors_of(g, op, pointers, i) for op in self.before]
+                if self.each:
+                    self._convolve(g, ranges, i, j, factors, self.each, *pointers)
+                    return []
                 for vectors, low, high in ranges:
 
                     def one_block(b: Index, vectors: int = vectors, low: Index = low) -> list[Index]:
@@ -279,8 +306,7 @@ class _Code:
                             source, target = g.at(here, at), g.at(into, at)
                             for t, (offset, (mask,)) in enumerate(taps):
                                 value = g.load(source, offset)
-                                for op, numbers in zip(self.before, factors, strict=True):
-                                    value = epilogues.applied(g, op, numbers, value)
+                                value = self._applied(g, factors, value)
                                 value = g.zero_unless(mask.bits(g, g.plus(first, v)), value)
                                 g.store(value, target, t * vectors * g.lanes)
                             return []
@@ -297,9 +323,49 @@ class _Code:
 
             g.loop(_NI, one_input)
 
-        before = tuple(op.signature for op in self.before)
-        key = ("gather", blocks, channel, window.taps > 1 and (window, self.source, self.frame), before)
+        walked = (window.taps > 1 or self.each) and (window, self.source, self.frame)
+        key = ("gather", blocks, channel, walked, self.prepared)
         return self.module.function(key, [_X, _LI, _NI, _SCRATCH, _FIRST, _END, _SLOT, *self.factors], write)
+
+    def _applied(self, g: Function, factors: Sequence[tuple[Vec, ...]], value: Vec) -> Vec:
+        """What stands before the convolution, done to a vector of a channel."""
+        for op, numbers in zip(self.before, factors, strict=True):
+            value = epilogues.applied(g, op, numbers, value)
+        return value
+
+    def _convolve(
+        self,
+        g: Function,
+        ranges: Sequence[tuple[int, Index, Index]],
+        i: Index,
+        j: Index,
+        factors: Sequence[tuple[Vec, ...]],
+        window: Window,
+        weights: Pointer,
+        bias: Pointer,
+    ) -> None:
+        """Put there what the depthwise convolution makes of input i, the j-th one."""
+        x, taps = g.at(_X, g.scaled(i, self.source.channel)), taps_of(g, window, weights, i)
+        columns = Columns(
+            self.module, g, window, self.source, self.frame, taps, g.splat_float(bias, i), simple(self.before)
+        )
+        carry = columns.carry(g.at(x, g.scaled(self.blocks.first(g, _FIRST), g.lanes)))
+        for vectors, low, high in ranges:
+
+            def one_block(b: Index, *carry: Vec, vectors: int = vectors, low: Index = low) -> list[Vec]:
+                block = g.plus(low, b)
+                first = self.blocks.first(g, block)
+                here, kept = g.at(x, g.scaled(first, g.lanes)), list(carry)
+                into = g.at(_SCRATCH, g.scaled(g.minus(block, _FIRST), _SLOT))
+                into = g.at(into, g.scaled(j, vectors * g.lanes))
+                for begin in range(0, vectors, VECTORS):
+                    numbers = [g.plus(first, v) for v in range(begin, min(begin + VECTORS, vectors))]
+                    totals, kept = columns.totals(g.at(here, begin * g.lanes), numbers, kept)
+                    for v, total in enumerate(totals, begin):
+                        g.store(self._applied(g, factors, total), into, v * g.lanes)
+                return kept
+
+            carry = g.loop(g.minus(high, low), one_block, *carry)
 
     def _multiply(self, outputs: int, vectors: int) -> str:
         """The function that multiplies and adds: some outputs of a block, from all kept inputs.
