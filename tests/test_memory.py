@@ -162,6 +162,16 @@ def test_memory_shared_by_layouts_changes_no_bit(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_array_equal(made[0], made[1])
 
 
+@pytest.mark.parametrize(("floats", "unit"), [(0, 64), (5, 64), (2**20 - 1, 64), (2**20, 2**21), (2**20 + 1, 2**21)])
+def test_memory_begins_with_a_cache_line_or_a_huge_page_and_takes_whole_ones(floats: int, unit: int) -> None:
+    array = memory.aligned(floats)
+    assert array.shape == (floats,)
+    assert not array.any()
+    assert array.ctypes.data % unit == 0
+    assert memory.held(array) % unit == 0
+    assert 4 * floats + unit <= memory.held(array) < 4 * floats + 2 * unit
+
+
 def guarded(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", str(Path(__file__).parent / "guarded.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

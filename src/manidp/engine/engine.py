@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from manidp.engine.cascade import cascaded
 from manidp.engine.inputs import Images, batch_of
-from manidp.engine.memory import aligned
+from manidp.engine.memory import aligned, held
 from manidp.engine.module import Module
 from manidp.engine.planner import make_plan
 from manidp.engine.processors import keep_apart
@@ -89,7 +89,6 @@ class _Runner:
     def __init__(self, program: Program, threads: int) -> None:
         self.threads = threads
         self.result_size = program.result_size
-        self.memory = 4 * (len(program.constants) + threads * program.workspace)
         needed = f"{threads} threads of {4 * program.workspace:,} bytes each"
         if 4 * threads * program.workspace > MAX_WORKSPACES:
             raise ManiDPError(f"all threads together may have {MAX_WORKSPACES:,} bytes; {needed} are more")
@@ -99,6 +98,7 @@ class _Runner:
             raise ManiDPError(f"there is no memory for {needed}; ask for fewer") from error
         self.program = program
         self.constants = _Address(program.constants, program)
+        self.memory = sum(held(address.kept[0]) for address in (self.constants, *self._workspaces))
         self._run = program.run
         self.begin()
         _RUNNERS.add(self)
@@ -246,7 +246,7 @@ class Engine:
         """
         if self._runner is None:
             return 0
-        return self._runner.memory + sum(address.kept[0].nbytes for address in self._points.values())
+        return self._runner.memory + sum(held(address.kept[0]) for address in self._points.values())
 
     def close(self) -> None:
         """Give back memory and threads, at once or as soon as runs under way have ended; no other run is begun."""

@@ -17,12 +17,23 @@ from manidp.engine.steps import Layout, Map, MapKey, Step, VectorKey, lengthened
 from manidp.errors import UnsupportedError
 from manidp.graph import Graph
 
+_LINE, _HUGE = 16, 2**19  # floats of a cache line, and of a huge page
+
 
 def aligned(size: int) -> NDArray[np.float32]:
-    """Zeros that begin at a multiple of 64 bytes."""
-    memory = np.zeros(size + 16, dtype=np.float32)
-    start = -memory.ctypes.data % 64 // 4
+    """Zeros that begin with a cache line, or many of them with a huge page, of which they then take whole ones.
+
+    NumPy asks the system for huge pages where it gets memory for so many, and channels of a map lie in many small ones.
+    """
+    unit = _HUGE if size >= 2 * _HUGE else _LINE
+    memory = np.zeros(_whole(size, unit) + unit, dtype=np.float32)
+    start = -memory.ctypes.data % (4 * unit) // 4
     return memory[start : start + size]
+
+
+def held(array: NDArray[np.float32]) -> int:
+    """Bytes that were taken for an array of ``aligned``."""
+    return array.nbytes if array.base is None else int(np.asarray(array.base).nbytes)
 
 
 @dataclass
