@@ -162,7 +162,7 @@ def test_memory_shared_by_layouts_changes_no_bit(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_array_equal(made[0], made[1])
 
 
-@pytest.mark.parametrize(("floats", "unit"), [(0, 64), (5, 64), (2**20 - 1, 64), (2**20, 2**21), (2**20 + 1, 2**21)])
+@pytest.mark.parametrize(("floats", "unit"), [(1, 64), (16, 64), (2**20 - 1, 64), (2**20, 2**21), (2**20 + 1, 2**21)])
 def test_memory_begins_with_a_cache_line_or_a_huge_page_and_takes_whole_ones(floats: int, unit: int) -> None:
     array = memory.aligned(floats)
     assert array.shape == (floats,)

@@ -235,7 +235,7 @@ class _Code:
                 x = g.at(_SCRATCH, g.scaled(g.minus(block, first), _SLOT))
                 factors = x, weights, _LI, _NI, lo, _ROW
                 finished = _BIAS, self.blocks.first(g, block), *self.extra
-                if self.at_once:
+                if self._finishes(outputs):
                     g.call(self._multiply(outputs, vectors), *factors, *finished)
                 else:
                     g.call(self._multiply(outputs, vectors), *factors, products)
@@ -243,6 +243,10 @@ class _Code:
                 return []
 
             g.loop(g.minus(high, low), one_block)
+
+    def _finishes(self, outputs: int) -> bool:
+        """Whether a tile of so many outputs makes them at once: small ones are rare, and have code of their own."""
+        return self.at_once and outputs > OUTPUTS // 2
 
     def _prefetch(self) -> str:
         """The function that fetches where the rows of the next tile begin.
@@ -418,7 +422,7 @@ class _Code:
             totals = all_inputs(zeros) if self.every else g.loop(_NI, one_input, *zeros)
             for k in range(outputs):
                 these = totals[k * vectors : (k + 1) * vectors]
-                if self.at_once:
+                if self._finishes(outputs):
                     self._output(g, g.index(_LO, k), these)
                 else:
                     for v, total in enumerate(these):
@@ -426,7 +430,7 @@ class _Code:
 
         key = ("multiply", self.rows, self.every, taps, outputs, vectors)
         factors = [_X, _WEIGHTS, _LI, _NI, _LO, _ROW]
-        if self.at_once:
+        if self._finishes(outputs):
             of_layer = (*key, self.frame, self.epilogue.signature)
             return self.module.function(of_layer, [*factors, _BIAS, _FIRST, *self.extra], write)
         return self.module.function(key, [*factors, _PRODUCTS], write)
