@@ -33,7 +33,7 @@ _STORE = re.compile(r"  store (?:atomic )?(<\d+ x \w+>|\w+) .*, ptr ([%@]\S+?)(?
 _ATOMIC = re.compile(r"  %\S+ = atomicrmw add ptr (%\S+), i64 1 monotonic")
 _COPY = re.compile(r"  call void @llvm\.memcpy\.\S+\(ptr (%\S+), ptr (%\S+), i64 (\S+), i1 false\)")
 _CLEAR = re.compile(r"  call void @llvm\.memset\.\S+\(ptr (%\S+), i8 0, i64 (\d+), i1 false\)")
-_PREFETCH = re.compile(r"  call void @llvm\.prefetch\.\S+\(ptr (%\S+), i32 0, i32 3, i32 1\)")
+_PREFETCH = re.compile(r"  call void @llvm\.prefetch\.\S+\(ptr (%\S+), i32 0, i32 [23], i32 1\)")
 _LINE = 64  # bytes of a cache line
 _CALL = re.compile(r"  call void @([\w.]+)\((.*)\)")
 

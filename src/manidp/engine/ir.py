@@ -272,9 +272,10 @@ class Function:
     def store(self, value: Vec, pointer: Pointer, offset: Offset = 0) -> None:
         self.do(f"store {self.vector} {value}, ptr {self.at(pointer, offset)}, align {self.element.size}")
 
-    def prefetch(self, pointer: Pointer, offset: Offset = 0) -> None:
-        """Bring the cache line nearer."""
-        self.do(f"call void @llvm.prefetch.p0(ptr {self.at(pointer, offset)}, i32 0, i32 3, i32 1)")
+    def prefetch(self, pointer: Pointer, offset: Offset = 0, *, near: bool = True) -> None:
+        """Bring the cache line nearer: into the first-level cache, or the second-level one."""
+        level = 3 if near else 2
+        self.do(f"call void @llvm.prefetch.p0(ptr {self.at(pointer, offset)}, i32 0, i32 {level}, i32 1)")
 
     def scalar(self, pointer: Pointer, offset: Offset = 0) -> Scalar:
         return self.make(Scalar, f"load {self.element.name}, ptr {self.at(pointer, offset)}, align {self.element.size}")

@@ -10,8 +10,9 @@
 
 A map whose positions do not fill vectors leaves no lane idle so: 49 of them are three vectors of 16 and a lane. Of a
 map of fewer positions than a vector has lanes, weights take longer to read than to multiply; they are read vector by
-vector in the order in which they lie, and taps outside the map are not computed at all: of a 3x3 convolution of a 2x2
-map that is more than half. All outputs are computed; those that a gate closes are not written.
+vector in the order in which they lie, long after they have been asked for, and taps outside the map are not computed at
+all: of a 3x3 convolution of a 2x2 map that is more than half. All outputs are computed; those that a gate closes are
+not written.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from manidp.engine.walk import single
 from manidp.graph import Conv, sides
 
 _MOST = 256  # taps of all positions: the code has K multiply-adds for each
-_AHEAD = 8  # inputs whose weights are fetched before they are needed, where gates close some
+_AHEAD = 12 * 1024  # bytes of weights that are on their way into the second-level cache before they are needed
 _OF_16, _OF_8 = 0.81, 0.87  # AVX-512 takes a factor from memory as it multiplies, AVX2 needs an instruction more
 
 _X, _WEIGHTS, _BIAS, _LI, _NI = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%li"), Index("%ni")
 _INPUTS, _SCRATCH, _FIRST, _COUNT = Index("%inputs"), Pointer("%scratch"), Index("%first"), Index("%count")
-_LO, _BELOW, _STRIDE = Pointer("%lo"), Pointer("%below"), Index("%stride")
+_LO, _BELOW, _STRIDE, _LAST = Pointer("%lo"), Pointer("%below"), Index("%stride"), Index("%last")
 
 
 def _vectors(lanes: int) -> int:
@@ -97,7 +98,7 @@ class ConvolveInLanes(ConvolutionStep):
         module.reserve_scratch(single(frame, module.lanes).blocks * module.lanes * whole)
         tiles, rest = divmod(self.node.channels, whole)
         every = self.inputs.kept is None
-        code = _Code(module, every, window, source, frame, self.epilogue, extra)
+        code = _Code(module, every, self.node.channels, window, source, frame, self.epilogue, extra)
         arguments = [_X, _WEIGHTS, _BIAS, _LI, _NI, _LO, _BELOW, _INPUTS, _SCRATCH, *extra]
         key = ("lanes", every, tiles, rest, window, source, frame, self.epilogue.signature)
         name = module.function(key, arguments, lambda g: code.write(g, tiles, rest))
@@ -127,10 +128,11 @@ def _from_the_first(positions: Sequence[_Position]) -> tuple[int, int, tuple[_Po
 
 @dataclass(frozen=True)
 class _Code:
-    """The code for a layer. ``every``: no input is left out."""
+    """The code for a layer of so many outputs. ``every``: no input is left out."""
 
     module: Module
     every: bool
+    outputs: int
     window: Window
     source: Layout
     frame: Layout
@@ -170,7 +172,10 @@ class _Code:
 
     def _tile(self, g: Function, vectors: int, first: Index, count: int) -> None:
         """So many outputs, from ``first`` on."""
-        weights = g.at(_WEIGHTS, g.scaled(g.scaled(first, _INPUTS), self.window.taps))
+        taps, outputs = self.window.taps, -(-self.outputs // g.lanes) * g.lanes
+        weights = g.at(_WEIGHTS, g.scaled(g.scaled(first, _INPUTS), taps))
+        left = g.scaled(g.scaled(g.minus(outputs, first), _INPUTS), taps)  # weights of this tile and all behind it
+        last = g.minus(left, taps * vectors * g.lanes)
         positions = self.positions
         most = (self.module.isa.registers - 1 - vectors) // vectors
         groups = -(-len(positions) // most)
@@ -178,7 +183,8 @@ class _Code:
             begin, end = (n * len(positions) // groups for n in (index, index + 1))
             first_slot, first_place, these = _from_the_first(positions[begin:end])
             into = g.at(_SCRATCH, first_slot * vectors * g.lanes)
-            g.call(self._multiply(vectors, these), g.at(_X, first_place), self.source.channel, weights, _LI, _NI, into)
+            x, stride = g.at(_X, first_place), self.source.channel
+            g.call(self._multiply(vectors, these), x, stride, weights, last, _LI, _NI, into)
         before = g.index(_BELOW, first)
         kept = g.minus(g.index(_BELOW, g.plus(first, count)), before)
         g.call(self._outputs(vectors), _SCRATCH, _BIAS, g.floats.at(_LO, before), first, kept, *self.extra)
@@ -189,16 +195,20 @@ class _Code:
         length = taps * vectors * self.module.lanes  # weights of an input
 
         def write(g: Function) -> None:
-            last, line = g.minus(_NI, 1), 64 // g.element.size
+            line = 64 // g.element.size
+            inputs = max(1, _AHEAD // (length * g.element.size))
 
             def one_input(j: Index, *sums: Vec) -> list[Vec]:
                 i, totals = g.index(_LI, j), list(sums)
                 x = g.at(_X, g.scaled(i, _STRIDE))
                 row = g.at(_WEIGHTS, g.scaled(i, length))
-                if not self.every:  # what is read leaps from input to input, and no processor sees where to
-                    ahead = g.index(_LI, g.least(g.plus(j, _AHEAD), last))
-                    for n in range(length // line):
-                        g.prefetch(g.at(_WEIGHTS, g.scaled(ahead, length)), n * line)
+                following = g.plus(j, inputs)
+                if self.every:  # behind the last input the next tile's weights begin
+                    ahead = g.least(g.scaled(following, length), _LAST)
+                else:
+                    ahead = g.scaled(g.index(_LI, g.least(following, g.minus(_NI, 1))), length)
+                for n in range(length // line):
+                    g.prefetch(g.at(_WEIGHTS, ahead), n * line, near=False)
                 for t in range(taps):
                     inside = [(p, position.taps[t]) for p, position in enumerate(positions)]
                     if all(at is None for _, at in inside):
@@ -217,7 +227,7 @@ class _Code:
                 g.store(total, _SCRATCH, (positions[p].slot * vectors + k) * g.lanes)
 
         key = ("lanes multiply", self.every, vectors, taps, positions)
-        return self.module.function(key, [_X, _STRIDE, _WEIGHTS, _LI, _NI, _SCRATCH], write)
+        return self.module.function(key, [_X, _STRIDE, _WEIGHTS, _LAST, _LI, _NI, _SCRATCH], write)
 
     def _outputs(self, vectors: int) -> str:
         """The function that brings what a tile made into the planes of its outputs, and does what follows."""
