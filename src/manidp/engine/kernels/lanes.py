@@ -34,7 +34,9 @@ from manidp.engine.walk import single
 from manidp.graph import Conv, sides
 
 _MOST = 256  # taps of all positions: the code has K multiply-adds for each
-_AHEAD = 12 * 1024  # bytes of weights that are on their way into the second-level cache before they are needed
+# bytes of weights that are on their way into the second-level cache before they are needed; those of several taps are
+# many in a row, which processors fetch ahead themselves unless gates close some
+_AHEAD = 12 * 1024
 _OF_16, _OF_8 = 0.81, 0.87  # AVX-512 takes a factor from memory as it multiplies, AVX2 needs an instruction more
 
 _X, _WEIGHTS, _BIAS, _LI, _NI = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%li"), Index("%ni")
@@ -207,7 +209,7 @@ class _Code:
                     ahead = g.least(g.scaled(following, length), _LAST)
                 else:
                     ahead = g.scaled(g.index(_LI, g.least(following, g.minus(_NI, 1))), length)
-                for n in range(length // line):
+                for n in range(length // line if taps == 1 or not self.every else 0):
                     g.prefetch(g.at(_WEIGHTS, ahead), n * line, near=False)
                 for t in range(taps):
                     inside = [(p, position.taps[t]) for p, position in enumerate(positions)]
