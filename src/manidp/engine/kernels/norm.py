@@ -161,12 +161,12 @@ def model(x: NDArray[np.float32], gamma: NDArray[np.float32], beta: NDArray[np.f
     share = np.float32(1 / x.shape[1])
 
     def fma(a: NDArray[Any], b: Any, c: Any) -> NDArray[Any]:
-        return (a.astype(np.float64) * b + c).astype(np.float32)
+        return np.asarray(a.astype(np.float64) * b + c, np.float32)
 
-    mean = np.add.reduce(x, axis=1, keepdims=True) * share  # an axis that is not the last is added in its order
+    mean = np.add.reduce(x, axis=1, keepdims=True) * share  # along an axis that is not the last, one after the other
     apart = x - mean
     squares = np.zeros_like(mean[:, 0])
     for channel in apart.swapaxes(0, 1):
         squares = fma(channel, channel, squares)
     factor = 1 / np.sqrt(fma(squares, share, np.float32(eps)))
-    return fma(apart * factor[:, None], gamma[:, None, None], beta[:, None, None].astype(np.float64))
+    return fma(apart * factor[:, None], gamma[:, None, None], beta[:, None, None])
