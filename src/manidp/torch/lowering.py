@@ -982,9 +982,14 @@ def _written_layer_norm(node: Any) -> Sequence[Any] | None:
         for product, bias in (node.args, node.args[::-1]):
             for weight, normal in (product.args, product.args[::-1]) if _is(product, "mul.Tensor") else ():
                 found = _written_layer_norm(normal) if _is(normal, "div.Tensor") else None
-                if found and all(isinstance(part, fx.Node) and part.meta["val"].dim() < 4 for part in (weight, bias)):
+                if found and all(_rank(part) < _rank(normal) for part in (weight, bias)):  # not made of images
                     return (*found, weight, bias)
     return None
+
+
+def _rank(part: Any) -> float:
+    """Number of a tensor's axes; of what is none more than any has."""
+    return part.meta["val"].dim() if isinstance(part, fx.Node) else math.inf
 
 
 def _centred(node: Any) -> tuple[fx.Node, list[int]] | None:
