@@ -30,6 +30,7 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LayerNorm,
     LeakyReLU,
     Linear,
     Multiply,
@@ -198,6 +199,28 @@ def shuffled() -> Graph:
     return with_gates(graph, ["wide"])
 
 
+def convnext() -> Graph:
+    """ConvNeXt's block: depthwise, layer norm, expanded and projected by 1x1, scaled; layer norms of a stem and a mean.
+
+    Gates close what the layer norm reads and what lies behind it.
+    """
+    nodes = chain(
+        Conv(name="stem", channels=6, kernel=2, stride=2, padding=0, bias=True),
+        LayerNorm(name="stem.norm", eps=1e-6),
+        Conv(name="depthwise", channels=6, kernel=7, padding=3, groups=6, bias=True),
+        LayerNorm(name="norm", eps=1e-6),
+        Conv(name="wide", channels=14, kernel=1, padding=0, bias=True),
+        Activation(name="gelu", kind="gelu"),
+        Conv(name="back", channels=6, kernel=1, padding=0, bias=True),
+        Conv(name="scaled", channels=6, kernel=1, padding=0, groups=6),
+        Add(name="sum", inputs=("scaled", "stem.norm")),
+        GlobalPool(name="mean"),
+        LayerNorm(name="mean.norm", eps=1e-6),
+        Linear(name="logits", features=3),
+    )
+    return with_gates(Graph(nodes, "logits"), ["depthwise", "wide", "back"])
+
+
 _KINDS: tuple[ActivationKind, ...] = get_args(ActivationKind)
 
 ZOO: dict[str, Graph] = {
@@ -223,6 +246,8 @@ ZOO: dict[str, Graph] = {
     "BatchNorm, after a Conv": on_map(BatchNorm(name="x")),
     "BatchNorm, after another op": on_map(Activation(name="relu"), BatchNorm(name="x", eps=1e-3)),
     "BatchNorm, of a vector": on_vector(BatchNorm(name="x")),
+    "LayerNorm, of a map": on_map(LayerNorm(name="x")),
+    "LayerNorm, of a vector": on_vector(LayerNorm(name="x", eps=1e-3)),
     **{f"Activation, {kind}": on_map_and_vector(Activation(name="x", kind=kind)) for kind in _KINDS},
     "LeakyReLU, of a map and a vector": on_map_and_vector(LeakyReLU(name="x", slope=0.2)),
     "PReLU, of a map and a vector": on_map_and_vector(PReLU(name="x")),
@@ -289,6 +314,7 @@ ZOO: dict[str, Graph] = {
     "Inception, gated": inception(),
     "ShuffleNetV2, gated": shufflenet(),
     "ShuffleNetV1, gated": shuffled(),
+    "ConvNeXt, gated": convnext(),
 }  # fmt: skip
 
 

@@ -40,6 +40,7 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LayerNorm,
     Linear,
     Multiply,
     Node,
@@ -244,6 +245,29 @@ def test_a_convolution_does_what_stands_before_it_where_that_saves_more_than_ano
     step = next(step for step in plan.steps if getattr(step, "node", None) == graph.by_name["conv"])
     assert isinstance(step, MultiplyMatrices if absorbed else ConvolveInLanes)
     assert bool(getattr(step, "before", ())) == absorbed
+
+
+@pytest.mark.parametrize("isa", ISA)
+def test_closed_channels_are_zeros_to_a_layer_norm_whatever_an_image_before_left_there(isa: str) -> None:
+    plain = (
+        Input(name="image", dims=(12, 7, 5)),
+        Conv(name="depthwise", inputs=("image",), channels=12, groups=12, bias=True),
+        LayerNorm(name="norm", inputs=("depthwise",)),
+        GlobalPool(name="mean", inputs=("norm",)),
+    )
+    graph = with_gates(Graph(plain, "mean"), ["depthwise"])
+    (gate,) = graph.gates
+    weights = random_weights(graph) | {
+        f"{gate.name}.fc1.weight": np.ones(graph.parameters[f"{gate.name}.fc1.weight"], np.float32),
+        f"{gate.name}.fc2.weight": np.ones(graph.parameters[f"{gate.name}.fc2.weight"], np.float32),
+        f"{gate.name}.fc2.bias": np.linspace(0, 1, 12, dtype=np.float32),
+        f"{gate.name}.threshold": np.array(0.5, np.float32),
+    }
+    images = np.random.default_rng(0).uniform(size=(2, 12, 7, 5)).astype(np.float32)
+    images[1] = -images[1]
+    kept = run(graph, weights, images).kept[gate.name]
+    assert kept[0].all() and 0 < kept[1].sum() < 12
+    check(graph, weights, images, isa)
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden set at {GOLDEN}")

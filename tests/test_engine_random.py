@@ -27,6 +27,7 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LayerNorm,
     LeakyReLU,
     Linear,
     Multiply,
@@ -83,7 +84,7 @@ def networks(draw: st.DrawFn) -> Graph:
     for _ in range(draw(st.integers(1, 6))):
         channels, height, width = b.shapes[b.last]
         kinds = ["conv", "conv", "winograd", "batch norm", "activation", "pool", "add", "concat", "multiply", "excite",
-                 "clip", "scatter", "slice", "shuffle", "oblong", "depthwise"]  # fmt: skip
+                 "clip", "scatter", "slice", "shuffle", "oblong", "depthwise", "layer norm"]  # fmt: skip
         kind = draw(st.sampled_from(kinds))
         others = [n for n, s in b.shapes.items() if len(s) == 3 and n != b.last]
         same = [n for n in others if b.shapes[n] == b.shapes[b.last]]
@@ -117,6 +118,8 @@ def networks(draw: st.DrawFn) -> Graph:
             b.add(Shuffle, groups=draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0])))
         elif kind == "batch norm":
             b.add(BatchNorm, eps=1e-3)
+        elif kind == "layer norm":
+            b.add(LayerNorm, eps=0.25)
         elif kind == "activation":
             activation(draw, b)
         elif kind == "clip":
@@ -141,6 +144,7 @@ def networks(draw: st.DrawFn) -> Graph:
             value = b.last
             b.add(GlobalPool, kind=draw(st.sampled_from(("average", "max"))))
             if draw(st.booleans()):
+                b.add(LayerNorm, eps=0.25)
                 b.add(Scatter, channels=channels + 2, at=(*range(1, channels), channels + 1))
                 b.add(Clip, low=-1.0, high=0.5)
                 b.add(Shuffle, groups=channels + 2)

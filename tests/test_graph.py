@@ -19,6 +19,7 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LayerNorm,
     Linear,
     Multiply,
     Node,
@@ -146,7 +147,7 @@ def test_zeros_do_not_survive_what_shifts_them() -> None:
     ]
     keeps += [Conv(name="x", inputs=("scaled",), channels=4, groups=4), Pool(name="x", inputs=("scaled",), kind="max", kernel=2, stride=2)]  # fmt: skip  # noqa: E501
     shifts: list[Node] = [Activation(name="x", inputs=("scaled",), kind=kind) for kind in ("sigmoid", "hardsigmoid")]
-    shifts += [BatchNorm(name="x", inputs=("scaled",)), Conv(name="x", inputs=("scaled",), channels=4, groups=4, bias=True), Conv(name="x", inputs=("scaled",), channels=4)]  # fmt: skip  # noqa: E501
+    shifts += [BatchNorm(name="x", inputs=("scaled",)), LayerNorm(name="x", inputs=("scaled",)), Conv(name="x", inputs=("scaled",), channels=4, groups=4, bias=True), Conv(name="x", inputs=("scaled",), channels=4)]  # fmt: skip  # noqa: E501
     for node in keeps:
         assert chain(node).zeroed_by.get("x") == "gate", node
     for node in shifts:

@@ -9,7 +9,7 @@ import pytest
 from engine_cases import Array, plan_of, run_program
 from manidp.engine import choice
 from manidp.engine.engine import Program
-from manidp.engine.kernels import linear, matrix, pointwise, pool, select
+from manidp.engine.kernels import linear, matrix, norm, pointwise, pool, select
 from manidp.engine.kernels.convolution import Kernel
 from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
@@ -17,7 +17,7 @@ from manidp.engine.kernels.lanes import OutputLanes
 from manidp.engine.kernels.matrix import Matrix
 from manidp.engine.kernels.winograd import Winograd
 from manidp.engine.target import ISAS, available_isas
-from manidp.graph import Conv, Flatten, GlobalPool, Graph, Input, Linear, Node, Pool, Select
+from manidp.graph import Conv, Flatten, GlobalPool, Graph, Input, LayerNorm, Linear, Node, Pool, Select
 from manidp.reference import node_values
 from networks import random_weights
 
@@ -120,6 +120,28 @@ def test_a_linear_layer_is_what_its_model_says(isa: str, inputs: int) -> None:
     if fused(isa) and inputs == 37:  # with inputs in the lanes nothing is said of the order in which lanes are added
         np.testing.assert_array_equal(made, model)
     np.testing.assert_allclose(made, model, atol=1e-6 * np.abs(model).max())
+
+
+@pytest.mark.parametrize("size", [(9, 11), (1, 1)], ids=["map", "vector"])
+@pytest.mark.parametrize("isa", ISA)
+def test_a_layer_norm_is_what_its_model_says(isa: str, size: tuple[int, int]) -> None:
+    """Also of channels whose mean is 300 times their deviation."""
+    pool = (GlobalPool(name="before", inputs=("image",)),) if size == (1, 1) else ()
+    nodes = (
+        Input(name="image", dims=(37, *size)),
+        *pool,
+        LayerNorm(name="norm", inputs=("before" if pool else "image",), eps=1e-6),
+    )
+    rng = np.random.default_rng(1)
+    weights = {f"norm.{part}": rng.normal(size=37).astype(np.float32) for part in ("gamma", "beta")}
+    images = (300 + rng.normal(size=(2, 37, *size))).astype(np.float32)
+    made = logits_of(nodes, isa, weights, images).reshape(images.shape)
+    model = norm.model(images, weights["norm.gamma"], weights["norm.beta"], 1e-6)
+    exact = node_values(Graph((*nodes, Flatten(name="flat", inputs=("norm",))), "flat"), weights, images)["flat"]
+    if fused(isa) and not pool:  # of a vector nothing is said of the order in which lanes are added
+        np.testing.assert_array_equal(made, model)
+    np.testing.assert_allclose(made, model, atol=1e-4 * np.abs(model).max())
+    np.testing.assert_allclose(model, exact.reshape(model.shape), atol=1e-4 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("gain", ["score", "one"])

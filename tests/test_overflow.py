@@ -14,7 +14,7 @@ from manidp.engine.engine import Engine
 from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.errors import ManiDPError, UnsupportedError
 from manidp.gating.manidp import head
-from manidp.graph import Activation, BatchNorm, Conv, GlobalPool, Graph, Input, Linear, Multiply, Node, Pool
+from manidp.graph import Activation, BatchNorm, Conv, GlobalPool, Graph, Input, LayerNorm, Linear, Multiply, Node, Pool
 from networks import checkpoint_of, random_weights
 
 PRECISIONS = [
@@ -54,6 +54,17 @@ OVERFLOWS = {
     "silu": network(
         Activation(name="act", inputs=("first",), kind="silu"),
         Pool(name="last", inputs=("act",), kind="average", kernel=2, stride=2),
+    ),
+    "layer norm": network(
+        LayerNorm(name="norm", inputs=("first",)),
+        Activation(name="last", inputs=("norm",), kind="sigmoid"),
+    ),
+    "layer norm of a vector": network(
+        Conv(name="second", inputs=("image",), channels=2, kernel=1, padding=0),
+        GlobalPool(name="squeeze", inputs=("first",)),
+        LayerNorm(name="norm", inputs=("squeeze",)),
+        Activation(name="factor", inputs=("norm",), kind="sigmoid"),
+        Multiply(name="last", inputs=("second", "factor")),
     ),
     "sigmoid": network(Activation(name="last", inputs=("first",), kind="sigmoid")),
     "squeeze and excite": network(
@@ -105,6 +116,17 @@ def test_an_overflow_anywhere_is_an_error_that_names_its_image(
         with pytest.raises(ManiDPError, match=message):
             engine.run(one_place)
         assert_close(engine.run(images).logits, wanted.logits, "logits", element=ISAS[isa].element)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("name", ["layer norm", "layer norm of a vector"])
+def test_a_variance_that_overflows_is_an_error(name: str, isa: str) -> None:
+    """The values themselves do not, and divided by an infinite deviation they would be decent numbers."""
+    graph = OVERFLOWS[name]
+    weights = random_weights(graph) | {"first.weight": np.array([[1, 0, 0], [-1, 0, 0]]).reshape(2, 3, 1, 1)}
+    image = np.full((1, 3, 6, 6), 1e20, dtype=np.float32)
+    with pytest.raises(ManiDPError, match=r"logits of images \[0\] are not finite"):
+        Engine(checkpoint_of(graph, weights), isa=isa).run(image)
 
 
 @pytest.mark.parametrize("isa", available_isas())

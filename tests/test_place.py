@@ -15,6 +15,7 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LayerNorm,
     Linear,
     Multiply,
     Node,
@@ -58,6 +59,21 @@ def test_one_gate_serves_a_whole_chain_of_channels() -> None:
         "a.wide", "bn", "act", "a.depthwise", "sigmoid", "pool",
     ]  # fmt: skip
     assert graph.zeroed_by["a.mb1.gated"] == "a.mb1"
+
+
+def test_a_gate_stands_before_a_layer_norm_which_reads_zeros_and_makes_none() -> None:
+    gated = gate(
+        network(
+            Conv(name="a.depthwise", channels=12, kernel=7, padding=3, groups=12, bias=True),
+            LayerNorm(name="norm"),
+            Conv(name="b.wide", channels=24, kernel=1, padding=0),
+            Conv(name="b.narrow", channels=12),
+        )
+    )
+    graph = gated.network
+    assert gated.gates["a.mb1"] == ("a.depthwise",)
+    assert graph.by_name["norm"].inputs == ("a.mb1.gated",) and "norm" not in graph.zeroed_by
+    assert [name for name, by in graph.wanted_by.items() if by == "a.mb1"] == ["a.depthwise"]
 
 
 def test_a_gate_stands_before_the_pooling_of_a_squeeze() -> None:

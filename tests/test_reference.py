@@ -21,6 +21,7 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LayerNorm,
     LeakyReLU,
     Linear,
     Multiply,
@@ -145,6 +146,12 @@ def test_the_other_nodes_are_what_they_are_defined_as() -> None:
     assert made[1, 2, 0, 3] == pytest.approx(
         gamma[2] * (x[1, 2, 0, 3] - mean[2]) / (variance[2] ** 2 + 0.25) ** 0.5 + beta[2]
     )
+    gamma, beta = rng.normal(size=(2, 4))
+    made = value_of(LayerNorm(name="node", inputs=("in0",), eps=0.25), x, gamma=gamma, beta=beta)
+    column = [float(x[1, c, 0, 3]) for c in range(4)]
+    mean = sum(column) / 4
+    variance = sum((value - mean) ** 2 for value in column) / 4
+    assert made[1, 2, 0, 3] == pytest.approx(gamma[2] * (column[2] - mean) / (variance + 0.25) ** 0.5 + beta[2])
 
 
 def small_gated() -> Graph:

@@ -113,7 +113,9 @@ def test_a_twin_costs_no_more_than_the_gated_network_did(name: str) -> None:
     graph = ZOO[name]
     twin = freeze(checkpoint_of(graph, some_open(graph)), images_for(graph))
     within = dense_macs(twin.graph) <= twin.provenance["frozen"]["macs_before"]
-    assert within == (name != "ShuffleNetV1, gated")  # a shuffle of what is left is none, so all channels are computed
+    # a shuffle of what is left is none, and a depthwise convolution of some channels of a whole map is none, either:
+    # so all channels are computed
+    assert within == (name not in ("ShuffleNetV1, gated", "ConvNeXt, gated"))
 
 
 def test_what_a_closed_channel_alone_reads_is_left_out_too() -> None:

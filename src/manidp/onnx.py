@@ -32,6 +32,7 @@ from manidp.graph import (
     Flatten,
     GlobalPool,
     Input,
+    LayerNorm,
     LeakyReLU,
     Linear,
     Multiply,
@@ -139,6 +140,17 @@ def _conv(to: _Writer, node: Conv) -> None:
 def _batch_norm(to: _Writer, node: BatchNorm) -> None:
     parameters = [to.parameter(local) for local in ("gamma", "beta", "moving_mean", "moving_variance")]
     to.op("BatchNormalization", [*to.inputs, *parameters], epsilon=node.eps)
+
+
+@handles(LayerNorm)
+def _layer_norm(to: _Writer, node: LayerNorm) -> None:
+    (x,), is_map = to.inputs, len(to.shapes[0]) == 3
+    if is_map:
+        x = to.op("Transpose", [x], "channels_last", perm=[0, 2, 3, 1])
+    gamma, beta = to.parameter("gamma"), to.parameter("beta")
+    made = to.op("LayerNormalization", [x, gamma, beta], "normal" if is_map else "out", axis=-1, epsilon=node.eps)
+    if is_map:
+        to.op("Transpose", [made], perm=[0, 3, 1, 2])
 
 
 ACTIVATIONS: dict[str, Callable[[_Writer], object]] = {

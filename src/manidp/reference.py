@@ -21,6 +21,7 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LayerNorm,
     LeakyReLU,
     Linear,
     Multiply,
@@ -93,6 +94,15 @@ def _batch_norm(node: BatchNorm, p: P, x: Array) -> Array:
     shift = p["beta"] - p["moving_mean"] * scale
     shape = (-1,) + (1,) * (x.ndim - 2)
     return x * scale.reshape(shape) + shift.reshape(shape)
+
+
+@handles(LayerNorm)
+def _layer_norm(node: LayerNorm, p: P, x: Array) -> Array:
+    centred = x - x.mean(axis=1, keepdims=True)
+    variance = np.square(centred).mean(axis=1, keepdims=True)
+    shape = (-1,) + (1,) * (x.ndim - 2)
+    normal: Array = centred / np.sqrt(variance + x.dtype.type(node.eps))
+    return normal * p["gamma"].reshape(shape) + p["beta"].reshape(shape)
 
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])

@@ -252,6 +252,7 @@ def _insert(rng: random.Random, graph: dict[str, Any]) -> None:
     kinds: tuple[dict[str, Any], ...] = (
         {"op": "Activation", "kind": rng.choice(("relu", "silu", "sigmoid", "hardsigmoid"))},
         {"op": "BatchNorm"},
+        {"op": "LayerNorm"},
         {"op": "Conv", "channels": rng.choice((1, 3, 8, 17)), "kernel": rng.choice((1, 3)), "padding": 1},
         {"op": "Add", "inputs": [source] * rng.choice((2, 3, 64))},
         {"op": "Concat", "inputs": [source] * rng.choice((2, 3, 64))},

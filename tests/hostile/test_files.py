@@ -50,6 +50,10 @@ CHANGED: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
     "eps too small": ("an eps that is a positive float32", lambda m: node(m, "BatchNorm").update(eps=1e-320)),
     "eps zero": ("an eps that is a positive float32", lambda m: node(m, "BatchNorm").update(eps=0)),
     "eps negative": ("an eps that is a positive float32", lambda m: node(m, "BatchNorm").update(eps=-1.0)),
+    "a layer norm's eps": (
+        "an eps that is a positive float32",
+        lambda m: node(m, "BatchNorm").update(op="LayerNorm", eps=0),
+    ),
     "a saliency limit": ("'high' must be of type float", lambda m: node(m, "Clip").update(high=3.5e38)),
     "std tiny": ("positive stds", lambda m: m["preprocessing"].update(std=[1, 1e-320, 1])),
     "std small": ("more than a float32 holds", lambda m: m["preprocessing"].update(std=[1, 2e-38, 1], mean=[9, 9, 9])),

@@ -21,7 +21,7 @@ from manidp.data.preprocessing import CIFAR10_CLASSES, CIFAR10_PREPROCESSING
 from manidp.engine.engine import Engine
 from manidp.errors import FrontendError, UnsupportedError
 from manidp.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from manidp.graph import Activation, BatchNorm, Conv, Linear, Pool, Shuffle
+from manidp.graph import Activation, BatchNorm, Conv, LayerNorm, Linear, Pool, Shuffle
 from manidp.torch.convert import network_from
 from manidp.torch.frontend import from_torch, to_state_dict
 from manidp.training.recipe import Recipe
@@ -221,6 +221,10 @@ def test_all_that_is_unsupported_is_listed() -> None:
         (lambda s, x: F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3), "a map that may be negative"),
         (lambda s, x: F.pad(x, (1, 1, 1, 1), mode="reflect"), "mode 'reflect'"),
         (lambda s, x: F.batch_norm(x, None, None, training=True), "statistics of the image at hand"),
+        (lambda s, x: F.gelu(x, approximate="tanh"), "a GELU that is approximated by tanh"),
+        (lambda s, x: F.group_norm(x, 1), "statistics of the image at hand"),
+        (lambda s, x: F.layer_norm(x, x.shape[1:]), "a layer norm over other axes than channels"),
+        (lambda s, x: F.layer_norm(x, x.shape[3:]), "a layer norm over other axes than channels"),
         (lambda s, x: x * x.mean(1, keepdim=True), "not over whole height, width or both"),
         (lambda s, x: x + x.mean((2, 3), keepdim=True), "repeated along an axis"),
         (lambda s, x: torch.cat([x, x], 2), "another axis than channels"),
@@ -293,9 +297,37 @@ def test_an_import_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_linear_layer_on_channels_last_is_a_convolution() -> None:
-    made = imported("convnext-like").graph
-    assert {node.name: node.kernel for node in made.nodes if isinstance(node, Conv)}["1.wide"] == 1
+    made = imported("convnext").graph
+    assert {node.name: node.kernel for node in made.nodes if isinstance(node, Conv)}["2.wide"] == 1
     assert sum(isinstance(node, Linear) for node in made.nodes) == 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_norm_over_channels_in_any_layout_is_one_op(bias: bool) -> None:
+    """Of a map with its channels last, of a vector, of one that lies as a map of 1 x 1, and written out."""
+
+    def last(s: Any, x: Tensor) -> Any:
+        return s.n(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def vector(s: Any, x: Tensor) -> Any:
+        return s.n(x.mean((2, 3)))[:, :, None, None] * x
+
+    def one_by_one(s: Any, x: Tensor) -> Any:
+        return s.n(x.mean((2, 3), keepdim=True).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) * x
+
+    def factors(s: Any, x: Tensor) -> Any:
+        b, c, h, w = x.shape
+        y = s.two(x.reshape(b, 2, c // 2, h * w).permute(0, 3, 2, 1))
+        return y.permute(0, 3, 2, 1).reshape(b, c, h, w)
+
+    ways: list[Callable[[Any, Tensor], Any]] = [last, vector, one_by_one, factors]
+    for middle in ways:
+        made = small(middle, n=nn.LayerNorm(8, bias=bias), two=nn.LayerNorm((4, 2), bias=bias))
+        assert kinds(made).count("LayerNorm") == 1
+        (node,) = [node for node in made.graph.nodes if isinstance(node, LayerNorm)]
+        assert len(made.graph.shapes[node.name]) == (3 if middle in (last, factors) else 1)
+    by_hand = imported("convnext").graph
+    assert sum(isinstance(node, LayerNorm) for node in by_hand.nodes) == 6
 
 
 def test_what_was_trained_goes_back_into_the_module(tmp_path: Any) -> None:

@@ -76,8 +76,9 @@ ARRAYS = {
 }  # fmt: skip
 
 
-def test_what_is_exported_can_be_imported(tmp_path: Path) -> None:
-    network = imported("shufflenet-v2")
+@pytest.mark.parametrize("name", ["shufflenet-v2", "convnext"])
+def test_what_is_exported_can_be_imported(name: str, tmp_path: Path) -> None:
+    network = imported(name)
     write_onnx(network, tmp_path / "x.onnx")
     again = manidp.from_onnx(tmp_path / "x.onnx", classes=network.classes)
     images = CHANCE.normal(size=(2, 3, 32, 32))
@@ -117,7 +118,7 @@ def test_a_gelu_that_is_written_out_is_one(nodes: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's exporter warns of itself
-@pytest.mark.parametrize("name", ["shufflenet-v2", "regnet-y"])
+@pytest.mark.parametrize("name", ["shufflenet-v2", "regnet-y", "convnext"])
 def test_a_network_that_torch_exported_is_the_module(name: str, tmp_path: Path) -> None:
     """For one image, so that the batch is written down in reshapes and expansions."""
     module = fresh(name).eval()

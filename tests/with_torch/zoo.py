@@ -387,27 +387,53 @@ def dla() -> nn.Module:
     return nn.Sequential(conv(3, 8), Aggregation(8, 8, 1), Aggregation(8, 12, 2), Head(12))
 
 
-class Scaled(nn.Module):
-    """A depthwise 7x7, linear layers on channels last, a scale by channel: Liu et al. 2022, but batch norm."""
+class ChannelsNorm(nn.Module):
+    """Layer norm over the channels of a map, written out, as ConvNeXt's authors do."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.depthwise, self.norm = (
-            nn.Conv2d(channels, channels, 7, padding=3, groups=channels),
-            nn.BatchNorm2d(channels),
-        )
-        self.wide, self.back = nn.Linear(channels, 2 * channels), nn.Linear(2 * channels, channels)
-        self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
+        self.weight, self.bias = nn.Parameter(torch.rand(channels) + 0.5), nn.Parameter(torch.randn(channels) / 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.depthwise(x)).permute(0, 2, 3, 1)
-        y = self.gamma * self.back(F.hardswish(self.wide(y)))
+        mean = x.mean(1, keepdim=True)
+        variance = (x - mean).pow(2).mean(1, keepdim=True)
+        normal = (x - mean) / torch.sqrt(variance + 1e-6)
+        made: Tensor = self.weight[:, None, None] * normal + self.bias[:, None, None]
+        return made
+
+
+class ConvNeXt(nn.Module):
+    """A depthwise 7x7, layer norm and linear layers on channels last, a scale by channel: Liu et al. 2022."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.wide, self.back = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.gamma = nn.Parameter(torch.full((channels,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.gamma * self.back(F.gelu(self.wide(y)))
         made: Tensor = x + y.permute(0, 3, 1, 2)
         return made
 
 
+class NormedHead(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(channels, eps=1e-6), nn.Linear(channels, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.norm(x.mean([-2, -1])))
+        return logits
+
+
 def convnext() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 4, 4), Scaled(8), Scaled(8), nn.Conv2d(8, 12, 2, 2), Scaled(12), Head(12))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 4, 4), ChannelsNorm(8), ConvNeXt(8), ConvNeXt(8), ChannelsNorm(8), nn.Conv2d(8, 12, 2, 2),
+        ConvNeXt(12), NormedHead(12),
+    )  # fmt: skip
 
 
 ZOO: dict[str, Callable[[], nn.Module]] = {
@@ -431,7 +457,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "regnet-y": lambda: staged(RegNetY),
     "dpn": dpn,
     "dla": dla,
-    "convnext-like": convnext,
+    "convnext": convnext,
 }
 
 

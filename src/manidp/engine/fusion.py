@@ -1,7 +1,7 @@
 """Which nodes make one step of the plan, and in which order the steps run.
 
-Convolutions and pools start a step; the pointwise nodes that follow are fused into it as far as each value has one
-reader.
+Convolutions, pools and layer norms start a step; the pointwise nodes that follow are fused into it as far as each value
+has one reader.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from manidp.graph import Add, BatchNorm, Conv, Elementwise, Graph, Multiply, Node, Pool
+from manidp.graph import Add, BatchNorm, Conv, Elementwise, Graph, LayerNorm, Multiply, Node, Pool
 
 POINTWISE = (BatchNorm, Elementwise, Add, Multiply)
 _LIMIT = 16  # nodes that one step may go on with: each makes the code of its inner loop longer
@@ -120,7 +120,7 @@ def _fusible(graph: Graph, node: Node, tasks: Mapping[str, Task], place: Mapping
             task is not None
             and node.inputs.count(name) == 1
             and len(graph.readers[name]) == 1
-            and isinstance(task.start, (Conv, Pool, *POINTWISE))
+            and isinstance(task.start, (Conv, Pool, LayerNorm, *POINTWISE))
             and len(task.fused) < _LIMIT
         ):
             found.append((task.gated, place[name], name))

@@ -122,8 +122,12 @@ class Function:
     @cached_property
     def floats(self) -> Function:
         """This function, its vectors and addresses taken to be of floats; not for loops."""
+        return self.of(FLOAT)
+
+    def of(self, element: Element) -> Function:
+        """This function, its vectors and addresses taken to be of other elements; not for loops."""
         view = copy.copy(self)
-        view.element = FLOAT
+        view.element = element
         return view
 
     @property
@@ -335,6 +339,11 @@ class Function:
         v = self.vector
         return self.make(Vec, f"call {v} @llvm.fmuladd.v{self.lanes}{self.element.suffix}({v} {a}, {v} {b}, {v} {c})")
 
+    def sqrt(self, value: Vec) -> Vec:
+        """Square roots of floats."""
+        v = self.vector
+        return self.make(Vec, f"call {v} @llvm.sqrt.v{self.lanes}{self.element.suffix}({v} {value})")
+
     def arithmetic(self, operation: str, a: Vec, b: Vec) -> Vec:
         return self.make(Vec, f"{operation} {self.vector} {a}, {b}")
 
@@ -513,9 +522,7 @@ class Function:
     def _squareplus(self, y: Vec, b: float) -> Vec:
         """(y + sqrt(y^2 + b)) / 2."""
         square = self.fma(y, y, self.constant(b))
-        v = self.vector
-        root = self.make(Vec, f"call {v} @llvm.sqrt.v{self.lanes}{self.element.suffix}({v} {square})")
-        return self.arithmetic("fmul", self.constant(0.5), self.arithmetic("fadd", y, root))
+        return self.arithmetic("fmul", self.constant(0.5), self.arithmetic("fadd", y, self.sqrt(square)))
 
     def _exp(self, x: Vec) -> Vec:
         """e^x for |x| <= 87 and clipped beyond."""

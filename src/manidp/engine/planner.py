@@ -16,11 +16,12 @@ import numpy as np
 from manidp.engine import vectors
 from manidp.engine.choice import Choice
 from manidp.engine.draft import Array, Draft
-from manidp.engine.fusion import Task, absorbed, gate_to_skip, tasks_of
+from manidp.engine.fusion import POINTWISE, Task, absorbed, gate_to_skip, tasks_of
 from manidp.engine.ir import FLOAT, Element
 from manidp.engine.kernels.convolution import Packed
 from manidp.engine.kernels.copies import ClearGaps, FlattenMap, LoadImage, MoveChannels, Relayout
 from manidp.engine.kernels.matrix import Each, MultiplyMatrices
+from manidp.engine.kernels.norm import NormaliseMap
 from manidp.engine.kernels.pointwise import Pointwise
 from manidp.engine.kernels.vector import VectorOp
 from manidp.engine.memory import place
@@ -35,6 +36,7 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LayerNorm,
     Linear,
     Multiply,
     Node,
@@ -119,6 +121,14 @@ class _Planner:
             case Pool():
                 source = self._read(node.inputs[0], window_of(node).stride)
                 self._finish(index, task, 1, lambda channels, epilogue: Pointwise(source, node, channels, epilogue))
+            case LayerNorm() if len(shape) == 3:
+                source = self._read(node.inputs[0], 1)
+                gamma, beta = (self.draft.weight(node, part) for part in ("gamma", "beta"))
+                pairs = self.draft.parameter(node, np.stack([gamma, beta], axis=1))
+                self._finish(
+                    index, task, 1,
+                    lambda channels, epilogue: NormaliseMap(source, channels, epilogue, node.eps, pairs),
+                )  # fmt: skip
             case Concat() if len(shape) == 3:
                 self._concat(node)
             case Select():
@@ -207,7 +217,7 @@ class _Planner:
 
     def _ops(self, task: Task, phases: int) -> list[tuple[Node, Op]]:
         ops: list[tuple[Node, Op]] = []
-        nodes = task.fused if isinstance(task.start, (Conv, Pool)) else task.nodes
+        nodes = task.nodes if isinstance(task.start, POINTWISE) else task.fused
         folded = isinstance(task.start, Conv) and nodes and isinstance(nodes[0], BatchNorm)
         done = {task.start.name} if nodes is task.fused else set()
         first = None if done else task.start.inputs[0]

@@ -8,12 +8,26 @@ import numpy as np
 
 from manidp.engine.draft import Array, Draft
 from manidp.engine.kernels import linear
+from manidp.engine.kernels.norm import NormaliseVector
 from manidp.engine.kernels.pointwise import Reduce
 from manidp.engine.kernels.select import Decide
 from manidp.engine.kernels.vector import VectorOp
 from manidp.engine.steps import MapKey, VectorKey, applied
 from manidp.errors import UnsupportedError
-from manidp.graph import Add, BatchNorm, Concat, Multiply, Node, PoolKind, PReLU, Scatter, Select, Shuffle, Slice
+from manidp.graph import (
+    Add,
+    BatchNorm,
+    Concat,
+    LayerNorm,
+    Multiply,
+    Node,
+    PoolKind,
+    PReLU,
+    Scatter,
+    Select,
+    Shuffle,
+    Slice,
+)
 
 
 def reduce_pooled(draft: Draft, frame: MapKey, kind: PoolKind, target: VectorKey) -> None:
@@ -56,6 +70,9 @@ def elementwise(draft: Draft, node: Node) -> None:
         scale, shift = (draft.row(node, part) for part in draft.affine(node))
         draft.steps.append(VectorOp("multiply", first, target, size, scale))
         draft.steps.append(VectorOp("add", target, target, size, shift))
+    elif isinstance(node, LayerNorm):
+        gamma, beta = (draft.row(node, draft.weight(node, part)) for part in ("gamma", "beta"))
+        draft.steps.append(NormaliseVector(first, target, size, node.eps, gamma, beta))
     elif isinstance(node, Concat):
         offset = 0
         for source in (first, *others):

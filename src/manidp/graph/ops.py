@@ -244,6 +244,24 @@ class BatchNorm(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerNorm(Node):
+    """gamma * (x - mean) / sqrt(variance + eps) + beta, at each position of a map or of a vector as a whole.
+
+    Mean and variance (divided by C) are over the channels. Parameters: gamma, beta (C,). Source: Ba et al. 2016; at
+    each position of a map, Liu et al. 2022.
+    """
+
+    eps: float = 1e-5
+
+    def shape(self, *inputs: Shape) -> Shape:
+        self._expect(FLOAT32_TINY <= self.eps <= FLOAT32_MAX, "an eps that is a positive float32", *inputs)
+        return inputs[0]
+
+    def parameters(self, *inputs: Shape) -> dict[str, Shape]:
+        return dict.fromkeys(("gamma", "beta"), inputs[0][:1])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Elementwise(Node):
     """What changes each number by itself: no op, but what the activations have in common."""
 
@@ -568,7 +586,7 @@ class Linear(Node):
 OPS: dict[str, type[Node]] = {
     kind.__name__: kind
     for kind in (
-        Input, Conv, BatchNorm, Activation, LeakyReLU, PReLU, ELU, Squareplus, Clip, Select, Add, Multiply, Concat,
-        Slice, Shuffle, Scatter, Pool, GlobalPool, Flatten, Linear,
+        Input, Conv, BatchNorm, LayerNorm, Activation, LeakyReLU, PReLU, ELU, Squareplus, Clip, Select, Add, Multiply,
+        Concat, Slice, Shuffle, Scatter, Pool, GlobalPool, Flatten, Linear,
     )
 }  # fmt: skip

@@ -172,6 +172,21 @@ class _Clip(nn.Cell):
         return ops.clamp(x, self.low, self.high)
 
 
+class _LayerNorm(nn.Cell):
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.gamma = Parameter(Tensor(np.ones(channels, np.float32)), name="gamma")
+        self.beta = Parameter(Tensor(np.zeros(channels, np.float32)), name="beta")
+        self.eps = eps
+
+    def construct(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(1, keep_dims=True)
+        normal = centred / ops.sqrt((centred * centred).mean(1, keep_dims=True) + self.eps)
+        if x.ndim == 2:
+            return normal * self.gamma + self.beta
+        return normal * self.gamma.reshape((-1, 1, 1)) + self.beta.reshape((-1, 1, 1))
+
+
 class _PReLU(nn.Cell):
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -366,6 +381,7 @@ def _linear(node: _Node) -> nn.Cell:
 _CELLS: dict[str, Callable[[_Node], nn.Cell]] = {
     "Conv": _conv,
     "BatchNorm": _batch_norm,
+    "LayerNorm": lambda node: _LayerNorm(node["shape"][0], node["eps"]),
     "Activation": lambda node: _ACTIVATIONS[node["kind"]](),
     "LeakyReLU": lambda node: nn.LeakyReLU(node["slope"]),
     "PReLU": lambda node: _PReLU(node["shape"][0]),

@@ -26,6 +26,7 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LayerNorm,
     LeakyReLU,
     Linear,
     Multiply,
@@ -129,7 +130,8 @@ class _Lowering:
             if node not in needed:
                 needed.add(node)
                 found = _pattern(node)
-                waiting += [found[1]] if found else node.all_input_nodes
+                read = found[1] if found else node.all_input_nodes
+                waiting += [part for part in read if isinstance(part, fx.Node)]
         return needed
 
     def _used(self, output: str) -> set[str]:
@@ -156,7 +158,8 @@ class _Lowering:
     def _lowered(self, node: fx.Node) -> Any:
         found = _pattern(node)
         if found:
-            return self._attempt(lambda: self.activation(found[0], self.env[found[1]]))
+            given = [self.env[part] if isinstance(part, fx.Node) else part for part in found[1]]
+            return self._attempt(lambda: found[0](self, *given))
         args, kwargs = _mapped(
             (node.args, node.kwargs), lambda part: self.env[part] if isinstance(part, fx.Node) else part
         )
@@ -187,7 +190,8 @@ class _Lowering:
         if kwargs_.get("dtype") in (torch.float32, torch.float16, torch.bfloat16):
             kwargs_["dtype"] = torch.float64
         target: Any = node.target
-        same = target in (ATEN.clone.default, ATEN.detach.default, ATEN.alias.default)
+        same = target in (ATEN.clone.default, ATEN.detach.default, ATEN.alias.default, ATEN.unsqueeze.default,
+                          ATEN.view.default)  # fmt: skip
         name = args[0].name if same else None
         return _mapped(
             target(*args_, **kwargs_), lambda part: Constant(_wide(part), name) if isinstance(part, Tensor) else part
@@ -632,6 +636,25 @@ class _Lowering:
         new = self.value(made)
         return (replace(new, dims=(*new.dims, *[()] * (len(x.dims) - len(new.dims)))),)
 
+    def layer_norm(self, x: Any, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5,
+                   *_: Any) -> Any:  # fmt: skip
+        x = self.plain(x)
+        return self._layer_normed(x, range(len(x.dims) - len(shape), len(x.dims)), eps, weight, bias)
+
+    def _layer_normed(self, x: Any, dims: Sequence[int], eps: float, weight: Any = None, bias: Any = None) -> Any:
+        self._constant(weight, bias)
+        x = self.plain(x)
+        if sorted(factor for dim in dims for factor in x.dims[dim]) != list(x.axis(CHANNELS)):
+            raise _RefusedError("a layer norm over other axes than channels")
+        made = self.emit(LayerNorm, (x.node,), "norm", weight, eps=eps)
+        count = self.shapes[made][0]
+        gamma, beta = (None if part is None else self._per_channel(x, part) for part in (weight, bias))
+        self.give(
+            made, gamma=gamma or Constant(torch.ones(count, dtype=torch.float64)),
+            beta=beta or Constant(torch.zeros(count, dtype=torch.float64)),
+        )  # fmt: skip
+        return replace(x, node=made)
+
     def own_statistics(self, *_: Any, **__: Any) -> Any:
         raise _RefusedError("a normalisation by statistics of the image at hand")
 
@@ -745,7 +768,9 @@ class _Lowering:
         return replace(x, node=self.emit(Activation, (x.node,), kind, kind=kind))
 
     def gelu(self, x: Any, approximate: str = "none") -> Any:
-        return self.activation("gelu" if approximate == "none" else f"gelu_{approximate}", x)
+        if approximate != "none":
+            raise _RefusedError(f"a GELU that is approximated by {approximate}")
+        return self.activation("gelu", x)
 
     def leaky_relu(self, x: Any, slope: float = 0.01) -> Any:
         x = self.plain(x)
@@ -910,8 +935,9 @@ _HANDLERS: dict[str, _Handler] = {
     "conv_transpose2d.input": _L.transposed, "linear.default": _L.linear,
     "mm.default": _L.product, "addmm.default": _L.sum_and_product,
     "_native_batch_norm_legit_no_training.default": _L.batch_norm,
-    **dict.fromkeys(("_native_batch_norm_legit.no_stats", "instance_norm.default", "group_norm.default",
-                     "layer_norm.default"), _L.own_statistics),
+    "layer_norm.default": _L.layer_norm,
+    **dict.fromkeys(("_native_batch_norm_legit.no_stats", "instance_norm.default", "group_norm.default"),
+                    _L.own_statistics),
     **dict.fromkeys(("_softmax.default", "_log_softmax.default"), _L.softmax),
     "max_pool2d.default": _L.max_pool, "max_pool2d_with_indices.default": _L.max_pool_with_indices,
     "avg_pool2d.default": _L.average_pool, "adaptive_avg_pool2d.default": _L.adaptive_average,
@@ -933,8 +959,48 @@ KEPT_WHOLE = tuple(
 )  # not to be taken apart: torch's decompositions of these are harder to recognise
 
 
-def _pattern(node: fx.Node) -> tuple[str, fx.Node] | None:
-    """An activation written out by hand, and what it is taken of: x * sigmoid(x), relu6(x + 3) / 6 and x times that."""
+def _pattern(node: fx.Node) -> tuple[_Handler, Sequence[Any]] | None:
+    """A layer written out by hand: its handler, and what that is called with."""
+    activation, norm = _written_activation(node), _written_layer_norm(node)
+    if activation:
+        return _activation(activation[0]), activation[1:]
+    return (_L._layer_normed, norm) if norm else None
+
+
+def _written_layer_norm(node: Any) -> Sequence[Any] | None:
+    """x, dimensions, eps of (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps); of w times that + b also w and b."""
+    if _is(node, "div.Tensor"):
+        centred, root = _centred(node.args[0]), node.args[1]
+        above: Any = root.args[0] if _is(root, "sqrt.default") else None
+        variance: Any
+        variance, eps = above.args[:2] if _is(above, "add.Tensor") else (None, None)
+        if centred and isinstance(eps, float) and _is(variance, "mean.dim") and variance.args[1:] == (centred[1], True):
+            square = variance.args[0]
+            if _is(square, "pow.Tensor_Scalar") and square.args[1] == 2 and _centred(square.args[0]) == centred:
+                return (*centred, eps)
+    if _is(node, "add.Tensor") and not node.kwargs:
+        for product, bias in (node.args, node.args[::-1]):
+            for weight, normal in (product.args, product.args[::-1]) if _is(product, "mul.Tensor") else ():
+                found = _written_layer_norm(normal) if _is(normal, "div.Tensor") else None
+                if found and all(_rank(part) < _rank(normal) for part in (weight, bias)):  # not made of images
+                    return (*found, weight, bias)
+    return None
+
+
+def _rank(part: Any) -> float:
+    """Number of a tensor's axes; of what is none more than any has."""
+    return part.meta["val"].dim() if isinstance(part, fx.Node) else math.inf
+
+
+def _centred(node: Any) -> tuple[fx.Node, list[int]] | None:
+    """x and the dimensions of x - mean(x)."""
+    if not _is(node, "sub.Tensor") or not _is(mean := node.args[1], "mean.dim") or mean.args[0] is not node.args[0]:
+        return None
+    return (mean.args[0], mean.args[1]) if mean.args[2:] == (True,) else None
+
+
+def _written_activation(node: fx.Node) -> tuple[str, fx.Node] | None:
+    """An activation and what it is taken of: x * sigmoid(x), relu6(x + 3) / 6 and x times that."""
     if _is(node, "mul.Tensor"):
         first, second = node.args[:2]
         for x, factor in ((first, second), (second, first)):
@@ -974,8 +1040,8 @@ def _clipped(node: Any) -> fx.Node | None:
     return None
 
 
-def _is(node: fx.Node, name: str) -> bool:
-    return node.op == "call_function" and str(node.target) == f"aten.{name}"
+def _is(node: Any, name: str) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and str(node.target) == f"aten.{name}"
 
 
 def _module(node: fx.Node) -> tuple[str, bool]:

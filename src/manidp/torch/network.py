@@ -26,6 +26,7 @@ from manidp.graph import (
     GlobalPool,
     Graph,
     Input,
+    LayerNorm,
     LeakyReLU,
     Linear,
     Multiply,
@@ -231,6 +232,12 @@ def _batch_norm(net: Network, node: BatchNorm, p: P, x: Tensor) -> Tensor:
     if net.training and net.processes.size > 1:
         return batch_norm(x, p["gamma"], p["beta"], (mean, variance), net.momentum, node.eps, net.processes)
     return F.batch_norm(x, mean, variance, p["gamma"], p["beta"], net.training, net.momentum, node.eps)
+
+
+@handles(LayerNorm)
+def _layer_norm(net: Network, node: LayerNorm, p: P, x: Tensor) -> Tensor:
+    last = x.movedim(1, -1)
+    return F.layer_norm(last, last.shape[-1:], p["gamma"], p["beta"], node.eps).movedim(-1, 1)
 
 
 @handles(Activation)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -432,11 +433,12 @@ def _attributes(node: NodeProto) -> dict[str, Any]:
 
 
 def _give(op: _Op, constants: Mapping[int, Array | None]) -> None:
-    """Weights become parameters, as the module takes them; all other constants stay arrays."""
+    """Weights become parameters, as the module takes them; all other constants, single numbers too, stay arrays."""
     prepared = _PREPARED.get(op.kind)
     arrays = dict(constants) if prepared is None else prepared(op, dict(constants))
     for place, array in arrays.items():
-        if array is not None and array.dtype.kind == "f" and op.kind not in _SETTINGS:
+        number = array is not None and array.size == 1 and array.ndim < 2 and op.kind in _ARITHMETIC
+        if array is not None and array.dtype.kind == "f" and op.kind not in _SETTINGS and not number:
             name = _PLACES.get(op.kind, {}).get(place, f"constant_{place}")
             op.places[place] = name
             op.register_parameter(name, nn.Parameter(torch.from_numpy(np.array(array, np.float32))))
@@ -447,8 +449,12 @@ def _give(op: _Op, constants: Mapping[int, Array | None]) -> None:
 _PLACES = {
     "Conv": {1: "weight", 2: "bias"}, "Gemm": {1: "weight", 2: "bias"}, "MatMul": {1: "weight"},
     "BatchNormalization": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"}, "PRelu": {1: "weight"},
+    "LayerNormalization": {1: "weight", 2: "bias"},
 }  # fmt: skip
 _SETTINGS = ("Clip", "Concat", "Dropout", "Max", "Min", "Pad", "Pow")  # their floating constants are no weights
+
+
+_ARITHMETIC = {"Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "Div": operator.truediv}
 
 
 def _gemm(op: _Op, given: dict[int, Array | None]) -> dict[int, Array | None]:
@@ -533,6 +539,12 @@ def _batch_norm(op: _Op, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, 
     if op.get("training_mode", 0) or not op.get("spatial", 1):
         raise _RefusedError("a normalisation by statistics of the batch at hand")
     return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, op.get("epsilon", 1e-5))
+
+
+def _layer_norm(op: _Op, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    shape = x.shape[op.get("axis", -1) % x.dim() :]
+    shift = None if bias is None else bias.expand(shape)
+    return F.layer_norm(x, shape, weight.expand(shape), shift, op.get("epsilon", 1e-5))
 
 
 def _prelu(op: _Op, x: Tensor, slope: Tensor) -> Tensor:
@@ -715,12 +727,18 @@ def _cast(op: _Op, x: Tensor) -> Tensor:
     return x
 
 
+def _arithmetic(op: _Op, x: Any, y: Any) -> Tensor:
+    made: Tensor = _ARITHMETIC[op.kind](*(_number(one) if isinstance(one, np.ndarray) else one for one in (x, y)))
+    return made
+
+
 def _sum(op: _Op, *inputs: Tensor) -> Tensor:
     return sum(inputs[1:], inputs[0])
 
 
 _OPS: dict[str, Callable[..., Any]] = {
     "Conv": _conv, "MaxPool": _pool, "AveragePool": _pool, "BatchNormalization": _batch_norm,
+    "LayerNormalization": _layer_norm,
     "Gemm": lambda op, x, weight, bias=None: F.linear(x, weight, bias),
     "MatMul": lambda op, x, weight: F.linear(x, weight),
     "GlobalAveragePool": lambda op, x: F.adaptive_avg_pool2d(x, 1),
@@ -732,8 +750,8 @@ _OPS: dict[str, Callable[..., Any]] = {
     "Elu": lambda op, x: F.elu(x, op.get("alpha", 1.0)), "PRelu": _prelu, "Clip": _clip,
     "Gelu": lambda op, x: F.gelu(x, approximate=op.get("approximate", "none")),
     "Swish": lambda op, x: F.silu(x) if op.get("alpha", 1.0) == 1 else x * torch.sigmoid(x * op.get("alpha")),
-    "Add": lambda op, x, y: x + y, "Sub": lambda op, x, y: x - y, "Mul": lambda op, x, y: x * y,
-    "Div": lambda op, x, y: x / y, "Neg": lambda op, x: -x, "Sum": _sum,
+    **dict.fromkeys(_ARITHMETIC, _arithmetic), "Sum": _sum, "Neg": lambda op, x: -x,
+    "Sqrt": lambda op, x: torch.sqrt(x),
     "Max": _limited, "Min": _limited, "Pow": _power, "Expand": _expand, "Concat": _concat,
     "Split": _split, "Slice": _slice, "Gather": _gather,
     "Reshape": _reshape, "Flatten": _flatten, "Squeeze": _squeeze, "Unsqueeze": _unsqueeze, "Pad": _pad,
@@ -744,7 +762,7 @@ _OPS: dict[str, Callable[..., Any]] = {
 
 _WHY_NOT = {
     **dict.fromkeys(("Softmax", "LogSoftmax"), "a network's output is its logits; write the file without it"),
-    **dict.fromkeys(("LayerNormalization", "InstanceNormalization", "GroupNormalization"),
+    **dict.fromkeys(("InstanceNormalization", "GroupNormalization"),
                     "a normalisation by statistics of the image at hand"),
 }  # fmt: skip
 
