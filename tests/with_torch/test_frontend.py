@@ -292,6 +292,26 @@ def test_an_import_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -
         from_torch(module, EXAMPLE)
 
 
+def test_what_rounding_makes_of_a_network_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn of the logistic map about doubles an error: in the end a rounding is 1e-9, and 1e-12 more than that."""
+    from manidp.torch import frontend, lowering
+
+    def middle(s: Any, x: Tensor) -> Tensor:
+        x = torch.sigmoid(x)
+        for _ in range(24):
+            x = 4 * x * (1 - x)
+        return x
+
+    small(middle)
+    with monkeypatch.context() as m, pytest.raises(FrontendError, match=r"\(at most 1e-10\)"):
+        m.setattr(frontend, "ROUNDINGS", 0)
+        small(middle)
+    wrong = lowering._HANDLERS["rsub.Scalar"]
+    monkeypatch.setitem(lowering._HANDLERS, "rsub.Scalar", lambda low, x, y: wrong(low, x, y * (1 + 1e-12)))
+    with pytest.raises(FrontendError, match=r"\(at most [1-9]e-0[6-9]\)"):
+        small(middle)
+
+
 def test_a_linear_layer_on_channels_last_is_a_convolution() -> None:
     made = imported("convnext-like").graph
     assert {node.name: node.kernel for node in made.nodes if isinstance(node, Conv)}["1.wide"] == 1
