@@ -223,6 +223,7 @@ ZOO: dict[str, Graph] = {
     "BatchNorm, after a Conv": on_map(BatchNorm(name="x")),
     "BatchNorm, after another op": on_map(Activation(name="relu"), BatchNorm(name="x", eps=1e-3)),
     "BatchNorm, of a vector": on_vector(BatchNorm(name="x")),
+    "BatchNorm, use_global_stats": on_map_and_vector(BatchNorm(name="x", eps=0.5, use_global_stats=True)),
     **{f"Activation, {kind}": on_map_and_vector(Activation(name="x", kind=kind)) for kind in _KINDS},
     "LeakyReLU, of a map and a vector": on_map_and_vector(LeakyReLU(name="x", slope=0.2)),
     "PReLU, of a map and a vector": on_map_and_vector(PReLU(name="x")),

@@ -158,11 +158,25 @@ def test_constants() -> None:
         "scaled_3",
     }
 
-    class Logits(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * 0.125 + 1
 
-    assert kinds(from_torch(Logits(lambda s, x: x), EXAMPLE))[-1] == "Linear"
+def test_constants_on_vectors() -> None:
+    class Scaled(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.125 * self.fc(self.g * F.relu(self.c(x)).mean((2, 3)) + self.b) + 1
+
+    parts = {name: nn.Parameter(torch.randn(8)) for name in "gb"}
+    checkpoint = from_torch(Scaled(lambda s, x: x, **parts), EXAMPLE)
+    scaled = [node for node in checkpoint.graph.nodes if isinstance(node, BatchNorm)]
+    assert len(scaled) == 4 and all(node.use_global_stats for node in scaled)
+    assert {"g", "b", "fc.weight", "fc.bias"} <= set(checkpoint.provenance["imported"]["names"].values())
+    network = network_from(checkpoint)
+    with torch.no_grad():  # no statistics of a batch, nor does training move theirs
+        assert torch.equal(network.train()(EXAMPLE).logits, network.eval()(EXAMPLE).logits)
+    assert all(np.array_equal(value, checkpoint.weights[name]) for name, value in network.weights().items())
+    checkpoint.weights["scaled.gamma"][:] = 3
+    module = Scaled(lambda s, x: x, **parts)
+    module.load_state_dict(to_state_dict(checkpoint, module))
+    assert torch.equal(module.g, torch.full((8,), 3.0))
 
 
 def test_normalised_weights_are_folded() -> None:

@@ -230,10 +230,15 @@ class Conv(_Window):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNorm(Node):
-    """gamma * (x - moving_mean) / sqrt(moving_variance + eps) + beta, per channel of a map or a vector."""
+    """gamma * (x - moving_mean) / sqrt(moving_variance + eps) + beta, per channel of a map or a vector.
+
+    In training the mean and variance are the batch's, and move the moving ones; with ``use_global_stats`` they are the
+    moving ones there too, and stay: a factor and a term for each channel.
+    """
 
     flow: ClassVar[ChannelFlow] = "own"
     eps: float = 1e-5
+    use_global_stats: bool = False
 
     def shape(self, *inputs: Shape) -> Shape:
         self._expect(FLOAT32_TINY <= self.eps <= FLOAT32_MAX, "an eps that is a positive float32", *inputs)

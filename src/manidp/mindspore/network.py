@@ -339,7 +339,8 @@ def _conv(node: _Node) -> nn.Cell:
 
 def _batch_norm(node: _Node) -> nn.Cell:
     norm = nn.BatchNorm2d if len(node["shape"]) == 3 else nn.BatchNorm1d
-    return norm(node["parameters"]["gamma"][0], node["eps"])
+    frozen = {"use_batch_statistics": False} if node["use_global_stats"] else {}
+    return norm(node["parameters"]["gamma"][0], node["eps"], **frozen)
 
 
 def _select(node: _Node) -> nn.Cell:

@@ -834,22 +834,19 @@ class _Lowering:
         return replace(made, dims=(*made.dims, *[()] * (len(x.dims) - len(made.dims))))
 
     def _affine(self, x: Any, scale: Any, shift: Any) -> Any:
-        """x * scale + shift, numbers or constants of one number a channel: a convolution of each channel by itself."""
+        """x * scale + shift, numbers or constants of one number a channel.
+
+        Of a map a convolution of each channel by itself, of a vector a batch norm whose statistics are 0 and 1.
+        """
         x = self.plain(x)
         factor, term = (None if part is None else self._per_channel(x, part) for part in (scale, shift))
         if factor is None:
             factor = Constant(torch.ones(self.shapes[x.node][0], dtype=torch.float64))
-        before = self.nodes.get(x.node)
         if not x.is_map:
-            if not isinstance(before, Linear):
-                raise _RefusedError("a vector times or plus a constant, not straight behind a linear layer")
-            old = {name: self.weights.get(f"{before.name}.{name}") for name in ("weight", "bias")}
-            weight, bias = old["weight"], old["bias"]
-            assert weight is not None
-            moved = bias.tensor * factor.tensor if bias is not None else torch.zeros_like(factor.tensor)
-            moved = moved + term.tensor if term is not None else moved
-            made = self.emit(Linear, before.inputs, "scaled", features=before.features, bias=True)
-            self.give(made, weight=Constant(weight.tensor.flatten(1) * factor.tensor[:, None]), bias=Constant(moved))
+            zeros = torch.zeros_like(factor.tensor)
+            made = self.emit(BatchNorm, (x.node,), "scaled", eps=0.5, use_global_stats=True)
+            self.give(made, moving_mean=Constant(zeros), moving_variance=Constant(zeros + 0.5), gamma=factor,
+                      beta=term or Constant(zeros))  # fmt: skip
             return replace(x, node=made)
         count = self.shapes[x.node][0]
         made = self.emit(Conv, (x.node,), "scaled", channels=count, groups=count, kernel=1, padding=0,

@@ -228,9 +228,10 @@ def _conv(net: Network, node: Conv, p: P, x: Tensor) -> Tensor:
 @handles(BatchNorm)
 def _batch_norm(net: Network, node: BatchNorm, p: P, x: Tensor) -> Tensor:
     mean, variance = p["moving_mean"], p["moving_variance"]
-    if net.training and net.processes.size > 1:
+    of_batch = net.training and not node.use_global_stats
+    if of_batch and net.processes.size > 1:
         return batch_norm(x, p["gamma"], p["beta"], (mean, variance), net.momentum, node.eps, net.processes)
-    return F.batch_norm(x, mean, variance, p["gamma"], p["beta"], net.training, net.momentum, node.eps)
+    return F.batch_norm(x, mean, variance, p["gamma"], p["beta"], of_batch, net.momentum, node.eps)
 
 
 @handles(Activation)
