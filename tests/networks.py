@@ -271,6 +271,18 @@ ZOO: dict[str, Graph] = {
     "Pool, average, padding different on each side": on_map(
         Pool(name="x", kind="average", kernel=3, stride=2, padding=(0, 1, 1, 0))
     ),
+    "Pool, max, padding of more than half the kernel": on_map(
+        Pool(name="x", kind="max", kernel=3, stride=2, padding=2)
+    ),
+    "Pool, average, padding of more than half the kernel": on_map(
+        Pool(name="x", kind="average", kernel=(3, 4), stride=3, padding=(0, 3, 2, 3), count_include_pad=False)
+    ),
+    "Pool, average, count_include_pad=False": on_map(
+        Pool(name="x", kind="average", kernel=3, stride=1, padding=1, count_include_pad=False)
+    ),
+    "Pool, average, count_include_pad=False, padding different on each side": on_map(
+        Pool(name="x", kind="average", kernel=3, stride=2, padding=(0, 0, 1, 1), count_include_pad=False)
+    ),
     "GlobalPool, average": on_map(
         GlobalPool(name="x"), Linear(name="a", features=12), Multiply(name="b", inputs=("stem", "a"))
     ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -127,6 +129,51 @@ def test_windows_of_any_shape() -> None:
     small(lambda s, x: s.d(x), d=nn.Conv2d(8, 8, (4, 3), padding="same", dilation=2))
 
 
+FRAMED: list[Callable[[Tensor], Tensor]] = [
+    lambda x: F.pad(x, (1, 2, 0, 1)),
+    lambda x: F.pad(x, (1, 1, 1, 1)).relu() + F.pad(x, (2, 0, 1, 1)) + F.pad(x, (1, 1, 1, 1)),
+    lambda x: F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3),
+    lambda x: F.max_pool2d(F.pad(F.relu(x), (3, 3, 3, 3)), 3),
+    lambda x: F.pad(x, (-1, 1, -1, 1)),  # moved by a pixel
+    lambda x: F.pad(x, (-2, -3, 1, -7)),
+    lambda x: x[:, :, 1:, 2:-1] + F.avg_pool2d(x, 2, 1)[..., 1:9:1][..., :7],
+    lambda x: torch.cat([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], 1)[:, ::4],
+]
+
+
+def test_zeros_around_a_map_and_less_of_it() -> None:
+    class Framed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.c(x)
+            logits: Tensor = self.fc(torch.cat([framed(x).square().mean((2, 3)) for framed in FRAMED], 1))
+            return logits
+
+    module = Framed(lambda s, x: x)
+    module.fc = nn.Linear(8 * len(FRAMED), 4)
+    checkpoint = from_torch(module, EXAMPLE[:, :, :12, :10])
+    images = np.random.default_rng(0).integers(0, 256, (2, 12, 10, 3), np.uint8)
+    meant = reference.run(checkpoint.graph, checkpoint.weights, checkpoint.preprocessing.apply(images)).logits
+    assert np.abs(Engine(checkpoint).run(images).logits - meant).max() <= 1e-5 * np.abs(meant).max()
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_averages_count_the_padding_in_or_not(counted: bool) -> None:
+    """Windows that are not whole leave out what is beyond the padding."""
+
+    class Averages(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x, total = self.c(x), torch.zeros(1)
+            for size, stride, padding, ceil in product((2, 3), (1, 2, 3), (0, 1), (True, False)):
+                for around in ((0, 0, 0, 0), (1, 0, 0, 1)):
+                    pooled = F.avg_pool2d(F.pad(x, around), size, stride, padding, ceil, counted)
+                    total = total + pooled.mean((2, 3))
+            logits: Tensor = self.fc(total)
+            return logits
+
+    made = from_torch(Averages(lambda s, x: x), EXAMPLE[:, :, :12, :10])
+    assert {node.count_include_pad for node in made.graph.nodes if isinstance(node, Pool)} == {True, False}
+
+
 def test_writes_in_place_are_seen() -> None:
     def middle(s: Any, x: Tensor) -> Tensor:
         y = x.clone()
@@ -161,8 +208,13 @@ def test_constants() -> None:
 
 def test_constants_on_vectors() -> None:
     class Scaled(Net):
+        g: nn.Parameter
+        b: nn.Parameter
+
         def forward(self, x: Tensor) -> Tensor:
-            return 0.125 * self.fc(self.g * F.relu(self.c(x)).mean((2, 3)) + self.b) + 1
+            x = self.g * F.relu(self.c(x)).mean((2, 3)) + self.b
+            logits: Tensor = 0.125 * self.fc(x) + 1
+            return logits
 
     parts = {name: nn.Parameter(torch.randn(8)) for name in "gb"}
     checkpoint = from_torch(Scaled(lambda s, x: x, **parts), EXAMPLE)
@@ -230,10 +282,11 @@ def test_all_that_is_unsupported_is_listed() -> None:
         (lambda s, x: F.dropout(x), "random numbers"),
         (lambda s, x: x + torch.rand(1), "random numbers"),
         (lambda s, x: F.adaptive_avg_pool2d(x, 5), "from 12x10 to 5x5"),
-        (lambda s, x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), "leaves the padding out"),
-        (lambda s, x: F.avg_pool2d(x, 3, 2, ceil_mode=True), "windows that are not whole"),
-        (lambda s, x: F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3), "a map that may be negative"),
         (lambda s, x: F.pad(x, (1, 1, 1, 1), mode="reflect"), "mode 'reflect'"),
+        (lambda s, x: F.pad(x, (1, 1, 1, 1), value=-math.inf).relu(), "taken by a maximum that follows"),
+        (lambda s, x: F.pad(x, (1, 1, 1, 1), value=0.5), "padding with 0.5, not with zeros"),
+        (lambda s, x: F.pad(x, (1, -2, 0, 0, -1, 1)), "cuts off channels"),
+        (lambda s, x: x[:, :, 8:], "more than 7 rows or columns are cut off"),
         (lambda s, x: F.batch_norm(x, None, None, training=True), "statistics of the image at hand"),
         (lambda s, x: x * x.mean(1, keepdim=True), "not over whole height, width or both"),
         (lambda s, x: x + x.mean((2, 3), keepdim=True), "repeated along an axis"),

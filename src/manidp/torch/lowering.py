@@ -46,6 +46,7 @@ ATEN = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent)  # code below is torch's, not a network's author's
 OURS = str(Path(__file__).parent.parent)  # and what is below this is ours: an ONNX file has no lines of code
 BATCH_SIZE = 2  # images that the module is exported with; no axis of a graph's value is this one's
+MOST_CUT = 7  # rows or columns that are cut off a map, by a convolution that is larger by as many
 _KINDS: tuple[str, ...] = get_args(ActivationKind)
 
 
@@ -254,10 +255,27 @@ class _Lowering:
         if not isinstance(x, Value):
             raise _RefusedError("reads what cannot be imported")
         if any(x.pad):
-            raise _RefusedError("zeros around a map are taken by a convolution or pooling that follows, nothing else")
+            if x.pad_value:
+                raise _RefusedError("infinities around a map are taken by a maximum that follows, nothing else")
+            return self._framed(x.node, x.pad)
         if x.expanded:
             raise _RefusedError("a vector repeated over a map; only a multiplication takes it")
         return x
+
+    def _framed(self, node: str, pad: tuple[int, int, int, int]) -> Value:
+        """A map with so many zeros around it, or where negative so much less: each channel convolved by itself."""
+        cut, count = [max(-side, 0) for side in pad], self.shapes[node][0]
+        kernel = (cut[0] + 1 + cut[2], cut[1] + 1 + cut[3])
+        if max(kernel) > MOST_CUT + 1:
+            raise _RefusedError(f"a map of which more than {MOST_CUT} rows or columns are cut off")
+        made = self._again(
+            node, ".pad" + "_".join(map(str, pad)), Conv, (node,), channels=count, groups=count, kernel=kernel,
+            padding=tuple(max(side, 0) for side in pad),
+        )  # fmt: skip
+        weight = torch.zeros(count, 1, *kernel, dtype=torch.float64)
+        weight[:, :, cut[0], cut[1]] = 1
+        self.give(made, weight=Constant(weight))
+        return self.value(made)
 
     def map(self, x: Any) -> str:
         """The node that makes this tensor (B, C, H, W) as a feature map."""
@@ -385,6 +403,16 @@ class _Lowering:
                 (down, across), source = pair(node.stride), node.inputs[0]
                 stride = (stride[0] * down, stride[1] * across)
             return self.value(self.emit(Pool, (source,), "subsample", kind="max", kernel=1, stride=stride))
+        if x.is_feature_map() and dim >= 2 and start < stop:
+            pad = (-start, 0, stop - size, 0) if dim == 2 else (0, -start, 0, stop - size)
+            source = self.map(x)
+            node = self.nodes.get(source)
+            if isinstance(node, Pool) and node.kernel == 1 and pair(node.stride)[dim - 2] == 1:  # before that, as well
+                cut = self._framed(node.inputs[0], pad)
+                cut = self.value(self.emit(Pool, (cut.node,), "subsample", kind="max", kernel=1, stride=node.stride))
+            else:
+                cut = self._framed(source, pad)
+            return self.slice(cut, dim, 0, None, step)
         if step > 1 and size % step == 0 and start < step and stop > size - step + start:
             shape = x.shape
             halves = x.reshape((*shape[:dim], size // step, step, *shape[dim + 1 :]))
@@ -499,8 +527,10 @@ class _Lowering:
     def constant_pad(self, x: Any, sizes: Sequence[int], value: float = 0.0) -> Any:
         sizes = [*sizes, 0, 0, 0, 0, 0, 0][:6]
         left, right, top, bottom, before, behind = sizes
-        if min(sizes) < 0 or value not in (0, -math.inf):
-            raise _RefusedError("padding that cuts off, or that is not of zeros")
+        if value not in (0, -math.inf):
+            raise _RefusedError(f"padding with {value}, not with zeros")
+        if min(before, behind) < 0:
+            raise _RefusedError("padding that cuts off channels")
         if before or behind:
             if value:
                 raise _RefusedError("channels of infinities")
@@ -510,7 +540,12 @@ class _Lowering:
             x = self.value(self.emit(Scatter, (node,), "pad", channels=before + count + behind, at=at))
         if not (left or right or top or bottom):
             return self.plain(x)
-        return replace(self.value(self.map(x)), pad=(top, left, bottom, right), pad_value=float(value))
+        pad = (top, left, bottom, right)
+        if min(pad) < 0:
+            if value:
+                raise _RefusedError("padding with infinities that cuts off")
+            return self._framed(self.map(x), pad)
+        return replace(self.value(self.map(x)), pad=pad, pad_value=float(value))
 
     def concat(self, parts: Sequence[Any], dim: int = 0) -> Value:
         values = [part for part in parts if isinstance(part, Value)]
@@ -644,7 +679,7 @@ class _Lowering:
                  ceil_mode: bool = False) -> Any:  # fmt: skip
         if _two(dilation) != (1, 1):
             raise _RefusedError("pooling with dilation")
-        return self._pooled("max", x, _two(kernel), _two(stride or kernel), _two(padding), ceil_mode)
+        return self._pooled("max", x, _two(kernel), _two(stride or kernel), _two(padding))
 
     def max_pool_with_indices(self, *args: Any) -> tuple[Value, _Unknown]:
         return self.max_pool(*args), _Unknown()
@@ -654,38 +689,40 @@ class _Lowering:
         kernel, padding = _two(kernel), _two(padding)
         if divisor_override not in (None, math.prod(kernel)):
             raise _RefusedError("an average with a divisor of its own")
-        if any(padding) and not count_include_pad:
-            raise _RefusedError("an average that leaves the padding out (count_include_pad=False)")
-        return self._pooled("average", x, kernel, _two(stride or kernel), padding, ceil_mode)
+        return self._pooled("average", x, kernel, _two(stride or kernel), padding, count_include_pad)
 
     def _pooled(self, kind: PoolKind, x: Any, kernel: tuple[int, int], stride: tuple[int, int],
-                padding: tuple[int, int], ceil_mode: bool) -> Any:  # fmt: skip
+                padding: tuple[int, int], counts: bool = True) -> Any:  # fmt: skip
+        """counts: whether an average counts ``padding`` in; never what windows that ceil_mode adds reach beyond it."""
         if not isinstance(x, Value):
             self.plain(x)
         if kernel == stride == (1, 1) and padding == (0, 0):
             return x
-        sides = [*padding, *padding]
-        if any(x.pad):
-            outside = -math.inf if kind == "max" else 0.0
-            if x.pad_value != outside and not (kind == "max" and self._never_negative(x.node)):
-                raise _RefusedError("a maximum over a padding of zeros, of a map that may be negative")
-            if kind == "average" and ceil_mode:
-                raise _RefusedError("an average over windows that are not whole (ceil_mode)")
-            sides = [a + b for a, b in zip(sides, x.pad, strict=True)]
-            x = replace(x, pad=(0, 0, 0, 0))
-        source = self.map(x)
         made = self.at.meta["val"]
         shape = (made[0] if isinstance(made, (tuple, list)) else made).shape[2:]
-        for axis in (0, 1):  # windows that ceil_mode adds, or pixels that no window reaches
-            size = self.shapes[source][1 + axis] + sides[axis] + sides[axis + 2]
-            more = (shape[axis] - 1) * stride[axis] + kernel[axis] - size
-            if more > 0:
-                if kind == "average":
-                    raise _RefusedError("an average over windows that are not whole (ceil_mode)")
-                sides[axis + 2] += more
+
+        def beyond(node: str, sides: Sequence[int]) -> list[int]:
+            """How far the last windows, those that ceil_mode adds, reach beyond the padding."""
+            sizes = [size + sides[axis] + sides[axis + 2] for axis, size in enumerate(self.shapes[node][1:])]
+            return [max((shape[axis] - 1) * stride[axis] + kernel[axis] - sizes[axis], 0) for axis in (0, 1)]
+
+        most, sides = kind == "max", [*padding, *padding]
+        counts = counts or not any(padding)
+        if any(x.pad):
+            both = [a + b for a, b in zip(sides, x.pad, strict=True)]
+            same = x.pad_value == (-math.inf if most else 0.0) or (most and self._never_negative(x.node))
+            fits = bool(x.pad_value) or all(side < size for side, size in zip(both, kernel * 2, strict=True))
+            if same and fits and (most or (counts and not any(beyond(x.node, both)))):
+                x, sides = replace(x, pad=(0, 0, 0, 0)), both
+        source = self.map(x)
+        if not most and counts and any(sides) and any(beyond(source, sides)):  # only some of what is outside counts
+            source, sides = self._framed(source, (*padding, *padding)).node, [0, 0, 0, 0]
+        more = beyond(source, sides)
+        sides = [*sides[:2], sides[2] + more[0], sides[3] + more[1]]
         return self.value(
-            self.emit(Pool, (source,), "pool", kind=kind, kernel=kernel, stride=stride, padding=tuple(sides))
-        )
+            self.emit(Pool, (source,), "pool", kind=kind, kernel=kernel, stride=stride, padding=tuple(sides),
+                      count_include_pad=counts and not any(more))
+        )  # fmt: skip
 
     def _never_negative(self, name: str) -> bool:
         node = self.nodes.get(name)
@@ -707,7 +744,7 @@ class _Lowering:
         if high % size[0] or wide % size[1]:
             raise _RefusedError(f"a pool from {high}x{wide} to {size[0]}x{size[1]}, which no window divides evenly")
         kernel = (high // size[0], wide // size[1])
-        return self._pooled(kind, x, kernel, kernel, (0, 0), False)
+        return self._pooled(kind, x, kernel, kernel, (0, 0))
 
     def mean(self, x: Any, dims: Any = None, keepdim: bool = False, **_: Any) -> Any:
         return self._reduced("average", x, dims, keepdim)
