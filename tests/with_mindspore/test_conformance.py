@@ -24,7 +24,7 @@ COMPILED = dict.fromkeys(
         "Pool, average",
         "Pool, average, count",
         "Pool, max, padding",
-    ]  # fmt: skip
+    ]
 )
 """A row of every op, and more where MindSpore has a cell of its own for them."""
 
