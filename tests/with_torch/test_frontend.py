@@ -236,6 +236,38 @@ def test_normalised_weights_are_folded() -> None:
     assert list(made.provenance["imported"]["fixed"]) == ["d.conv.weight"]
 
 
+@pytest.mark.parametrize("pooled", ["vector", "map"])
+def test_a_convolution_over_channels_is_a_matrix(pooled: str) -> None:
+    """Source: ECA-Net, Wang et al. 2020."""
+
+    def middle(s: Any, x: Tensor) -> Tensor:
+        y = x.mean((2, 3)).view(len(x), 1, 8) if pooled == "vector" else F.avg_pool2d(x, (12, 10)).flatten(2).mT
+        y = torch.sigmoid(s.d(y)).view(len(x), 8, 1, 1)
+        return x * y.expand_as(x)
+
+    made = small(middle, d=nn.Conv1d(1, 1, 3, padding=2, dilation=2))
+    assert kinds(made).count("Linear") == 2
+    assert list(made.provenance["imported"]["fixed"]) == ["d.weight", "d.bias"]
+    with pytest.raises(FrontendError, match="not one, with stride 1, over a vector's channels"):
+        small(lambda s, x: s.d(x.flatten(2)).view(-1, 8, 12, 10), d=nn.Conv1d(8, 8, 3, padding=1))
+
+
+def test_blocks_of_pixels_become_channels() -> None:
+    made = small(lambda s, x: s.d(F.pixel_unshuffle(x, 2)), d=nn.Conv2d(32, 8, 1))
+    (blocks,) = [node for node in made.graph.nodes if isinstance(node, Conv) and node.stride == 2]
+    assert blocks.kernel == 2 and blocks.channels == 32
+    small(lambda s, x: s.d(x.view(-1, 8, 4, 3, 2, 5).permute(0, 3, 5, 1, 2, 4).reshape(-1, 120, 4, 2)),
+          d=nn.Conv2d(120, 8, 1))  # fmt: skip
+    with pytest.raises(FrontendError, match="whose axes are not"):  # one of each block, with the others in the map
+        small(lambda s, x: s.d(x.view(-1, 8, 3, 4, 10).transpose(2, 3).reshape(-1, 8, 12, 10)), d=nn.Conv2d(8, 8, 1))
+
+
+def test_adaptive_pools_whose_windows_are_alike() -> None:
+    small(lambda s, x: F.adaptive_avg_pool2d(x, (11, 5)) + F.adaptive_max_pool2d(x, (11, 5)))
+    made = small(lambda s, x: F.adaptive_avg_pool2d(F.adaptive_avg_pool2d(x, 1), (3, 2)))
+    assert [node.kernel for node in made.graph.nodes if isinstance(node, Conv)] == [3, (3, 2)]
+
+
 def test_batch_norm_of_vectors() -> None:
     graph = imported("vgg").graph
     assert any(isinstance(node, BatchNorm) and len(graph.shapes[node.name]) == 1 for node in graph.nodes)

@@ -46,7 +46,9 @@ def from_torch(
     The module itself is not changed. It is traced by ``torch.export``, so its ``forward`` must do the same for every
     image. What comes out is compared with the module in float64, on the example, on random images and with other
     weights of the same shapes. ``provenance["imported"]["names"]`` says which parameter is which of the module's
-    ``state_dict``, for ``to_state_dict``; a parameter that the module uses twice is two here.
+    ``state_dict``, for ``to_state_dict``; a parameter that the module uses twice is two here. What is made of several
+    of its numbers (weights that it normalises, the matrix of a convolution over channels) is a constant: it may be
+    trained, but then does not go back.
 
     Raises FrontendError: for ops that no op of a graph stands for, all of them listed with module and source line; for
     a module that takes decisions from data, has several outputs, or does not run on the example; for one that differs.

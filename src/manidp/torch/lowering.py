@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -282,6 +283,8 @@ class _Lowering:
         x = self.plain(x)
         if x.is_feature_map():
             return self._in_order(x, x.dims[1])
+        if x.is_blocks():
+            return self._blocks(x)
         source = self.nodes.get(x.node)
         if x.is_vector() and len(x.dims) == 4 and isinstance(source, GlobalPool):
             size = self.shapes[source.inputs[0]][1:]
@@ -290,6 +293,22 @@ class _Lowering:
         if x.is_vector() and len(x.dims) == 4 and not x.is_map:
             raise _RefusedError("a vector that becomes a map of 1 x 1 again")
         raise _RefusedError(f"reads a tensor {tuple(x.shape)} whose axes are not batch, channels, height, width")
+
+    def _blocks(self, x: Value) -> str:
+        """Blocks of pixels as channels (space to depth): a convolution that takes each number to its place."""
+        inner = [factor for factor in x.dims[1] if factor[0] != CHANNELS]
+        high, wide = (math.prod(x.size(factor) for factor in inner if factor[0] == axis) for axis in (HEIGHT, WIDTH))
+        count = self.shapes[x.node][0]
+        places = torch.arange(count * high * wide).reshape([
+            x.size(factor) for axis in (CHANNELS, HEIGHT, WIDTH) for factor in x.axis(axis) if factor in x.dims[1]
+        ])  # fmt: skip
+        order = [factor for axis in (CHANNELS, HEIGHT, WIDTH) for factor in x.axis(axis) if factor in x.dims[1]]
+        places = places.permute([order.index(factor) for factor in x.dims[1]]).reshape(-1)
+        made = self.emit(Conv, (x.node,), "blocks", channels=len(places), kernel=(high, wide), stride=(high, wide),
+                         padding=0)  # fmt: skip
+        weight = torch.eye(len(places), dtype=torch.float64)[places]
+        self.give(made, weight=Constant(weight.reshape(len(places), count, high, wide)))
+        return made
 
     def vector(self, x: Any) -> str:
         """The node that makes this tensor (B, C), or (B, C, 1, 1), as a vector."""
@@ -582,6 +601,8 @@ class _Lowering:
     def conv(self, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
              groups: int = 1) -> Any:  # fmt: skip
         self._constant(weight, bias)
+        if weight.tensor.dim() == 3:
+            return self._over_channels(x, weight.tensor, bias, stride, padding, dilation)
         if weight.tensor.dim() != 4:
             raise _RefusedError("a convolution that is not two-dimensional")
         if not isinstance(x, Value):
@@ -611,6 +632,28 @@ class _Lowering:
         )  # fmt: skip
         self.give(made, weight=weight, bias=bias)
         return self.value(made)
+
+    def _over_channels(self, x: Any, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any) -> Value:
+        """A convolution (1, 1, kernel) over a vector's channels: a matrix with the kernel in each row, a constant."""
+        x, kernel = self.plain(x), weight.shape[2]
+        if x.dims[:1] + x.dims[2:] != (x.axis(BATCH), x.axis(CHANNELS)) or x.dims[1] or weight.shape[:2] != (1, 1) or (
+            _two(stride) != (1, 1)
+        ):  # fmt: skip
+            raise _RefusedError(
+                "a one-dimensional convolution that is not one, with stride 1, over a vector's channels"
+            )
+        (before, _), (step, _) = _two(padding), _two(dilation)
+        count = x.shape[2]
+        band = torch.zeros(count + 2 * before - step * (kernel - 1), count + 2 * before, dtype=torch.float64)
+        for at, row in enumerate(band):
+            row[at : at + step * (kernel - 1) + 1 : step] = weight.flatten()
+        band = band[:, before : before + count]
+        source = self.vector(replace(x, dims=(x.dims[0], x.dims[2])))
+        made = self.emit(Linear, (source,), "conv", features=len(band), bias=bias is not None)
+        bias = None if bias is None else Constant(bias.tensor.expand(len(band)))
+        self.give(made, weight=Constant(band), bias=bias)
+        new = self.value(made)
+        return replace(new, dims=(new.dims[0], (), new.dims[1]))
 
     def convolution(self, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
                     output_padding: Any, groups: int) -> Any:  # fmt: skip
@@ -740,11 +783,20 @@ class _Lowering:
         x = self.plain(x)
         if size == (1, 1):
             return self._reduced(kind, x, (2, 3), True)
-        high, wide = x.shape[2:]
-        if high % size[0] or wide % size[1]:
-            raise _RefusedError(f"a pool from {high}x{wide} to {size[0]}x{size[1]}, which no window divides evenly")
-        kernel = (high // size[0], wide // size[1])
-        return self._pooled(kind, x, kernel, kernel, (0, 0))
+        (high, wide), (rows, columns) = x.shape[2:], size
+        if (high, wide) == (1, 1):  # the one pixel again and again: in each window of a padded map
+            node, count = self.map(x), self.shapes[x.node][0]
+            made = self.emit(Conv, (node,), "pool", channels=count, groups=count, kernel=size,
+                             padding=(rows - 1, columns - 1))  # fmt: skip
+            self.give(made, weight=Constant(torch.ones(count, 1, *size, dtype=torch.float64)))
+            return self.value(made)
+        down, across = _evenly(high, rows), _evenly(wide, columns)
+        if down is None or across is None:
+            raise _RefusedError(
+                f"a pool from {high}x{wide} to {rows}x{columns}, whose windows are not alike; images of another size "
+                "may make them so"
+            )
+        return self._pooled(kind, x, (down[0], across[0]), (down[1], across[1]), (0, 0))
 
     def mean(self, x: Any, dims: Any = None, keepdim: bool = False, **_: Any) -> Any:
         return self._reduced("average", x, dims, keepdim)
@@ -1058,6 +1110,14 @@ def _ranges(places: Sequence[int]) -> list[tuple[int, int]]:
         else:
             found.append((place, place + 1))
     return found
+
+
+def _evenly(size: int, count: int) -> tuple[int, int] | None:
+    """(window, stride) of an adaptive pool from ``size`` to ``count``, if its windows are alike."""
+    starts = [at * size // count for at in range(count)]
+    windows = {-(-(at + 1) * size // count) - start for at, start in enumerate(starts)}
+    strides = {after - before for before, after in pairwise(starts)} or {1}
+    return (windows.pop(), strides.pop()) if len(windows) == len(strides) == 1 and strides != {0} else None
 
 
 def _two(value: Any) -> tuple[int, int]:
