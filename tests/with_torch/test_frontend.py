@@ -262,6 +262,20 @@ def test_blocks_of_pixels_become_channels() -> None:
         small(lambda s, x: s.d(x.view(-1, 8, 3, 4, 10).transpose(2, 3).reshape(-1, 8, 12, 10)), d=nn.Conv2d(8, 8, 1))
 
 
+def test_attention_between_two_branches_is_a_sigmoid() -> None:
+    """Sources: SKNet, Li et al. 2019; ResNeSt, Zhang et al. 2020."""
+
+    def middle(s: Any, x: Tensor) -> Tensor:
+        both = torch.stack([x, s.d(x)], 1)
+        shares = torch.softmax(s.e(both.sum(1).sum((2, 3), keepdim=True)).view(-1, 2, 8, 1, 1), 1)
+        return (both * shares).sum(1)
+
+    made = small(middle, d=nn.Conv2d(8, 8, 3, padding=1), e=nn.Conv2d(8, 16, 1))
+    assert [node.kind for node in made.graph.nodes if isinstance(node, Activation)] == ["sigmoid", "sigmoid"]
+    with pytest.raises(FrontendError, match="at most 8 are added"):
+        small(lambda s, x: x.repeat(1, 2, 1, 1).sum(1, keepdim=True).expand(-1, 8, -1, -1))
+
+
 def test_adaptive_pools_whose_windows_are_alike() -> None:
     small(lambda s, x: F.adaptive_avg_pool2d(x, (11, 5)) + F.adaptive_max_pool2d(x, (11, 5)))
     made = small(lambda s, x: F.adaptive_avg_pool2d(F.adaptive_avg_pool2d(x, 1), (3, 2)))

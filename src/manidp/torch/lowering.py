@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,7 @@ ATEN = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent)  # code below is torch's, not a network's author's
 OURS = str(Path(__file__).parent.parent)  # and what is below this is ours: an ONNX file has no lines of code
 BATCH_SIZE = 2  # images that the module is exported with; no axis of a graph's value is this one's
+MOST_PARTS = 8  # of the channels that are added to one another
 MOST_CUT = 7  # rows or columns that are cut off a map, by a convolution that is larger by as many
 _KINDS: tuple[str, ...] = get_args(ActivationKind)
 
@@ -713,7 +715,21 @@ class _Lowering:
     def own_statistics(self, *_: Any, **__: Any) -> Any:
         raise _RefusedError("a normalisation by statistics of the image at hand")
 
-    def softmax(self, *_: Any, **__: Any) -> Any:
+    def softmax(self, x: Any, dim: int, *_: Any) -> Any:
+        """Of two parts of a vector, sigmoids: attention between two branches (SKNet, Li et al. 2019)."""
+        x = self.plain(x)
+        shape = x.shape
+        if dim % len(shape) != 1 or len(shape) < 3 or shape[1] != 2 or math.prod(shape[3:]) != 1:
+            raise _RefusedError(
+                "a network's output is its logits; return them as they are (elsewhere: a softmax is taken of two parts of "
+                "a vector, dimension 1, nothing else)"
+            )
+        first, second = self.unbind(x, 1)
+        less = self.subtract(first, second)
+        parts = [self.activation("sigmoid", less), self.activation("sigmoid", self.negative(less))]
+        return self.concat(parts, 1).reshape(shape)
+
+    def log_softmax(self, *_: Any, **__: Any) -> Any:
         raise _RefusedError("a network's output is its logits; return them as they are")
 
     # ---- handlers: pooling
@@ -800,6 +816,19 @@ class _Lowering:
 
     def mean(self, x: Any, dims: Any = None, keepdim: bool = False, **_: Any) -> Any:
         return self._reduced("average", x, dims, keepdim)
+
+    def sum(self, x: Any, dims: Any, keepdim: bool = False, **_: Any) -> Any:
+        """Over height and width as their mean times their size; over parts of the channels part by part."""
+        x = self.plain(x)
+        over = [dim % len(x.dims) for dim in ([dims] if isinstance(dims, int) else dims)]
+        if len(over) == 1 and {axis for axis, _ in x.dims[over[0]]} == {CHANNELS}:
+            (dim,) = over
+            if x.shape[dim] > MOST_PARTS:
+                raise _RefusedError(f"a sum over {x.shape[dim]} parts of the channels; at most {MOST_PARTS} are added")
+            made = functools.reduce(self.add, self.unbind(x, dim))
+            return made.reshape((*x.shape[:dim], 1, *x.shape[dim + 1 :])) if keepdim else made
+        count = math.prod(x.shape[dim] for dim in over)
+        return self.multiply(self._reduced("average", x, over, keepdim), float(count))
 
     def maximum_over(self, x: Any, dims: Any = None, keepdim: bool = False) -> Any:
         return self._reduced("max", x, dims, keepdim)
@@ -890,6 +919,10 @@ class _Lowering:
 
     def multiply(self, x: Any, y: Any) -> Any:
         if isinstance(x, Value) and isinstance(y, Value):
+            shape = x.shape
+            if len(shape) == 5 and y.shape == (*shape[:3], 1, 1) and not (any(x.pad) or any(y.pad)):  # channels in two
+                flat = [part.reshape((shape[0], shape[1] * shape[2], *part.shape[3:])) for part in (x, y)]
+                return self.multiply(*flat).reshape(shape)
             if y.is_map and not y.is_vector() and (not x.is_map or x.is_vector()):
                 x, y = y, x
             if len(x.dims) == len(y.dims) == 4 and y.is_vector() and (self._is_pooled(y) or y.expanded) and x.is_map:
@@ -998,11 +1031,11 @@ _HANDLERS: dict[str, _Handler] = {
     "_native_batch_norm_legit_no_training.default": _L.batch_norm,
     **dict.fromkeys(("_native_batch_norm_legit.no_stats", "instance_norm.default", "group_norm.default",
                      "layer_norm.default"), _L.own_statistics),
-    **dict.fromkeys(("_softmax.default", "_log_softmax.default"), _L.softmax),
+    "_softmax.default": _L.softmax, "_log_softmax.default": _L.log_softmax,
     "max_pool2d.default": _L.max_pool, "max_pool2d_with_indices.default": _L.max_pool_with_indices,
     "avg_pool2d.default": _L.average_pool, "adaptive_avg_pool2d.default": _L.adaptive_average,
     "_adaptive_avg_pool2d.default": _L.adaptive_average, "adaptive_max_pool2d.default": _L.adaptive_max,
-    "mean.dim": _L.mean, "mean.default": _L.mean, "amax.default": _L.maximum_over,
+    "mean.dim": _L.mean, "mean.default": _L.mean, "sum.dim_IntList": _L.sum, "amax.default": _L.maximum_over,
     **{f"{kind}.default": _activation(kind) for kind in
        ("relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid", "tanh", "mish")},
     "leaky_relu.default": _L.leaky_relu, "elu.default": _L.elu, "prelu.default": _L.prelu,
