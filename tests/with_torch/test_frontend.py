@@ -193,6 +193,9 @@ def test_channels_are_sliced_and_shuffled() -> None:
     assert kinds(made).count("Shuffle") == 1 and kinds(made).count("Slice") == 2
     made = small(lambda s, x: x[:, [0, 2, 4, 6, 1, 3, 5, 7]] + x.flip(1))  # by index, and backwards: one by one
     assert kinds(made).count("Shuffle") == 1 and kinds(made).count("Slice") == 8
+    made = small(lambda s, x: x.view(-1, 2, 2, 2, 12, 10).transpose(2, 3).reshape(x.shape))  # no one shuffle of all
+    assert [node.groups for node in made.graph.nodes if isinstance(node, Shuffle)] == [4]
+    assert kinds(made).count("Slice") == 4
 
 
 def test_constants() -> None:
@@ -268,10 +271,13 @@ def test_attention_between_two_branches_is_a_sigmoid() -> None:
     def middle(s: Any, x: Tensor) -> Tensor:
         both = torch.stack([x, s.d(x)], 1)
         shares = torch.softmax(s.e(both.sum(1).sum((2, 3), keepdim=True)).view(-1, 2, 8, 1, 1), 1)
-        return (both * shares).sum(1)
+        x = (both * shares).sum(1)
+        shares = s.e(x.mean((2, 3), keepdim=True)).view(-1, 1, 2, 8).transpose(1, 2).softmax(1).reshape(-1, 16, 1, 1)
+        x = (both * shares.view(-1, 2, 8, 1, 1)).sum(1)
+        return x
 
     made = small(middle, d=nn.Conv2d(8, 8, 3, padding=1), e=nn.Conv2d(8, 16, 1))
-    assert [node.kind for node in made.graph.nodes if isinstance(node, Activation)] == ["sigmoid", "sigmoid"]
+    assert [node.kind for node in made.graph.nodes if isinstance(node, Activation)] == ["sigmoid"] * 4
     with pytest.raises(FrontendError, match="at most 8 are added"):
         small(lambda s, x: x.repeat(1, 2, 1, 1).sum(1, keepdim=True).expand(-1, 8, -1, -1))
 

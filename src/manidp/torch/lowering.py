@@ -347,8 +347,26 @@ class _Lowering:
     def _in_order(self, x: Value, order: Sequence[Factor]) -> str:
         groups = x.rotation(order)
         if groups is None:
-            raise _RefusedError("channels in an order that no channel shuffle makes")
+            places = torch.arange(self.shapes[x.node][0]).reshape(x.axes[CHANNELS])
+            return self._arranged(x.node, places.permute([place for _, place in order]).flatten().tolist())
         return x.node if groups == 1 else self._again(x.node, f".shuffle{groups}", Shuffle, (x.node,), groups=groups)
+
+    def _arranged(self, node: str, places: Sequence[int]) -> str:
+        """These channels of a node: ranges of them, as they are or shuffled, one behind the other."""
+        size = self.shapes[node][0]
+        groups, ranges = min(
+            ((groups, _ranges(_dealt(places, size, groups))) for groups in range(1, size + 1) if size % groups == 0),
+            key=lambda found: len(found[1]),
+        )
+        if len(ranges) > Concat.arity[1]:
+            raise _RefusedError(
+                f"channels in an order of {len(ranges)} ranges one behind the other; at most {Concat.arity[1]} are put "
+                "together"
+            )
+        if groups > 1:
+            node = self._again(node, f".shuffle{groups}", Shuffle, (node,), groups=groups)
+        parts = [self.slice(self.value(node), 1, start, stop) for start, stop in ranges]
+        return parts[0].node if len(parts) == 1 else self.concat(parts, 1).node
 
     # ---- handlers: shapes
 
@@ -462,7 +480,7 @@ class _Lowering:
         return replace(x, node=made, axes=axes, dims=dims).merged()
 
     def index_select(self, x: Any, dim: int, index: Any) -> Value:
-        """Channels in another order: ranges of them, as they are or shuffled, one behind the other."""
+        """Some channels, in any order."""
         if not isinstance(index, Constant) or index.tensor.dim() != 1 or index.tensor.is_floating_point() or (
             index.tensor.dtype == torch.bool
         ):  # fmt: skip
@@ -482,20 +500,7 @@ class _Lowering:
         if dim != 1 or not (x.is_feature_map() or x.is_vector()):
             raise _RefusedError("a part of a tensor that is not channels of it")
         source = self.value(self.map(x) if x.is_feature_map() else self.vector(x))
-        groups, ranges = min(
-            ((groups, _ranges(_dealt(places, size, groups))) for groups in range(1, size + 1) if size % groups == 0),
-            key=lambda found: len(found[1]),
-        )
-        if len(ranges) > Concat.arity[1]:
-            raise _RefusedError(
-                f"channels in an order of {len(ranges)} ranges one behind the other; at most {Concat.arity[1]} are put "
-                "together"
-            )
-        node = source.node
-        if groups > 1:
-            node = self._again(node, f".shuffle{groups}", Shuffle, (node,), groups=groups)
-        parts = [self.slice(self.value(node), 1, start, stop) for start, stop in ranges]
-        made = parts[0] if len(parts) == 1 else self.concat(parts, 1)
+        made = self.value(self._arranged(source.node, places))
         return replace(made, dims=(*made.dims, *[()] * (len(x.dims) - len(made.dims))))
 
     def index(self, x: Any, places: Sequence[Any]) -> Value:
@@ -542,7 +547,7 @@ class _Lowering:
 
     def pad(self, x: Any, sizes: Sequence[int], mode: Any = "constant", value: float | None = None) -> Any:
         if mode != "constant":
-            raise _RefusedError(f"padding of mode '{mode}'")
+            raise _RefusedError(f"padding of mode '{mode}': nothing but zeros is put around a map")
         return self.constant_pad(x, sizes, value or 0.0)
 
     def constant_pad(self, x: Any, sizes: Sequence[int], value: float = 0.0) -> Any:
@@ -719,12 +724,13 @@ class _Lowering:
         """Of two parts of a vector, sigmoids: attention between two branches (SKNet, Li et al. 2019)."""
         x = self.plain(x)
         shape = x.shape
-        if dim % len(shape) != 1 or len(shape) < 3 or shape[1] != 2 or math.prod(shape[3:]) != 1:
+        inside = {axis for factors in x.dims[1:] for axis, _ in factors}
+        if dim % len(shape) != 1 or len(shape) < 3 or shape[1] != 2 or inside != {CHANNELS}:
             raise _RefusedError(
-                "a network's output is its logits; return them as they are (elsewhere: a softmax is taken of two parts of "
-                "a vector, dimension 1, nothing else)"
+                "a network's output is its logits; return them as they are (elsewhere: a softmax is taken of two parts "
+                "of a vector, along dimension 1, nothing else)"
             )
-        first, second = self.unbind(x, 1)
+        first, second = (part.reshape((shape[0], math.prod(shape[2:]))) for part in self.unbind(x, 1))
         less = self.subtract(first, second)
         parts = [self.activation("sigmoid", less), self.activation("sigmoid", self.negative(less))]
         return self.concat(parts, 1).reshape(shape)
