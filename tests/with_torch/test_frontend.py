@@ -222,8 +222,9 @@ def test_constants_on_vectors() -> None:
     parts = {name: nn.Parameter(torch.randn(8)) for name in "gb"}
     checkpoint = from_torch(Scaled(lambda s, x: x, **parts), EXAMPLE)
     scaled = [node for node in checkpoint.graph.nodes if isinstance(node, BatchNorm)]
-    assert len(scaled) == 4 and all(node.use_global_stats for node in scaled)
-    assert {"g", "b", "fc.weight", "fc.bias"} <= set(checkpoint.provenance["imported"]["names"].values())
+    assert len(scaled) == 2 and all(node.use_global_stats for node in scaled)
+    assert {"g", "b"} <= set(checkpoint.provenance["imported"]["names"].values())
+    assert kinds(checkpoint)[-1] == "Linear"  # behind a linear layer it is that layer
     network = network_from(checkpoint)
     with torch.no_grad():  # no statistics of a batch, nor does training move theirs
         assert torch.equal(network.train()(EXAMPLE).logits, network.eval()(EXAMPLE).logits)
@@ -273,7 +274,7 @@ def test_attention_between_two_branches_is_a_sigmoid() -> None:
         shares = torch.softmax(s.e(both.sum(1).sum((2, 3), keepdim=True)).view(-1, 2, 8, 1, 1), 1)
         x = (both * shares).sum(1)
         shares = s.e(x.mean((2, 3), keepdim=True)).view(-1, 1, 2, 8).transpose(1, 2).softmax(1).reshape(-1, 16, 1, 1)
-        x = (both * shares.view(-1, 2, 8, 1, 1)).sum(1)
+        x = (shares.view(-1, 2, 8, 1, 1) * both).sum(1)
         return x
 
     made = small(middle, d=nn.Conv2d(8, 8, 3, padding=1), e=nn.Conv2d(8, 16, 1))
@@ -343,6 +344,8 @@ def test_all_that_is_unsupported_is_listed() -> None:
         (lambda s, x: x * x.mean(1, keepdim=True), "not over whole height, width or both"),
         (lambda s, x: x + x.mean((2, 3), keepdim=True), "repeated along an axis"),
         (lambda s, x: torch.cat([x, x], 2), "another axis than channels"),
+        (lambda s, x: x + x.sum((1, 2, 3), keepdim=True), "not over whole height, width or both"),
+        (lambda s, x: F.conv2d(torch.cat([x] * 5, 1).view(-1, 4800, 1, 1), torch.ones(8, 4800, 1, 1)), "at most 4096"),
         (lambda s, x: x.transpose(2, 3)[:, :, :, :10] + x[:, :, :10], "not a range of its channels"),
     ],
 )  # fmt: skip

@@ -48,6 +48,7 @@ ATEN = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent)  # code below is torch's, not a network's author's
 OURS = str(Path(__file__).parent.parent)  # and what is below this is ours: an ONNX file has no lines of code
 BATCH_SIZE = 2  # images that the module is exported with; no axis of a graph's value is this one's
+MOST_ROWS = 4096  # of a matrix that is made of constants
 MOST_PARTS = 8  # of the channels that are added to one another
 MOST_CUT = 7  # rows or columns that are cut off a map, by a convolution that is larger by as many
 _KINDS: tuple[str, ...] = get_args(ActivationKind)
@@ -301,6 +302,8 @@ class _Lowering:
         inner = [factor for factor in x.dims[1] if factor[0] != CHANNELS]
         high, wide = (math.prod(x.size(factor) for factor in inner if factor[0] == axis) for axis in (HEIGHT, WIDTH))
         count = self.shapes[x.node][0]
+        if count * high * wide > MOST_ROWS:
+            raise _RefusedError(f"blocks of pixels as {count * high * wide} channels; at most {MOST_ROWS}")
         places = torch.arange(count * high * wide).reshape([
             x.size(factor) for axis in (CHANNELS, HEIGHT, WIDTH) for factor in x.axis(axis) if factor in x.dims[1]
         ])  # fmt: skip
@@ -651,6 +654,8 @@ class _Lowering:
             )
         (before, _), (step, _) = _two(padding), _two(dilation)
         count = x.shape[2]
+        if count > MOST_ROWS:
+            raise _RefusedError(f"a convolution over {count} channels of a vector; at most {MOST_ROWS}")
         band = torch.zeros(count + 2 * before - step * (kernel - 1), count + 2 * before, dtype=torch.float64)
         for at, row in enumerate(band):
             row[at : at + step * (kernel - 1) + 1 : step] = weight.flatten()
@@ -826,7 +831,7 @@ class _Lowering:
     def sum(self, x: Any, dims: Any, keepdim: bool = False, **_: Any) -> Any:
         """Over height and width as their mean times their size; over parts of the channels part by part."""
         x = self.plain(x)
-        over = [dim % len(x.dims) for dim in ([dims] if isinstance(dims, int) else dims)]
+        over = [dim % len(x.dims) for dim in ([dims] if isinstance(dims, int) else dims or range(len(x.dims)))]
         if len(over) == 1 and {axis for axis, _ in x.dims[over[0]]} == {CHANNELS}:
             (dim,) = over
             if x.shape[dim] > MOST_PARTS:
@@ -925,6 +930,8 @@ class _Lowering:
 
     def multiply(self, x: Any, y: Any) -> Any:
         if isinstance(x, Value) and isinstance(y, Value):
+            if len(x.dims) == len(y.dims) == 5 and x.shape[3:] == (1, 1):
+                x, y = y, x
             shape = x.shape
             if len(shape) == 5 and y.shape == (*shape[:3], 1, 1) and not (any(x.pad) or any(y.pad)):  # channels in two
                 flat = [part.reshape((shape[0], shape[1] * shape[2], *part.shape[3:])) for part in (x, y)]
@@ -964,12 +971,23 @@ class _Lowering:
     def _affine(self, x: Any, scale: Any, shift: Any) -> Any:
         """x * scale + shift, numbers or constants of one number a channel.
 
-        Of a map a convolution of each channel by itself, of a vector a batch norm whose statistics are 0 and 1.
+        Of a map a convolution of each channel by itself; straight behind a linear layer that layer itself, so that a
+        network's last one can be given other classes; of another vector a batch norm whose statistics are 0 and 1.
         """
         x = self.plain(x)
         factor, term = (None if part is None else self._per_channel(x, part) for part in (scale, shift))
         if factor is None:
             factor = Constant(torch.ones(self.shapes[x.node][0], dtype=torch.float64))
+        before = self.nodes.get(x.node)
+        if isinstance(before, Linear):
+            old = {name: self.weights.get(f"{before.name}.{name}") for name in ("weight", "bias")}
+            weight, bias = old["weight"], old["bias"]
+            assert weight is not None
+            moved = bias.tensor * factor.tensor if bias is not None else torch.zeros_like(factor.tensor)
+            moved = moved + term.tensor if term is not None else moved
+            made = self.emit(Linear, before.inputs, "scaled", features=before.features, bias=True)
+            self.give(made, weight=Constant(weight.tensor.flatten(1) * factor.tensor[:, None]), bias=Constant(moved))
+            return replace(x, node=made)
         if not x.is_map:
             zeros = torch.zeros_like(factor.tensor)
             made = self.emit(BatchNorm, (x.node,), "scaled", eps=0.5, use_global_stats=True)
