@@ -246,6 +246,7 @@ ZOO: dict[str, Graph] = {
     "BatchNorm, after a Conv": on_map(BatchNorm(name="x")),
     "BatchNorm, after another op": on_map(Activation(name="relu"), BatchNorm(name="x", eps=1e-3)),
     "BatchNorm, of a vector": on_vector(BatchNorm(name="x")),
+    "BatchNorm, use_global_stats": on_map_and_vector(BatchNorm(name="x", eps=0.5, use_global_stats=True)),
     "LayerNorm, of a map": on_map(LayerNorm(name="x")),
     "LayerNorm, of a vector": on_vector(LayerNorm(name="x", eps=1e-3)),
     **{f"Activation, {kind}": on_map_and_vector(Activation(name="x", kind=kind)) for kind in _KINDS},
@@ -294,6 +295,18 @@ ZOO: dict[str, Graph] = {
     ),
     "Pool, average, padding different on each side": on_map(
         Pool(name="x", kind="average", kernel=3, stride=2, padding=(0, 1, 1, 0))
+    ),
+    "Pool, max, padding of more than half the kernel": on_map(
+        Pool(name="x", kind="max", kernel=3, stride=2, padding=2)
+    ),
+    "Pool, average, padding of more than half the kernel": on_map(
+        Pool(name="x", kind="average", kernel=(3, 4), stride=3, padding=(0, 3, 2, 3), count_include_pad=False)
+    ),
+    "Pool, average, count_include_pad=False": on_map(
+        Pool(name="x", kind="average", kernel=3, stride=1, padding=1, count_include_pad=False)
+    ),
+    "Pool, average, count_include_pad=False, padding different on each side": on_map(
+        Pool(name="x", kind="average", kernel=3, stride=2, padding=(0, 0, 1, 1), count_include_pad=False)
     ),
     "GlobalPool, average": on_map(
         GlobalPool(name="x"), Linear(name="a", features=12), Multiply(name="b", inputs=("stem", "a"))

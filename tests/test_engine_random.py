@@ -131,7 +131,7 @@ def networks(draw: st.DrawFn) -> Graph:
         elif kind == "pool" and min(height, width) >= 2:
             kernel = draw(st.integers(1, min(3, height, width)))
             b.add(Pool, kind=draw(st.sampled_from(("average", "max"))), kernel=kernel, stride=draw(st.integers(1, 3)),
-                  padding=draw(st.integers(0, kernel // 2)))  # fmt: skip
+                  padding=draw(st.integers(0, kernel - 1)), count_include_pad=draw(st.booleans()))  # fmt: skip
         elif kind == "add" and same:
             b.add(Add, *draw(st.permutations([b.last, *draw(st.lists(st.sampled_from(same), min_size=1, max_size=2))])))
         elif kind == "multiply" and same:

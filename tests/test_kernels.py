@@ -86,9 +86,10 @@ def test_a_convolution_is_what_its_model_says(
 
 
 @pytest.mark.parametrize("isa", ISA)
-@pytest.mark.parametrize("kind", ["max", "average"])
+@pytest.mark.parametrize("kind", ["max", "average", "inside"])
 def test_a_pool_is_what_its_model_says(kind: str, isa: str) -> None:
-    node = Pool(name="pool", inputs=("image",), kind=kind, kernel=3, stride=2, padding=1)  # type: ignore[arg-type]
+    node = Pool(name="pool", inputs=("image",), kind="max" if kind == "max" else "average", kernel=3, stride=2,
+                padding=1, count_include_pad=kind != "inside")  # fmt: skip
     images = np.random.default_rng(1).normal(size=(2, 5, 9, 11)).astype(np.float32)
     made = logits_of((Input(name="image", dims=(5, 9, 11)), node), isa, {}, images)
     np.testing.assert_array_equal(made, pool.model(images, node).reshape(2, -1))

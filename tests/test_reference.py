@@ -81,13 +81,14 @@ def test_conv_is_the_sum_it_is_defined_as(
         assert made[b, o, i, j] == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["average", "max"])
+@pytest.mark.parametrize("kind", ["average", "inside", "max"])
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 1, 1)])
-def test_pool_counts_padding_as_zero_in_averages_and_never_as_maximum(
+def test_pool_counts_padding_as_zero_in_averages_if_at_all_and_never_as_maximum(
     kind: str, kernel: int, stride: int, padding: int
 ) -> None:
     x = np.random.default_rng(2).normal(size=(2, 3, 7, 6)) - 3
-    node = Pool(name="node", inputs=("in0",), kind=kind, kernel=kernel, stride=stride, padding=padding)  # type: ignore[arg-type]
+    node = Pool(name="node", inputs=("in0",), kind="max" if kind == "max" else "average", kernel=kernel, stride=stride,
+                padding=padding, count_include_pad=kind != "inside")  # fmt: skip
     made = value_of(node, x)
     for b, c, i, j in np.ndindex(made.shape):
         window = [
@@ -96,7 +97,8 @@ def test_pool_counts_padding_as_zero_in_averages_and_never_as_maximum(
             for column in range(j * stride - padding, j * stride - padding + kernel)
             if 0 <= row < 7 and 0 <= column < 6
         ]
-        assert made[b, c, i, j] == pytest.approx(max(window) if kind == "max" else sum(window) / kernel**2)
+        count = len(window) if kind == "inside" else kernel**2
+        assert made[b, c, i, j] == pytest.approx(max(window) if kind == "max" else sum(window) / count)
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,7 @@ def _pool(to: _Writer, node: Pool) -> None:
     if node.kind == "max":
         to.op("MaxPool", to.inputs, **_window(node))
     else:
-        to.op("AveragePool", to.inputs, count_include_pad=1, **_window(node))
+        to.op("AveragePool", to.inputs, count_include_pad=int(node.count_include_pad), **_window(node))
 
 
 @handles(GlobalPool)

@@ -196,7 +196,9 @@ def _scatter(node: Scatter, p: P, x: Array) -> Array:
 def _pool(node: Pool, p: P, x: Array) -> Array:
     if node.kind == "max":
         return np.asarray(_windows(node, x, -np.inf).max(axis=(4, 5)))
-    return np.asarray(_windows(node, x).mean(axis=(4, 5)))
+    if node.count_include_pad:
+        return np.asarray(_windows(node, x).mean(axis=(4, 5)))
+    return np.asarray(_windows(node, x).sum(axis=(4, 5)) / _windows(node, np.ones_like(x)).sum(axis=(4, 5)))
 
 
 @handles(GlobalPool)

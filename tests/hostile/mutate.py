@@ -238,7 +238,7 @@ def _change_field(rng: random.Random, graph: dict[str, Any]) -> None:
         node[name] = [rng.choice((3, 3, 1, 4)), *(rng.choice(range(1, 40) if small else NUMBERS) for _ in range(2))]
     elif name == "kind":
         node[name] = rng.choice(("relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid", "average", "max"))
-    elif name == "bias":
+    elif name in ("bias", "count_include_pad", "use_global_stats"):
         node[name] = not node.get(name)
     else:
         node[name] = rng.choice(range(1, 10) if small and name != "eps" else NUMBERS)
@@ -259,6 +259,7 @@ def _insert(rng: random.Random, graph: dict[str, Any]) -> None:
         {"op": "Multiply", "inputs": [source, source]},
         {"op": "Pool", "kind": "max", "kernel": 3, "stride": 1, "padding": 1},
         {"op": "Pool", "kind": "average", "kernel": 2, "stride": rng.choice((1, 2))},
+        {"op": "Pool", "kind": "average", "kernel": 3, "stride": 1, "padding": 1, "count_include_pad": False},
         {"op": "GlobalPool"},
         {"op": "Flatten"},
         {"op": "Linear", "features": rng.choice((1, 4, 16))},

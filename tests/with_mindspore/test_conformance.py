@@ -17,7 +17,14 @@ from networks import IMAGE, ZOO, checkpoint_of, images_for, some_open
 
 COMPILED = dict.fromkeys(
     next(name for name in ZOO if name.startswith(start))
-    for start in [*(f"{op}, " for op in OPS), "Select, constant", "Pool, average", "Pool, max, padding"]
+    for start in [
+        *(f"{op}, " for op in OPS),
+        "BatchNorm, use",
+        "Select, constant",
+        "Pool, average",
+        "Pool, average, count",
+        "Pool, max, padding",
+    ]
 )
 """A row of every op, and more where MindSpore has a cell of its own for them."""
 

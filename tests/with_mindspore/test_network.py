@@ -28,6 +28,7 @@ from manidp.mindspore.convert import from_checkpoint, weights
 from manidp.mindspore.network import Network
 from manidp.models import resnet
 from manidp.reference import node_values, run
+from networks import ZOO
 
 from .cases import TOLERANCE, assert_close, checkpoint_of, gated_resnet, images_for
 
@@ -113,6 +114,15 @@ def test_the_network_is_the_reference(mode: str) -> None:
         assert_close(feature.asnumpy(), values[graph.gated_value(gate)].mean((2, 3)))
         open_and_closed |= set(kept.ravel().tolist())
     assert open_and_closed == {True, False}
+
+
+def test_global_statistics_are_used_and_kept_in_training() -> None:
+    graph = ZOO["BatchNorm, use_global_stats"]
+    network, images = from_checkpoint(checkpoint_of(graph)), mindspore.Tensor(images_for(graph))
+    before, logits = weights(network), network(images).asnumpy()
+    network.set_train(True)
+    np.testing.assert_array_equal(network(images).asnumpy(), logits)
+    assert all(np.array_equal(value, before[name]) for name, value in weights(network).items())
 
 
 def test_a_saliency_on_the_threshold_is_closed() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -127,6 +129,51 @@ def test_windows_of_any_shape() -> None:
     small(lambda s, x: s.d(x), d=nn.Conv2d(8, 8, (4, 3), padding="same", dilation=2))
 
 
+FRAMED: list[Callable[[Tensor], Tensor]] = [
+    lambda x: F.pad(x, (1, 2, 0, 1)),
+    lambda x: F.pad(x, (1, 1, 1, 1)).relu() + F.pad(x, (2, 0, 1, 1)) + F.pad(x, (1, 1, 1, 1)),
+    lambda x: F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3),
+    lambda x: F.max_pool2d(F.pad(F.relu(x), (3, 3, 3, 3)), 3),
+    lambda x: F.pad(x, (-1, 1, -1, 1)),  # moved by a pixel
+    lambda x: F.pad(x, (-2, -3, 1, -7)),
+    lambda x: x[:, :, 1:, 2:-1] + F.avg_pool2d(x, 2, 1)[..., 1:9:1][..., :7],
+    lambda x: torch.cat([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], 1)[:, ::4],
+]
+
+
+def test_zeros_around_a_map_and_less_of_it() -> None:
+    class Framed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.c(x)
+            logits: Tensor = self.fc(torch.cat([framed(x).square().mean((2, 3)) for framed in FRAMED], 1))
+            return logits
+
+    module = Framed(lambda s, x: x)
+    module.fc = nn.Linear(8 * len(FRAMED), 4)
+    checkpoint = from_torch(module, EXAMPLE[:, :, :12, :10])
+    images = np.random.default_rng(0).integers(0, 256, (2, 12, 10, 3), np.uint8)
+    meant = reference.run(checkpoint.graph, checkpoint.weights, checkpoint.preprocessing.apply(images)).logits
+    assert np.abs(Engine(checkpoint).run(images).logits - meant).max() <= 1e-5 * np.abs(meant).max()
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_averages_count_the_padding_in_or_not(counted: bool) -> None:
+    """Windows that are not whole leave out what is beyond the padding."""
+
+    class Averages(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x, total = self.c(x), torch.zeros(1)
+            for size, stride, padding, ceil in product((2, 3), (1, 2, 3), (0, 1), (True, False)):
+                for around in ((0, 0, 0, 0), (1, 0, 0, 1)):
+                    pooled = F.avg_pool2d(F.pad(x, around), size, stride, padding, ceil, counted)
+                    total = total + pooled.mean((2, 3))
+            logits: Tensor = self.fc(total)
+            return logits
+
+    made = from_torch(Averages(lambda s, x: x), EXAMPLE[:, :, :12, :10])
+    assert {node.count_include_pad for node in made.graph.nodes if isinstance(node, Pool)} == {True, False}
+
+
 def test_writes_in_place_are_seen() -> None:
     def middle(s: Any, x: Tensor) -> Tensor:
         y = x.clone()
@@ -146,6 +193,9 @@ def test_channels_are_sliced_and_shuffled() -> None:
     assert kinds(made).count("Shuffle") == 1 and kinds(made).count("Slice") == 2
     made = small(lambda s, x: x[:, [0, 2, 4, 6, 1, 3, 5, 7]] + x.flip(1))  # by index, and backwards: one by one
     assert kinds(made).count("Shuffle") == 1 and kinds(made).count("Slice") == 8
+    made = small(lambda s, x: x.view(-1, 2, 2, 2, 12, 10).transpose(2, 3).reshape(x.shape))  # no one shuffle of all
+    assert [node.groups for node in made.graph.nodes if isinstance(node, Shuffle)] == [4]
+    assert kinds(made).count("Slice") == 4
 
 
 def test_constants() -> None:
@@ -158,16 +208,85 @@ def test_constants() -> None:
         "scaled_3",
     }
 
-    class Logits(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * 0.125 + 1
 
-    assert kinds(from_torch(Logits(lambda s, x: x), EXAMPLE))[-1] == "Linear"
+def test_constants_on_vectors() -> None:
+    class Scaled(Net):
+        g: nn.Parameter
+        b: nn.Parameter
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.g * F.relu(self.c(x)).mean((2, 3)) + self.b
+            logits: Tensor = 0.125 * self.fc(x) + 1
+            return logits
+
+    parts = {name: nn.Parameter(torch.randn(8)) for name in "gb"}
+    checkpoint = from_torch(Scaled(lambda s, x: x, **parts), EXAMPLE)
+    scaled = [node for node in checkpoint.graph.nodes if isinstance(node, BatchNorm)]
+    assert len(scaled) == 2 and all(node.use_global_stats for node in scaled)
+    assert {"g", "b"} <= set(checkpoint.provenance["imported"]["names"].values())
+    assert kinds(checkpoint)[-1] == "Linear"  # behind a linear layer it is that layer
+    network = network_from(checkpoint)
+    with torch.no_grad():  # no statistics of a batch, nor does training move theirs
+        assert torch.equal(network.train()(EXAMPLE).logits, network.eval()(EXAMPLE).logits)
+    assert all(np.array_equal(value, checkpoint.weights[name]) for name, value in network.weights().items())
+    checkpoint.weights["scaled.gamma"][:] = 3
+    module = Scaled(lambda s, x: x, **parts)
+    module.load_state_dict(to_state_dict(checkpoint, module))
+    assert torch.equal(module.g, torch.full((8,), 3.0))
 
 
 def test_normalised_weights_are_folded() -> None:
     made = small(lambda s, x: s.d(x), d=nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)))
     assert list(made.provenance["imported"]["fixed"]) == ["d.conv.weight"]
+
+
+@pytest.mark.parametrize("pooled", ["vector", "map"])
+def test_a_convolution_over_channels_is_a_matrix(pooled: str) -> None:
+    """Source: ECA-Net, Wang et al. 2020."""
+
+    def middle(s: Any, x: Tensor) -> Tensor:
+        y = x.mean((2, 3)).view(len(x), 1, 8) if pooled == "vector" else F.avg_pool2d(x, (12, 10)).flatten(2).mT
+        y = torch.sigmoid(s.d(y)).view(len(x), 8, 1, 1)
+        return x * y.expand_as(x)
+
+    made = small(middle, d=nn.Conv1d(1, 1, 3, padding=2, dilation=2))
+    assert kinds(made).count("Linear") == 2
+    assert list(made.provenance["imported"]["fixed"]) == ["d.weight", "d.bias"]
+    with pytest.raises(FrontendError, match="not one, with stride 1, over a vector's channels"):
+        small(lambda s, x: s.d(x.flatten(2)).view(-1, 8, 12, 10), d=nn.Conv1d(8, 8, 3, padding=1))
+
+
+def test_blocks_of_pixels_become_channels() -> None:
+    made = small(lambda s, x: s.d(F.pixel_unshuffle(x, 2)), d=nn.Conv2d(32, 8, 1))
+    (blocks,) = [node for node in made.graph.nodes if isinstance(node, Conv) and node.stride == 2]
+    assert blocks.kernel == 2 and blocks.channels == 32
+    small(lambda s, x: s.d(x.view(-1, 8, 4, 3, 2, 5).permute(0, 3, 5, 1, 2, 4).reshape(-1, 120, 4, 2)),
+          d=nn.Conv2d(120, 8, 1))  # fmt: skip
+    with pytest.raises(FrontendError, match="whose axes are not"):  # one of each block, with the others in the map
+        small(lambda s, x: s.d(x.view(-1, 8, 3, 4, 10).transpose(2, 3).reshape(-1, 8, 12, 10)), d=nn.Conv2d(8, 8, 1))
+
+
+def test_attention_between_two_branches_is_a_sigmoid() -> None:
+    """Sources: SKNet, Li et al. 2019; ResNeSt, Zhang et al. 2020."""
+
+    def middle(s: Any, x: Tensor) -> Tensor:
+        both = torch.stack([x, s.d(x)], 1)
+        shares = torch.softmax(s.e(both.sum(1).sum((2, 3), keepdim=True)).view(-1, 2, 8, 1, 1), 1)
+        x = (both * shares).sum(1)
+        shares = s.e(x.mean((2, 3), keepdim=True)).view(-1, 1, 2, 8).transpose(1, 2).softmax(1).reshape(-1, 16, 1, 1)
+        x = (shares.view(-1, 2, 8, 1, 1) * both).sum(1)
+        return x
+
+    made = small(middle, d=nn.Conv2d(8, 8, 3, padding=1), e=nn.Conv2d(8, 16, 1))
+    assert [node.kind for node in made.graph.nodes if isinstance(node, Activation)] == ["sigmoid"] * 4
+    with pytest.raises(FrontendError, match="at most 8 are added"):
+        small(lambda s, x: x.repeat(1, 2, 1, 1).sum(1, keepdim=True).expand(-1, 8, -1, -1))
+
+
+def test_adaptive_pools_whose_windows_are_alike() -> None:
+    small(lambda s, x: F.adaptive_avg_pool2d(x, (11, 5)) + F.adaptive_max_pool2d(x, (11, 5)))
+    made = small(lambda s, x: F.adaptive_avg_pool2d(F.adaptive_avg_pool2d(x, 1), (3, 2)))
+    assert [node.kernel for node in made.graph.nodes if isinstance(node, Conv)] == [3, (3, 2)]
 
 
 def test_batch_norm_of_vectors() -> None:
@@ -216,10 +335,11 @@ def test_all_that_is_unsupported_is_listed() -> None:
         (lambda s, x: F.dropout(x), "random numbers"),
         (lambda s, x: x + torch.rand(1), "random numbers"),
         (lambda s, x: F.adaptive_avg_pool2d(x, 5), "from 12x10 to 5x5"),
-        (lambda s, x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), "leaves the padding out"),
-        (lambda s, x: F.avg_pool2d(x, 3, 2, ceil_mode=True), "windows that are not whole"),
-        (lambda s, x: F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3), "a map that may be negative"),
         (lambda s, x: F.pad(x, (1, 1, 1, 1), mode="reflect"), "mode 'reflect'"),
+        (lambda s, x: F.pad(x, (1, 1, 1, 1), value=-math.inf).relu(), "taken by a maximum that follows"),
+        (lambda s, x: F.pad(x, (1, 1, 1, 1), value=0.5), "padding with 0.5, not with zeros"),
+        (lambda s, x: F.pad(x, (1, -2, 0, 0, -1, 1)), "cuts off channels"),
+        (lambda s, x: x[:, :, 8:], "more than 7 rows or columns are cut off"),
         (lambda s, x: F.batch_norm(x, None, None, training=True), "statistics of the image at hand"),
         (lambda s, x: F.gelu(x, approximate="tanh"), "a GELU that is approximated by tanh"),
         (lambda s, x: F.group_norm(x, 1), "statistics of the image at hand"),
@@ -228,6 +348,8 @@ def test_all_that_is_unsupported_is_listed() -> None:
         (lambda s, x: x * x.mean(1, keepdim=True), "not over whole height, width or both"),
         (lambda s, x: x + x.mean((2, 3), keepdim=True), "repeated along an axis"),
         (lambda s, x: torch.cat([x, x], 2), "another axis than channels"),
+        (lambda s, x: x + x.sum((1, 2, 3), keepdim=True), "not over whole height, width or both"),
+        (lambda s, x: F.conv2d(torch.cat([x] * 5, 1).view(-1, 4800, 1, 1), torch.ones(8, 4800, 1, 1)), "at most 4096"),
         (lambda s, x: x.transpose(2, 3)[:, :, :, :10] + x[:, :, :10], "not a range of its channels"),
     ],
 )  # fmt: skip
@@ -294,6 +416,26 @@ def test_an_import_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(lowering._HANDLERS, "add.Tensor", lambda low, x, y: x)  # forgets a branch that is still zero
     with pytest.raises(FrontendError, match="differs from the module"):
         from_torch(module, EXAMPLE)
+
+
+def test_what_rounding_makes_of_a_network_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn of the logistic map about doubles an error: in the end a rounding is 1e-9, and 1e-12 more than that."""
+    from manidp.torch import frontend, lowering
+
+    def middle(s: Any, x: Tensor) -> Tensor:
+        x = torch.sigmoid(x)
+        for _ in range(24):
+            x = 4 * x * (1 - x)
+        return x
+
+    small(middle)
+    with monkeypatch.context() as m, pytest.raises(FrontendError, match=r"\(at most 1e-10\)"):
+        m.setattr(frontend, "ROUNDINGS", 0)
+        small(middle)
+    wrong = lowering._HANDLERS["rsub.Scalar"]
+    monkeypatch.setitem(lowering._HANDLERS, "rsub.Scalar", lambda low, x, y: wrong(low, x, y * (1 + 1e-12)))
+    with pytest.raises(FrontendError, match=r"\(at most [1-9]e-0[6-9]\)"):
+        small(middle)
 
 
 def test_a_linear_layer_on_channels_last_is_a_convolution() -> None:

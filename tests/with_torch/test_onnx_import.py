@@ -18,6 +18,7 @@ from manidp.engine.engine import Engine
 from manidp.errors import FrontendError
 from manidp.formats.checkpoint import load_checkpoint
 from manidp.gating.place import gate
+from manidp.graph import Pool
 from manidp.torch.userfile import imported as imported_from
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'manidp[onnx]'")
@@ -115,6 +116,29 @@ def test_a_gelu_that_is_written_out_is_one(nodes: Any, tmp_path: Path) -> None:
     ]  # fmt: skip
     checkpoint = manidp.from_onnx(written(tmp_path / "x.onnx", whole, ARRAYS))
     assert [type(one).__name__ for one in checkpoint.graph.nodes] == ["Input", "Conv", "Activation", "GlobalPool"]
+
+
+@pytest.mark.parametrize("counted", [0, 1])
+@pytest.mark.parametrize(
+    "window",
+    [
+        {"strides": [1, 1], "pads": [1, 1, 1, 1]},
+        {"strides": [2, 2], "pads": [0, 0, 1, 1]},
+        {"strides": [2, 2], "auto_pad": "SAME_UPPER"},
+        {"strides": [2, 1], "ceil_mode": 1},
+    ],
+)
+def test_averages_count_the_padding_in_or_not(window: Any, counted: int, tmp_path: Path) -> None:
+    pool = node("AveragePool", "c", "z", kernel_shape=[3, 3], count_include_pad=counted, **window)
+    checkpoint = manidp.from_onnx(written(tmp_path / "x.onnx", between(pool), ARRAYS))
+    (made,) = [one for one in checkpoint.graph.nodes if isinstance(one, Pool)]
+    assert made.count_include_pad == bool(counted) or "ceil_mode" in window
+
+
+def test_an_average_that_leaves_out_more_than_torch_can_is_refused(tmp_path: Path) -> None:
+    pool = node("AveragePool", "c", "z", kernel_shape=[3, 3], pads=[0, 0, 2, 2])
+    with pytest.raises(FrontendError, match=r"leaves out a padding of \(0, 0, 2, 2\)"):
+        manidp.from_onnx(written(tmp_path / "x.onnx", between(pool), ARRAYS))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's exporter warns of itself

@@ -230,10 +230,15 @@ class Conv(_Window):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNorm(Node):
-    """gamma * (x - moving_mean) / sqrt(moving_variance + eps) + beta, per channel of a map or a vector."""
+    """gamma * (x - moving_mean) / sqrt(moving_variance + eps) + beta, per channel of a map or a vector.
+
+    In training the mean and variance are the batch's, and move the moving ones; with ``use_global_stats`` they are the
+    moving ones there too, and stay: a factor and a term for each channel.
+    """
 
     flow: ClassVar[ChannelFlow] = "own"
     eps: float = 1e-5
+    use_global_stats: bool = False
 
     def shape(self, *inputs: Shape) -> Shape:
         self._expect(FLOAT32_TINY <= self.eps <= FLOAT32_MAX, "an eps that is a positive float32", *inputs)
@@ -507,19 +512,25 @@ class Scatter(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class Pool(_Window):
-    """Windowed pooling. Average counts the padding in (as zeros); max never picks it."""
+    """Windowed pooling. Max never picks the padding; average counts it in, as zeros, if ``count_include_pad``."""
 
     flow: ClassVar[ChannelFlow] = "own"
     kind: PoolKind
     padding: Padding = 0
+    count_include_pad: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "max" or self.padding == 0:  # one way to say it: where it makes no difference
+            object.__setattr__(self, "count_include_pad", True)
 
     def shape(self, *inputs: Shape) -> Shape:
         (x,) = inputs
         self._expect(len(x) == 3, "a feature map (C, H, W)", x)
         (high, wide), (top, left, bottom, right) = pair(self.kernel), sides(self.padding)
         fits = min(high, wide, *pair(self.stride)) > 0 <= min(top, left, bottom, right)
-        fits = fits and 2 * max(top, bottom) <= high and 2 * max(left, right) <= wide
-        self._expect(fits, "a positive kernel and stride, and padding of at most half the kernel", x)
+        fits = fits and max(top, bottom) < high and max(left, right) < wide
+        self._expect(fits, "a positive kernel and stride, and padding that is less than the kernel", x)
         out = self.positions(*x[1:])
         self._expect(min(out) > 0, f"a map at least as large as its {high}x{wide} window", x)
         return (x[0], *out)

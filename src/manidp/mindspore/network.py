@@ -262,6 +262,17 @@ class _Padded(nn.Cell):
         return self.then(self.pad(x))
 
 
+class _Inside(nn.Cell):
+    """An average that counts zeros around the map, made into one over what is inside."""
+
+    def __init__(self, average: nn.Cell) -> None:
+        super().__init__()
+        self.average = average
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.average(x) / self.average(ops.ones_like(x[:1, :1]))
+
+
 class _Function(nn.Cell):
     """A step without parameters."""
 
@@ -354,7 +365,8 @@ def _conv(node: _Node) -> nn.Cell:
 
 def _batch_norm(node: _Node) -> nn.Cell:
     norm = nn.BatchNorm2d if len(node["shape"]) == 3 else nn.BatchNorm1d
-    return norm(node["parameters"]["gamma"][0], node["eps"])
+    frozen = {"use_batch_statistics": False} if node["use_global_stats"] else {}
+    return norm(node["parameters"]["gamma"][0], node["eps"], **frozen)
 
 
 def _select(node: _Node) -> nn.Cell:
@@ -366,9 +378,13 @@ def _select(node: _Node) -> nn.Cell:
 def _pool(node: _Node) -> nn.Cell:
     pool, outside = (nn.MaxPool2d, float("-inf")) if node["kind"] == "max" else (nn.AvgPool2d, 0.0)
     kernel, stride = _pair(node["kernel"]), _pair(node["stride"])
-    if isinstance(node["padding"], int):
-        return pool(kernel, stride, "pad", node["padding"])
-    return _Padded(_sides(node["padding"]), outside, pool(kernel, stride))
+    if isinstance(node["padding"], int) and 2 * node["padding"] <= min(
+        kernel if isinstance(kernel, tuple) else (kernel,)
+    ):
+        made = pool(kernel, stride, "pad", node["padding"])
+    else:
+        made = _Padded(_sides(node["padding"]), outside, pool(kernel, stride))
+    return made if node["count_include_pad"] else _Inside(made)
 
 
 def _linear(node: _Node) -> nn.Cell:

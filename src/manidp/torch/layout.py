@@ -138,6 +138,14 @@ class Value:
             and self.dims[2:] == (self.axis(HEIGHT), self.axis(WIDTH))
         )
 
+    def is_blocks(self) -> bool:
+        """Whether the tensor is (B, C * h * w, H / h, W / w), blocks of h x w pixels as channels in any order."""
+        if not self.is_map or len(self.dims) != 4 or self.dims[0] != self.axis(BATCH):
+            return False
+        inner = [sorted(factor for factor in self.dims[1] if factor[0] == axis) for axis in (CHANNELS, HEIGHT, WIDTH)]
+        whole = [(*self.dims[2], *inner[1]), (*self.dims[3], *inner[2])]
+        return tuple(inner[0]) == self.axis(CHANNELS) and whole == [self.axis(HEIGHT), self.axis(WIDTH)]
+
     def rotation(self, order: Sequence[Factor]) -> int | None:
         """``groups`` of the Shuffle that puts channels in this order of factors: 1 if as they are, None if no one does.
 

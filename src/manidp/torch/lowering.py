@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,6 +49,9 @@ ATEN = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent)  # code below is torch's, not a network's author's
 OURS = str(Path(__file__).parent.parent)  # and what is below this is ours: an ONNX file has no lines of code
 BATCH_SIZE = 2  # images that the module is exported with; no axis of a graph's value is this one's
+MOST_ROWS = 4096  # of a matrix that is made of constants
+MOST_PARTS = 8  # of the channels that are added to one another
+MOST_CUT = 7  # rows or columns that are cut off a map, by a convolution that is larger by as many
 _KINDS: tuple[str, ...] = get_args(ActivationKind)
 
 
@@ -258,16 +263,35 @@ class _Lowering:
         if not isinstance(x, Value):
             raise _RefusedError("reads what cannot be imported")
         if any(x.pad):
-            raise _RefusedError("zeros around a map are taken by a convolution or pooling that follows, nothing else")
+            if x.pad_value:
+                raise _RefusedError("infinities around a map are taken by a maximum that follows, nothing else")
+            return self._framed(x.node, x.pad)
         if x.expanded:
             raise _RefusedError("a vector repeated over a map; only a multiplication takes it")
         return x
+
+    def _framed(self, node: str, pad: tuple[int, int, int, int]) -> Value:
+        """A map with so many zeros around it, or where negative so much less: each channel convolved by itself."""
+        cut, count = [max(-side, 0) for side in pad], self.shapes[node][0]
+        kernel = (cut[0] + 1 + cut[2], cut[1] + 1 + cut[3])
+        if max(kernel) > MOST_CUT + 1:
+            raise _RefusedError(f"a map of which more than {MOST_CUT} rows or columns are cut off")
+        made = self._again(
+            node, ".pad" + "_".join(map(str, pad)), Conv, (node,), channels=count, groups=count, kernel=kernel,
+            padding=tuple(max(side, 0) for side in pad),
+        )  # fmt: skip
+        weight = torch.zeros(count, 1, *kernel, dtype=torch.float64)
+        weight[:, :, cut[0], cut[1]] = 1
+        self.give(made, weight=Constant(weight))
+        return self.value(made)
 
     def map(self, x: Any) -> str:
         """The node that makes this tensor (B, C, H, W) as a feature map."""
         x = self.plain(x)
         if x.is_feature_map():
             return self._in_order(x, x.dims[1])
+        if x.is_blocks():
+            return self._blocks(x)
         source = self.nodes.get(x.node)
         if x.is_vector() and len(x.dims) == 4 and isinstance(source, GlobalPool):
             size = self.shapes[source.inputs[0]][1:]
@@ -276,6 +300,24 @@ class _Lowering:
         if x.is_vector() and len(x.dims) == 4 and not x.is_map:
             raise _RefusedError("a vector that becomes a map of 1 x 1 again")
         raise _RefusedError(f"reads a tensor {tuple(x.shape)} whose axes are not batch, channels, height, width")
+
+    def _blocks(self, x: Value) -> str:
+        """Blocks of pixels as channels (space to depth): a convolution that takes each number to its place."""
+        inner = [factor for factor in x.dims[1] if factor[0] != CHANNELS]
+        high, wide = (math.prod(x.size(factor) for factor in inner if factor[0] == axis) for axis in (HEIGHT, WIDTH))
+        count = self.shapes[x.node][0]
+        if count * high * wide > MOST_ROWS:
+            raise _RefusedError(f"blocks of pixels as {count * high * wide} channels; at most {MOST_ROWS}")
+        places = torch.arange(count * high * wide).reshape([
+            x.size(factor) for axis in (CHANNELS, HEIGHT, WIDTH) for factor in x.axis(axis) if factor in x.dims[1]
+        ])  # fmt: skip
+        order = [factor for axis in (CHANNELS, HEIGHT, WIDTH) for factor in x.axis(axis) if factor in x.dims[1]]
+        places = places.permute([order.index(factor) for factor in x.dims[1]]).reshape(-1)
+        made = self.emit(Conv, (x.node,), "blocks", channels=len(places), kernel=(high, wide), stride=(high, wide),
+                         padding=0)  # fmt: skip
+        weight = torch.eye(len(places), dtype=torch.float64)[places]
+        self.give(made, weight=Constant(weight.reshape(len(places), count, high, wide)))
+        return made
 
     def vector(self, x: Any) -> str:
         """The node that makes this tensor (B, C), or (B, C, 1, 1), as a vector."""
@@ -312,8 +354,26 @@ class _Lowering:
     def _in_order(self, x: Value, order: Sequence[Factor]) -> str:
         groups = x.rotation(order)
         if groups is None:
-            raise _RefusedError("channels in an order that no channel shuffle makes")
+            places = torch.arange(self.shapes[x.node][0]).reshape(x.axes[CHANNELS])
+            return self._arranged(x.node, places.permute([place for _, place in order]).flatten().tolist())
         return x.node if groups == 1 else self._again(x.node, f".shuffle{groups}", Shuffle, (x.node,), groups=groups)
+
+    def _arranged(self, node: str, places: Sequence[int]) -> str:
+        """These channels of a node: ranges of them, as they are or shuffled, one behind the other."""
+        size = self.shapes[node][0]
+        groups, ranges = min(
+            ((groups, _ranges(_dealt(places, size, groups))) for groups in range(1, size + 1) if size % groups == 0),
+            key=lambda found: len(found[1]),
+        )
+        if len(ranges) > Concat.arity[1]:
+            raise _RefusedError(
+                f"channels in an order of {len(ranges)} ranges one behind the other; at most {Concat.arity[1]} are put "
+                "together"
+            )
+        if groups > 1:
+            node = self._again(node, f".shuffle{groups}", Shuffle, (node,), groups=groups)
+        parts = [self.slice(self.value(node), 1, start, stop) for start, stop in ranges]
+        return parts[0].node if len(parts) == 1 else self.concat(parts, 1).node
 
     # ---- handlers: shapes
 
@@ -389,6 +449,16 @@ class _Lowering:
                 (down, across), source = pair(node.stride), node.inputs[0]
                 stride = (stride[0] * down, stride[1] * across)
             return self.value(self.emit(Pool, (source,), "subsample", kind="max", kernel=1, stride=stride))
+        if x.is_feature_map() and dim >= 2 and start < stop:
+            pad = (-start, 0, stop - size, 0) if dim == 2 else (0, -start, 0, stop - size)
+            source = self.map(x)
+            node = self.nodes.get(source)
+            if isinstance(node, Pool) and node.kernel == 1 and pair(node.stride)[dim - 2] == 1:  # before that, as well
+                cut = self._framed(node.inputs[0], pad)
+                cut = self.value(self.emit(Pool, (cut.node,), "subsample", kind="max", kernel=1, stride=node.stride))
+            else:
+                cut = self._framed(source, pad)
+            return self.slice(cut, dim, 0, None, step)
         if step > 1 and size % step == 0 and start < step and stop > size - step + start:
             shape = x.shape
             halves = x.reshape((*shape[:dim], size // step, step, *shape[dim + 1 :]))
@@ -417,7 +487,7 @@ class _Lowering:
         return replace(x, node=made, axes=axes, dims=dims).merged()
 
     def index_select(self, x: Any, dim: int, index: Any) -> Value:
-        """Channels in another order: ranges of them, as they are or shuffled, one behind the other."""
+        """Some channels, in any order."""
         if not isinstance(index, Constant) or index.tensor.dim() != 1 or index.tensor.is_floating_point() or (
             index.tensor.dtype == torch.bool
         ):  # fmt: skip
@@ -437,20 +507,7 @@ class _Lowering:
         if dim != 1 or not (x.is_feature_map() or x.is_vector()):
             raise _RefusedError("a part of a tensor that is not channels of it")
         source = self.value(self.map(x) if x.is_feature_map() else self.vector(x))
-        groups, ranges = min(
-            ((groups, _ranges(_dealt(places, size, groups))) for groups in range(1, size + 1) if size % groups == 0),
-            key=lambda found: len(found[1]),
-        )
-        if len(ranges) > Concat.arity[1]:
-            raise _RefusedError(
-                f"channels in an order of {len(ranges)} ranges one behind the other; at most {Concat.arity[1]} are put "
-                "together"
-            )
-        node = source.node
-        if groups > 1:
-            node = self._again(node, f".shuffle{groups}", Shuffle, (node,), groups=groups)
-        parts = [self.slice(self.value(node), 1, start, stop) for start, stop in ranges]
-        made = parts[0] if len(parts) == 1 else self.concat(parts, 1)
+        made = self.value(self._arranged(source.node, places))
         return replace(made, dims=(*made.dims, *[()] * (len(x.dims) - len(made.dims))))
 
     def index(self, x: Any, places: Sequence[Any]) -> Value:
@@ -497,14 +554,16 @@ class _Lowering:
 
     def pad(self, x: Any, sizes: Sequence[int], mode: Any = "constant", value: float | None = None) -> Any:
         if mode != "constant":
-            raise _RefusedError(f"padding of mode '{mode}'")
+            raise _RefusedError(f"padding of mode '{mode}': nothing but zeros is put around a map")
         return self.constant_pad(x, sizes, value or 0.0)
 
     def constant_pad(self, x: Any, sizes: Sequence[int], value: float = 0.0) -> Any:
         sizes = [*sizes, 0, 0, 0, 0, 0, 0][:6]
         left, right, top, bottom, before, behind = sizes
-        if min(sizes) < 0 or value not in (0, -math.inf):
-            raise _RefusedError("padding that cuts off, or that is not of zeros")
+        if value not in (0, -math.inf):
+            raise _RefusedError(f"padding with {value}, not with zeros")
+        if min(before, behind) < 0:
+            raise _RefusedError("padding that cuts off channels")
         if before or behind:
             if value:
                 raise _RefusedError("channels of infinities")
@@ -514,7 +573,12 @@ class _Lowering:
             x = self.value(self.emit(Scatter, (node,), "pad", channels=before + count + behind, at=at))
         if not (left or right or top or bottom):
             return self.plain(x)
-        return replace(self.value(self.map(x)), pad=(top, left, bottom, right), pad_value=float(value))
+        pad = (top, left, bottom, right)
+        if min(pad) < 0:
+            if value:
+                raise _RefusedError("padding with infinities that cuts off")
+            return self._framed(self.map(x), pad)
+        return replace(self.value(self.map(x)), pad=pad, pad_value=float(value))
 
     def concat(self, parts: Sequence[Any], dim: int = 0) -> Value:
         values = [part for part in parts if isinstance(part, Value)]
@@ -551,6 +615,8 @@ class _Lowering:
     def conv(self, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
              groups: int = 1) -> Any:  # fmt: skip
         self._constant(weight, bias)
+        if weight.tensor.dim() == 3:
+            return self._over_channels(x, weight.tensor, bias, stride, padding, dilation)
         if weight.tensor.dim() != 4:
             raise _RefusedError("a convolution that is not two-dimensional")
         if not isinstance(x, Value):
@@ -580,6 +646,30 @@ class _Lowering:
         )  # fmt: skip
         self.give(made, weight=weight, bias=bias)
         return self.value(made)
+
+    def _over_channels(self, x: Any, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any) -> Value:
+        """A convolution (1, 1, kernel) over a vector's channels: a matrix with the kernel in each row, a constant."""
+        x, kernel = self.plain(x), weight.shape[2]
+        if x.dims[:1] + x.dims[2:] != (x.axis(BATCH), x.axis(CHANNELS)) or x.dims[1] or weight.shape[:2] != (1, 1) or (
+            _two(stride) != (1, 1)
+        ):  # fmt: skip
+            raise _RefusedError(
+                "a one-dimensional convolution that is not one, with stride 1, over a vector's channels"
+            )
+        (before, _), (step, _) = _two(padding), _two(dilation)
+        count = x.shape[2]
+        if count > MOST_ROWS:
+            raise _RefusedError(f"a convolution over {count} channels of a vector; at most {MOST_ROWS}")
+        band = torch.zeros(count + 2 * before - step * (kernel - 1), count + 2 * before, dtype=torch.float64)
+        for at, row in enumerate(band):
+            row[at : at + step * (kernel - 1) + 1 : step] = weight.flatten()
+        band = band[:, before : before + count]
+        source = self.vector(replace(x, dims=(x.dims[0], x.dims[2])))
+        made = self.emit(Linear, (source,), "conv", features=len(band), bias=bias is not None)
+        bias = None if bias is None else Constant(bias.tensor.expand(len(band)))
+        self.give(made, weight=Constant(band), bias=bias)
+        new = self.value(made)
+        return replace(new, dims=(new.dims[0], (), new.dims[1]))
 
     def convolution(self, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
                     output_padding: Any, groups: int) -> Any:  # fmt: skip
@@ -658,7 +748,22 @@ class _Lowering:
     def own_statistics(self, *_: Any, **__: Any) -> Any:
         raise _RefusedError("a normalisation by statistics of the image at hand")
 
-    def softmax(self, *_: Any, **__: Any) -> Any:
+    def softmax(self, x: Any, dim: int, *_: Any) -> Any:
+        """Of two parts of a vector, sigmoids: attention between two branches (SKNet, Li et al. 2019)."""
+        x = self.plain(x)
+        shape = x.shape
+        inside = {axis for factors in x.dims[1:] for axis, _ in factors}
+        if dim % len(shape) != 1 or len(shape) < 3 or shape[1] != 2 or inside != {CHANNELS}:
+            raise _RefusedError(
+                "a network's output is its logits; return them as they are (elsewhere: a softmax is taken of two parts "
+                "of a vector, along dimension 1, nothing else)"
+            )
+        first, second = (part.reshape((shape[0], math.prod(shape[2:]))) for part in self.unbind(x, 1))
+        less = self.subtract(first, second)
+        parts = [self.activation("sigmoid", less), self.activation("sigmoid", self.negative(less))]
+        return self.concat(parts, 1).reshape(shape)
+
+    def log_softmax(self, *_: Any, **__: Any) -> Any:
         raise _RefusedError("a network's output is its logits; return them as they are")
 
     # ---- handlers: pooling
@@ -667,7 +772,7 @@ class _Lowering:
                  ceil_mode: bool = False) -> Any:  # fmt: skip
         if _two(dilation) != (1, 1):
             raise _RefusedError("pooling with dilation")
-        return self._pooled("max", x, _two(kernel), _two(stride or kernel), _two(padding), ceil_mode)
+        return self._pooled("max", x, _two(kernel), _two(stride or kernel), _two(padding))
 
     def max_pool_with_indices(self, *args: Any) -> tuple[Value, _Unknown]:
         return self.max_pool(*args), _Unknown()
@@ -677,38 +782,40 @@ class _Lowering:
         kernel, padding = _two(kernel), _two(padding)
         if divisor_override not in (None, math.prod(kernel)):
             raise _RefusedError("an average with a divisor of its own")
-        if any(padding) and not count_include_pad:
-            raise _RefusedError("an average that leaves the padding out (count_include_pad=False)")
-        return self._pooled("average", x, kernel, _two(stride or kernel), padding, ceil_mode)
+        return self._pooled("average", x, kernel, _two(stride or kernel), padding, count_include_pad)
 
     def _pooled(self, kind: PoolKind, x: Any, kernel: tuple[int, int], stride: tuple[int, int],
-                padding: tuple[int, int], ceil_mode: bool) -> Any:  # fmt: skip
+                padding: tuple[int, int], counts: bool = True) -> Any:  # fmt: skip
+        """counts: whether an average counts ``padding`` in; never what windows that ceil_mode adds reach beyond it."""
         if not isinstance(x, Value):
             self.plain(x)
         if kernel == stride == (1, 1) and padding == (0, 0):
             return x
-        sides = [*padding, *padding]
-        if any(x.pad):
-            outside = -math.inf if kind == "max" else 0.0
-            if x.pad_value != outside and not (kind == "max" and self._never_negative(x.node)):
-                raise _RefusedError("a maximum over a padding of zeros, of a map that may be negative")
-            if kind == "average" and ceil_mode:
-                raise _RefusedError("an average over windows that are not whole (ceil_mode)")
-            sides = [a + b for a, b in zip(sides, x.pad, strict=True)]
-            x = replace(x, pad=(0, 0, 0, 0))
-        source = self.map(x)
         made = self.at.meta["val"]
         shape = (made[0] if isinstance(made, (tuple, list)) else made).shape[2:]
-        for axis in (0, 1):  # windows that ceil_mode adds, or pixels that no window reaches
-            size = self.shapes[source][1 + axis] + sides[axis] + sides[axis + 2]
-            more = (shape[axis] - 1) * stride[axis] + kernel[axis] - size
-            if more > 0:
-                if kind == "average":
-                    raise _RefusedError("an average over windows that are not whole (ceil_mode)")
-                sides[axis + 2] += more
+
+        def beyond(node: str, sides: Sequence[int]) -> list[int]:
+            """How far the last windows, those that ceil_mode adds, reach beyond the padding."""
+            sizes = [size + sides[axis] + sides[axis + 2] for axis, size in enumerate(self.shapes[node][1:])]
+            return [max((shape[axis] - 1) * stride[axis] + kernel[axis] - sizes[axis], 0) for axis in (0, 1)]
+
+        most, sides = kind == "max", [*padding, *padding]
+        counts = counts or not any(padding)
+        if any(x.pad):
+            both = [a + b for a, b in zip(sides, x.pad, strict=True)]
+            same = x.pad_value == (-math.inf if most else 0.0) or (most and self._never_negative(x.node))
+            fits = bool(x.pad_value) or all(side < size for side, size in zip(both, kernel * 2, strict=True))
+            if same and fits and (most or (counts and not any(beyond(x.node, both)))):
+                x, sides = replace(x, pad=(0, 0, 0, 0)), both
+        source = self.map(x)
+        if not most and counts and any(sides) and any(beyond(source, sides)):  # only some of what is outside counts
+            source, sides = self._framed(source, (*padding, *padding)).node, [0, 0, 0, 0]
+        more = beyond(source, sides)
+        sides = [*sides[:2], sides[2] + more[0], sides[3] + more[1]]
         return self.value(
-            self.emit(Pool, (source,), "pool", kind=kind, kernel=kernel, stride=stride, padding=tuple(sides))
-        )
+            self.emit(Pool, (source,), "pool", kind=kind, kernel=kernel, stride=stride, padding=tuple(sides),
+                      count_include_pad=counts and not any(more))
+        )  # fmt: skip
 
     def _never_negative(self, name: str) -> bool:
         node = self.nodes.get(name)
@@ -726,14 +833,36 @@ class _Lowering:
         x = self.plain(x)
         if size == (1, 1):
             return self._reduced(kind, x, (2, 3), True)
-        high, wide = x.shape[2:]
-        if high % size[0] or wide % size[1]:
-            raise _RefusedError(f"a pool from {high}x{wide} to {size[0]}x{size[1]}, which no window divides evenly")
-        kernel = (high // size[0], wide // size[1])
-        return self._pooled(kind, x, kernel, kernel, (0, 0), False)
+        (high, wide), (rows, columns) = x.shape[2:], size
+        if (high, wide) == (1, 1):  # the one pixel again and again: in each window of a padded map
+            node, count = self.map(x), self.shapes[x.node][0]
+            made = self.emit(Conv, (node,), "pool", channels=count, groups=count, kernel=size,
+                             padding=(rows - 1, columns - 1))  # fmt: skip
+            self.give(made, weight=Constant(torch.ones(count, 1, *size, dtype=torch.float64)))
+            return self.value(made)
+        down, across = _evenly(high, rows), _evenly(wide, columns)
+        if down is None or across is None:
+            raise _RefusedError(
+                f"a pool from {high}x{wide} to {rows}x{columns}, whose windows are not alike; images of another size "
+                "may make them so"
+            )
+        return self._pooled(kind, x, (down[0], across[0]), (down[1], across[1]), (0, 0))
 
     def mean(self, x: Any, dims: Any = None, keepdim: bool = False, **_: Any) -> Any:
         return self._reduced("average", x, dims, keepdim)
+
+    def sum(self, x: Any, dims: Any, keepdim: bool = False, **_: Any) -> Any:
+        """Over height and width as their mean times their size; over parts of the channels part by part."""
+        x = self.plain(x)
+        over = [dim % len(x.dims) for dim in ([dims] if isinstance(dims, int) else dims or range(len(x.dims)))]
+        if len(over) == 1 and {axis for axis, _ in x.dims[over[0]]} == {CHANNELS}:
+            (dim,) = over
+            if x.shape[dim] > MOST_PARTS:
+                raise _RefusedError(f"a sum over {x.shape[dim]} parts of the channels; at most {MOST_PARTS} are added")
+            made = functools.reduce(self.add, self.unbind(x, dim))
+            return made.reshape((*x.shape[:dim], 1, *x.shape[dim + 1 :])) if keepdim else made
+        count = math.prod(x.shape[dim] for dim in over)
+        return self.multiply(self._reduced("average", x, over, keepdim), float(count))
 
     def maximum_over(self, x: Any, dims: Any = None, keepdim: bool = False) -> Any:
         return self._reduced("max", x, dims, keepdim)
@@ -826,6 +955,12 @@ class _Lowering:
 
     def multiply(self, x: Any, y: Any) -> Any:
         if isinstance(x, Value) and isinstance(y, Value):
+            if len(x.dims) == len(y.dims) == 5 and x.shape[3:] == (1, 1):
+                x, y = y, x
+            shape = x.shape
+            if len(shape) == 5 and y.shape == (*shape[:3], 1, 1) and not (any(x.pad) or any(y.pad)):  # channels in two
+                flat = [part.reshape((shape[0], shape[1] * shape[2], *part.shape[3:])) for part in (x, y)]
+                return self.multiply(*flat).reshape(shape)
             if y.is_map and not y.is_vector() and (not x.is_map or x.is_vector()):
                 x, y = y, x
             if len(x.dims) == len(y.dims) == 4 and y.is_vector() and (self._is_pooled(y) or y.expanded) and x.is_map:
@@ -859,15 +994,17 @@ class _Lowering:
         return replace(made, dims=(*made.dims, *[()] * (len(x.dims) - len(made.dims))))
 
     def _affine(self, x: Any, scale: Any, shift: Any) -> Any:
-        """x * scale + shift, numbers or constants of one number a channel: a convolution of each channel by itself."""
+        """x * scale + shift, numbers or constants of one number a channel.
+
+        Of a map a convolution of each channel by itself; straight behind a linear layer that layer itself, so that a
+        network's last one can be given other classes; of another vector a batch norm whose statistics are 0 and 1.
+        """
         x = self.plain(x)
         factor, term = (None if part is None else self._per_channel(x, part) for part in (scale, shift))
         if factor is None:
             factor = Constant(torch.ones(self.shapes[x.node][0], dtype=torch.float64))
         before = self.nodes.get(x.node)
-        if not x.is_map:
-            if not isinstance(before, Linear):
-                raise _RefusedError("a vector times or plus a constant, not straight behind a linear layer")
+        if isinstance(before, Linear):
             old = {name: self.weights.get(f"{before.name}.{name}") for name in ("weight", "bias")}
             weight, bias = old["weight"], old["bias"]
             assert weight is not None
@@ -875,6 +1012,12 @@ class _Lowering:
             moved = moved + term.tensor if term is not None else moved
             made = self.emit(Linear, before.inputs, "scaled", features=before.features, bias=True)
             self.give(made, weight=Constant(weight.tensor.flatten(1) * factor.tensor[:, None]), bias=Constant(moved))
+            return replace(x, node=made)
+        if not x.is_map:
+            zeros = torch.zeros_like(factor.tensor)
+            made = self.emit(BatchNorm, (x.node,), "scaled", eps=0.5, use_global_stats=True)
+            self.give(made, moving_mean=Constant(zeros), moving_variance=Constant(zeros + 0.5), gamma=factor,
+                      beta=term or Constant(zeros))  # fmt: skip
             return replace(x, node=made)
         count = self.shapes[x.node][0]
         made = self.emit(Conv, (x.node,), "scaled", channels=count, groups=count, kernel=1, padding=0,
@@ -938,11 +1081,11 @@ _HANDLERS: dict[str, _Handler] = {
     "layer_norm.default": _L.layer_norm,
     **dict.fromkeys(("_native_batch_norm_legit.no_stats", "instance_norm.default", "group_norm.default"),
                     _L.own_statistics),
-    **dict.fromkeys(("_softmax.default", "_log_softmax.default"), _L.softmax),
+    "_softmax.default": _L.softmax, "_log_softmax.default": _L.log_softmax,
     "max_pool2d.default": _L.max_pool, "max_pool2d_with_indices.default": _L.max_pool_with_indices,
     "avg_pool2d.default": _L.average_pool, "adaptive_avg_pool2d.default": _L.adaptive_average,
     "_adaptive_avg_pool2d.default": _L.adaptive_average, "adaptive_max_pool2d.default": _L.adaptive_max,
-    "mean.dim": _L.mean, "mean.default": _L.mean, "amax.default": _L.maximum_over,
+    "mean.dim": _L.mean, "mean.default": _L.mean, "sum.dim_IntList": _L.sum, "amax.default": _L.maximum_over,
     **{f"{kind}.default": _activation(kind) for kind in
        ("relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid", "tanh", "mish")},
     "leaky_relu.default": _L.leaky_relu, "elu.default": _L.elu, "prelu.default": _L.prelu,
@@ -1090,6 +1233,14 @@ def _ranges(places: Sequence[int]) -> list[tuple[int, int]]:
         else:
             found.append((place, place + 1))
     return found
+
+
+def _evenly(size: int, count: int) -> tuple[int, int] | None:
+    """(window, stride) of an adaptive pool from ``size`` to ``count``, if its windows are alike."""
+    starts = [at * size // count for at in range(count)]
+    windows = {-(-(at + 1) * size // count) - start for at, start in enumerate(starts)}
+    strides = {after - before for before, after in pairwise(starts)} or {1}
+    return (windows.pop(), strides.pop()) if len(windows) == len(strides) == 1 and strides != {0} else None
 
 
 def _two(value: Any) -> tuple[int, int]:

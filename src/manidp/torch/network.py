@@ -229,9 +229,10 @@ def _conv(net: Network, node: Conv, p: P, x: Tensor) -> Tensor:
 @handles(BatchNorm)
 def _batch_norm(net: Network, node: BatchNorm, p: P, x: Tensor) -> Tensor:
     mean, variance = p["moving_mean"], p["moving_variance"]
-    if net.training and net.processes.size > 1:
+    of_batch = net.training and not node.use_global_stats
+    if of_batch and net.processes.size > 1:
         return batch_norm(x, p["gamma"], p["beta"], (mean, variance), net.momentum, node.eps, net.processes)
-    return F.batch_norm(x, mean, variance, p["gamma"], p["beta"], net.training, net.momentum, node.eps)
+    return F.batch_norm(x, mean, variance, p["gamma"], p["beta"], of_batch, net.momentum, node.eps)
 
 
 @handles(LayerNorm)
@@ -313,8 +314,14 @@ def _scatter(net: Network, node: Scatter, p: P, x: Tensor) -> Tensor:
 @handles(Pool)
 def _pool(net: Network, node: Pool, p: P, x: Tensor) -> Tensor:
     pool, outside = (F.max_pool2d, -math.inf) if node.kind == "max" else (F.avg_pool2d, 0.0)
-    x, padding = padded(x, sides(node.padding), outside)
-    return pool(x, pair(node.kernel), pair(node.stride), padding)
+
+    high, wide = pair(node.kernel)
+
+    def pooled(x: Tensor) -> Tensor:
+        x, padding = padded(x, sides(node.padding), outside, (high // 2, wide // 2))
+        return pool(x, (high, wide), pair(node.stride), padding)
+
+    return pooled(x) if node.count_include_pad else pooled(x) / pooled(x.new_ones(1, 1, *x.shape[2:]))
 
 
 @handles(GlobalPool)
@@ -332,13 +339,15 @@ def _linear(net: Network, node: Linear, p: P, x: Tensor) -> Tensor:
     return F.linear(x, p["weight"], p.get("bias"))
 
 
-def padded(x: Tensor, around: tuple[int, int, int, int], value: float) -> tuple[Tensor, tuple[int, int]]:
-    """The map and the padding that is left to the operator: padding of unequal sides is put around it first.
+def padded(
+    x: Tensor, around: tuple[int, int, int, int], value: float, most: tuple[float, float] = (math.inf, math.inf)
+) -> tuple[Tensor, tuple[int, int]]:
+    """The map and the padding that is left to the operator: that of unequal sides, or too much, is put around it first.
 
-    around: (top, left, bottom, right).
+    around: (top, left, bottom, right). most: (vertical, horizontal), what the operator takes.
     """
     top, left, bottom, right = around
-    if (top, left) == (bottom, right):
+    if (top, left) == (bottom, right) and top <= most[0] and left <= most[1]:
         return x, (top, left)
     return F.pad(x, (left, right, top, bottom), value=value), (0, 0)
 

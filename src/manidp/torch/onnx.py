@@ -525,14 +525,24 @@ def _pool(op: _Op, x: Tensor) -> Tensor:
         raise _RefusedError("a pooling that is not two-dimensional")
     most = op.kind == "MaxPool"
     sides = _sides(op, x, kernel, dilation)
-    if not most and any(sides) and not op.get("count_include_pad", 0):
-        raise _RefusedError("an average that leaves the padding out (count_include_pad=0)")
     if not most and tuple(dilation) != (1, 1):
         raise _RefusedError("an average with dilation")
-    x, padding = padded(x, sides, -math.inf if most else 0.0)
-    if most:
-        return F.max_pool2d(x, kernel, _strides(op), padding, dilation, ceil)
-    return F.avg_pool2d(x, kernel, _strides(op), padding, ceil)
+    strides, half = _strides(op), (kernel[0] // 2, kernel[1] // 2)
+    if most or op.get("count_include_pad", 0):
+        x, padding = padded(x, sides, -math.inf if most else 0.0, half)
+        if most:
+            return F.max_pool2d(x, kernel, strides, padding, dilation, ceil)
+        return F.avg_pool2d(x, kernel, strides, padding, ceil)
+    first, last = sides[:2], sides[2:]
+    reached = [
+        (size + before + behind - high) // stride + 1
+        for size, before, behind, high, stride in zip(x.shape[2:], first, last, kernel, strides, strict=True)
+    ]
+    if first[0] <= half[0] and first[1] <= half[1] and not (ceil and first != last):
+        made = F.avg_pool2d(x, kernel, strides, first, ceil or first != last, False)  # more behind is left out, too
+        if ceil or list(made.shape[2:]) == reached:
+            return made
+    raise _RefusedError(f"an average that leaves out a padding of {sides} (top, left, bottom, right)")
 
 
 def _batch_norm(op: _Op, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:

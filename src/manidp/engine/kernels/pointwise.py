@@ -62,7 +62,7 @@ class Pointwise(MapStep):
 
             g.loop(_N, one_channel)
 
-        window = pool and (pool.kind, window_of(pool))
+        window = pool and (pool.kind, pool.count_include_pad, window_of(pool))
         key = ("pointwise", source, window, frame, self.epilogue.signature)
         name = module.function(key, [_X, _LIST, _N, *parameters_of(operands)], write)
         list_, _, count = module.lists(f, self.channels)
