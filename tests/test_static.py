@@ -19,7 +19,7 @@ from manidp.engine.target import available_isas
 from manidp.errors import GraphError
 from manidp.formats.checkpoint import load_checkpoint, save_checkpoint
 from manidp.gating.static import constant_masks, freeze, skipping_macs, static_macs, without_gates
-from manidp.graph import Activation, Conv, GlobalPool, Graph, Linear, Multiply, Select
+from manidp.graph import Activation, BatchNorm, Conv, GlobalPool, Graph, Linear, Multiply, Select
 from manidp.graph.macs import dense_macs, gate_macs, macs_per_image
 from manidp.reference import run
 from networks import ZOO, checkpoint_of, images_for, on_map, random_weights, some_open
@@ -58,6 +58,9 @@ def test_a_twin_says_what_constant_gates_say_and_costs_what_they_keep(
     images = rng.normal(size=(2, *graph.input.dims)).astype(np.float32)
     frozen, own = without_gates(graph, weights, masks, gains)
     assert frozen.gate_channels.keys() == graph.gate_channels.keys() - frozen_gates
+    norms = {node.name for node in graph.nodes if isinstance(node, BatchNorm)}
+    factors = [node for node in frozen.nodes if isinstance(node, BatchNorm) and node.name not in norms]
+    assert all(node.use_global_stats for node in factors)  # so that they stay factors when the twin is trained
     expected = run(graph, saying_the_same(weights, masks, gains), images)
     found = run(frozen, own, images)
     assert_close(found.logits, expected.logits, "twin in float64", 1e-5)

@@ -233,10 +233,9 @@ class _Rewrite:
         norm = self._norm_before(source)
         if norm is None:
             norm = node.name
-            eps = BatchNorm(name=norm).eps
             zeros, ones = np.zeros(len(gain), np.float32), np.ones(len(gain), np.float32)
-            statistics = {"moving_mean": zeros, "moving_variance": ones - np.float32(eps), "gamma": ones, "beta": zeros}
-            self._emit(BatchNorm(name=norm, inputs=(source,)), statistics, after)
+            statistics = {"moving_mean": zeros, "moving_variance": ones / 2, "gamma": ones, "beta": zeros}
+            self._emit(BatchNorm(name=norm, inputs=(source,), eps=0.5, use_global_stats=True), statistics, after)
         else:
             self.alias[node.name] = self._made(source)
             if after is not None:

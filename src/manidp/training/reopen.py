@@ -58,7 +58,7 @@ def begun_anew(
     closed = {name: value for name, value in closed.items() if value.any() and not value.all()}
     for node in graph.nodes:
         gone = closed.get(graph.wanted_by.get(node.name, ""))
-        if gone is None:
+        if gone is None or (isinstance(node, BatchNorm) and node.use_global_stats):  # a factor closes no channel
             continue
         for name in node.parameters(*graph.input_shapes(node)):
             own, new = changed[f"{node.name}.{name}"], fresh[f"{node.name}.{name}"]
