@@ -405,7 +405,7 @@ def test_a_module_that_depends_on_the_batch_is_found_out() -> None:
 
 
 def test_an_import_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from manidp.torch import lowering
+    from manidp.torch.lowering import walk as lowering
 
     real = lowering._HANDLERS["relu.default"]
     monkeypatch.setitem(lowering._HANDLERS, "relu.default", lambda low, x: x)
@@ -420,7 +420,8 @@ def test_an_import_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_rounding_makes_of_a_network_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each turn of the logistic map about doubles an error: in the end a rounding is 1e-9, and 1e-12 more than that."""
-    from manidp.torch import frontend, lowering
+    from manidp.torch import frontend
+    from manidp.torch.lowering import walk as lowering
 
     def middle(s: Any, x: Tensor) -> Tensor:
         x = torch.sigmoid(x)

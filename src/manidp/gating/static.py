@@ -233,8 +233,8 @@ class _Rewrite:
         norm = self._norm_before(source)
         if norm is None:
             norm = node.name
-            zeros, ones = np.zeros(len(gain), np.float32), np.ones(len(gain), np.float32)
-            statistics = {"moving_mean": zeros, "moving_variance": ones / 2, "gamma": ones, "beta": zeros}
+            zeros, half, ones = (np.full(len(gain), number, np.float32) for number in (0, 0.5, 1))
+            statistics = {"moving_mean": zeros, "moving_variance": half, "gamma": ones, "beta": zeros}
             self._emit(BatchNorm(name=norm, inputs=(source,), eps=0.5, use_global_stats=True), statistics, after)
         else:
             self.alias[node.name] = self._made(source)
