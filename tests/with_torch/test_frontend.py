@@ -485,3 +485,19 @@ def test_what_was_trained_goes_back_into_the_module(tmp_path: Any) -> None:
     module.load_state_dict(state)
     again = from_torch(module, EXAMPLE)
     assert all(np.array_equal(again.weights[name], trained.weights[name]) for name in again.weights)
+
+
+def test_a_pooled_vector_becomes_a_map_of_one_pixel_again() -> None:
+    """Where a larger convolution reads what has been convolved, normalised, added and put together on the way."""
+
+    def middle(s: Any, x: Tensor) -> Tensor:
+        x = F.adaptive_avg_pool2d(x, 1)
+        y = F.relu(s.norm(s.one(x)))
+        z: Tensor = s.three(torch.cat([y + x, y * torch.sigmoid(x)], 1))  # of one pixel, as y and x are
+        return y + z
+
+    net = Net(middle, one=nn.Conv2d(8, 8, 1), norm=nn.BatchNorm2d(8), three=nn.Conv2d(16, 8, 3, padding=1))
+    checkpoint = from_torch(net, EXAMPLE[:, :, :12, :10])
+    assert sum(node.name.startswith("one") for node in checkpoint.graph.nodes) == 2  # as a vector for the end, as a map
+    back = to_state_dict(checkpoint, net)
+    assert all(torch.equal(back[name], value) for name, value in net.state_dict().items())

@@ -4,15 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
-from manidp.graph import Concat, Conv, Flatten, GlobalPool, Pool, Scatter, Shuffle, Slice, pair
+from manidp.graph import (
+    Add,
+    BatchNorm,
+    Concat,
+    Conv,
+    Elementwise,
+    Flatten,
+    GlobalPool,
+    LayerNorm,
+    Linear,
+    Multiply,
+    Pool,
+    PReLU,
+    Scatter,
+    Shuffle,
+    Slice,
+    pair,
+)
 from manidp.torch.layout import BATCH, CHANNELS, HEIGHT, WIDTH, Factor, Value
 from manidp.torch.lowering.nodes import MOST_ROWS, Constant, Nodes, RefusedError
 
+_ON_BOTH = (
+    Elementwise,
+    BatchNorm,
+    LayerNorm,
+    PReLU,
+    Add,
+    Multiply,
+    Concat,
+    Slice,
+    Shuffle,
+    Scatter,
+)  # maps and vectors
 MOST_CUT = 7  # rows or columns that are cut off a map, by a convolution that is larger by as many
 
 
@@ -55,14 +84,29 @@ class Shapes(Nodes):
             return self._in_order(x, x.dims[1])
         if x.is_blocks():
             return self._blocks(x)
-        source = self.nodes.get(x.node)
-        if x.is_vector() and len(x.dims) == 4 and isinstance(source, GlobalPool):
-            size = self.shapes[source.inputs[0]][1:]
-            again = self._again(x.node, ".map", Pool, source.inputs, kind=source.kind, kernel=size, stride=1)
-            return self._in_order(replace(x, node=again), x.dims[1])
         if x.is_vector() and len(x.dims) == 4 and not x.is_map:
-            raise RefusedError("a vector that becomes a map of 1 x 1 again")
+            return self._in_order(replace(x, node=self._as_map(x.node)), x.dims[1])
         raise RefusedError(f"reads a tensor {tuple(x.shape)} whose axes are not batch, channels, height, width")
+
+    def _as_map(self, node: str) -> str:
+        """The node that makes the same as this vector, as a map of 1 x 1: all is made again from the pooling on."""
+        op = self.nodes.get(node)
+        if isinstance(op, GlobalPool):
+            size = self.shapes[op.inputs[0]][1:]
+            return self._again(node, ".map", Pool, op.inputs, kind=op.kind, kernel=size, stride=1)
+        if isinstance(op, Flatten) and self.shapes[op.inputs[0]][1:] == (1, 1):
+            return op.inputs[0]
+        if not isinstance(op, (Linear, *_ON_BOTH)):
+            raise RefusedError("a vector that becomes a map of 1 x 1 again")
+        sources = [self._as_map(source) for source in op.inputs]
+        if isinstance(op, Linear):
+            made = self._again(node, ".map", Conv, sources, channels=op.features, kernel=1, padding=0, bias=op.bias)
+        else:
+            settings = {field.name: getattr(op, field.name) for field in fields(op)[2:]}
+            made = self._again(node, ".map", type(op), sources, **settings)
+        for name in op.parameters(*(self.shapes[source] for source in op.inputs)):
+            self.weights[f"{made}.{name}"] = self.weights[f"{node}.{name}"]
+        return made
 
     def _blocks(self, x: Value) -> str:
         """Blocks of pixels as channels (space to depth): a convolution that takes each number to its place."""
