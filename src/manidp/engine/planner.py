@@ -20,7 +20,8 @@ from manidp.engine.fusion import POINTWISE, Task, absorbed, gate_to_skip, tasks_
 from manidp.engine.ir import FLOAT, Element
 from manidp.engine.kernels.convolution import Packed
 from manidp.engine.kernels.copies import ClearGaps, FlattenMap, LoadImage, MoveChannels, Relayout
-from manidp.engine.kernels.matrix import Each, MultiplyMatrices
+from manidp.engine.kernels.gather import Each
+from manidp.engine.kernels.matrix import MultiplyMatrices
 from manidp.engine.kernels.norm import NormaliseMap
 from manidp.engine.kernels.pointwise import Pointwise
 from manidp.engine.kernels.vector import VectorOp

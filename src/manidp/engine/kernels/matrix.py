@@ -10,16 +10,13 @@
 So weights are read once for many positions, and what is read over and over lies close together, however far apart the
 map's channels are. Where all outputs are computed, weights lie in the order in which they are read; where a gate closes
 some, they lie in rows, an output each. For 1x1, and for strided convolutions of many channels or of the image.
-
-What stands before a 1x1 convolution may be done on the way into scratch memory: operations on elements, and a depthwise
-convolution whose map would not stay in the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +24,11 @@ from numpy.typing import NDArray
 from manidp.engine.ir import Element, Function, Index, Pointer, Vec
 from manidp.engine.kernels import epilogue as epilogues
 from manidp.engine.kernels.convolution import ConvolutionStep, Kernel, Packed, apart, by_input
-from manidp.engine.kernels.depthwise import VECTORS, Columns, taps_of
 from manidp.engine.kernels.direct import Direct
+from manidp.engine.kernels.gather import Blocks, Each, Gather, blocks_of
 from manidp.engine.module import WORKSPACE, Module
-from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, Op, Step, Window, simple, window_of
-from manidp.engine.walk import single, tap
+from manidp.engine.steps import Channels, Epilogue, MapKey, Op, Step, window_of
+from manidp.engine.walk import single
 from manidp.graph import Conv, sides
 
 OUTPUTS = 4  # at a time
@@ -98,35 +95,6 @@ class Matrix(Kernel):
         return Direct().model(x, weight, node)
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """A map's vectors in ``count`` blocks: the first ``wide`` ones have ``vectors``, the others one less."""
-
-    vectors: int
-    count: int
-    wide: int
-
-    def first(self, g: Function, block: Index) -> Index:
-        """The number of a block's first vector."""
-        if self.wide == self.count:
-            return g.scaled(block, self.vectors)
-        return g.plus(g.scaled(block, self.vectors - 1), g.least(block, self.wide))
-
-
-def _blocks(total: int, most: int) -> _Blocks:
-    """Blocks of at most so many vectors, as even as can be."""
-    count = -(-total // most)
-    vectors = -(-total // count)
-    return _Blocks(vectors, count, total - (vectors - 1) * count)
-
-
-class Each(NamedTuple):
-    """A depthwise convolution without stride, and where its constants lie."""
-
-    node: Conv
-    packed: Packed
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class MultiplyMatrices(ConvolutionStep):
     """A convolution as a product of matrices, and what follows it."""
@@ -141,7 +109,7 @@ class MultiplyMatrices(ConvolutionStep):
     def emit(self, module: Module, f: Function) -> None:
         source, frame = self.layouts(module)
         lanes, size = module.lanes, module.element.size
-        blocks = _blocks(single(frame, lanes).blocks, (module.isa.registers - 1) // (OUTPUTS + 1))
+        blocks = blocks_of(single(frame, lanes).blocks, (module.isa.registers - 1) // (OUTPUTS + 1))
         window, every = window_of(self.node), self.inputs.kept is None
         slot = self.inputs.count * window.taps * blocks.vectors * lanes + 64 // size
         cache = _CONVOLVED if self.each else _CACHE
@@ -159,16 +127,17 @@ class MultiplyMatrices(ConvolutionStep):
             packed = self.each.packed
             factors += [module.constant_at(f, packed.weights), module.constant_at(f, packed.bias)]
         at_once = self.inputs.count * window.taps <= _SHORT and self.epilogue.simple
-        code = _Code(
-            module, self.rows, every, at_once, window, blocks, sizes, source, frame, self.epilogue, extra, self.before,
-            self.each and window_of(self.each.node), epilogues.parameters_of(factors, "q"),
+        gather = Gather(
+            module, blocks, window, source, frame, self.before, self.each and window_of(self.each.node),
+            epilogues.parameters_of(factors, "q"),
         )  # fmt: skip
+        code = _Code(module, self.rows, every, at_once, sizes, gather, self.epilogue, extra)
         arguments = [
-            _X, _WEIGHTS, _BIAS, _LI, _NI, _LO, _NO, _ROW, _SCRATCH, _SLOT, _SWEEP, *code.extra, *code.factors,
+            _X, _WEIGHTS, _BIAS, _LI, _NI, _LO, _NO, _ROW, _SCRATCH, _SLOT, _SWEEP, *extra, *gather.operands,
         ]  # fmt: skip
         key = (
             "matrices", self.rows, every, at_once, window, blocks, sizes, source, frame, self.epilogue.signature,
-            code.prepared,
+            gather.signature,
         )  # fmt: skip
         name = module.function(key, arguments, code.write)
         li, _, ni = module.lists(f, self.inputs)
@@ -185,21 +154,15 @@ class _Code:
     rows: bool
     every: bool  # no input is left out
     at_once: bool  # what follows the products is done before they leave the registers
-    window: Window
-    blocks: _Blocks
     sizes: range
-    source: Layout
-    frame: Layout
+    gather: Gather
     epilogue: Epilogue
     extra: list[Pointer]
-    before: tuple[Op, ...]
-    each: Window | None
-    factors: list[Pointer]
 
     @property
-    def prepared(self) -> object:
-        """What the code that prepares inputs depends on, besides their layout."""
-        return tuple(op.signature for op in self.before), self.each
+    def blocks(self) -> Blocks:
+        """The blocks of the map."""
+        return self.gather.blocks
 
     def write(self, g: Function) -> None:
         """Sweep by sweep: as many blocks as fit the cache, tile by tile of outputs, block by block."""
@@ -209,7 +172,7 @@ class _Code:
         def one_sweep(s: Index) -> list[Index]:
             first = g.scaled(s, _SWEEP)
             end = g.least(count, g.plus(first, _SWEEP))
-            g.call(self._gather(), _X, _LI, _NI, _SCRATCH, first, end, _SLOT, *self.factors)
+            g.call(self.gather.function(), _X, _LI, _NI, _SCRATCH, first, end, _SLOT, *self.gather.operands)
 
             def one_tile(t: Index) -> list[Index]:
                 begin = g.divided(g.scaled(t, _NO), tiles)
@@ -228,7 +191,7 @@ class _Code:
         """So many outputs, from ``begin`` on, of the blocks from first to end."""
         lo, products = g.floats.at(_LO, begin), g.at(_SCRATCH, g.scaled(_SLOT, _SWEEP))
         weights = _WEIGHTS if self.rows else g.at(_WEIGHTS, g.scaled(begin, _ROW))
-        for vectors, low, high in self._ranges(g, first, end):
+        for vectors, low, high in self.blocks.ranges(g, first, end):
 
             def one_block(b: Index, vectors: int = vectors, low: Index = low) -> list[Index]:
                 block = g.plus(low, b)
@@ -268,116 +231,13 @@ class _Code:
 
         return self.module.function("prefetch", [_WEIGHTS, _LO, _NO, _ROW, _FIRST], write)
 
-    def _ranges(self, g: Function, first: Index, end: Index) -> list[tuple[int, Index, Index]]:
-        """The blocks from first to end: (vectors of a block, first, end) of the wide ones and of the others."""
-        vectors, wide = self.blocks.vectors, self.blocks.wide
-        if wide == self.blocks.count:
-            return [(vectors, first, end)]
-        begin, middle = g.least(first, wide), g.least(end, wide)
-        return [(vectors, begin, middle), (vectors - 1, g.plus(first, g.minus(middle, begin)), end)]
-
-    def _gather(self) -> str:
-        """The function that puts what the kept inputs hold at some blocks, under tap after tap, one after the other."""
-        blocks, channel, window = self.blocks, self.source.channel, self.window
-        one = single(self.frame, self.module.lanes)
-
-        def write(g: Function) -> None:
-            ranges = self._ranges(g, _FIRST, _END)
-            taps = [
-                tap(self.module, self.source, self.frame, one, down, right)
-                for down in window.lines
-                for right in window.columns
-            ]
-
-            def one_input(j: Index) -> list[Index]:
-                i, pointers = g.index(_LI, j), iter(self.factors)
-                x = g.at(_X, g.scaled(i, channel))
-                factors = [epilogues.factors_of(g, op, pointers, i) for op in self.before]
-                if self.each:
-                    self._convolve(g, ranges, i, j, factors, self.each, *pointers)
-                    return []
-                for vectors, low, high in ranges:
-
-                    def one_block(b: Index, vectors: int = vectors, low: Index = low) -> list[Index]:
-                        block = g.plus(low, b)
-                        first = blocks.first(g, block)
-                        here = g.at(x, g.scaled(first, g.lanes))
-                        into = g.at(_SCRATCH, g.scaled(g.minus(block, _FIRST), _SLOT))
-                        into = g.at(into, g.scaled(j, window.taps * vectors * g.lanes))
-
-                        def one_vector(v: Index) -> list[Index]:
-                            at = g.scaled(v, g.lanes)
-                            source, target = g.at(here, at), g.at(into, at)
-                            for t, (offset, (mask,)) in enumerate(taps):
-                                value = g.load(source, offset)
-                                value = self._applied(g, factors, value)
-                                value = g.zero_unless(mask.bits(g, g.plus(first, v)), value)
-                                g.store(value, target, t * vectors * g.lanes)
-                            return []
-
-                        if window.taps > 1:  # a stem has 49 of them
-                            g.loop(vectors, one_vector)
-                        else:
-                            for v in range(vectors):
-                                one_vector(Index(v))
-                        return []
-
-                    g.loop(g.minus(high, low), one_block)
-                return []
-
-            g.loop(_NI, one_input)
-
-        walked = (window.taps > 1 or self.each) and (window, self.source, self.frame)
-        key = ("gather", blocks, channel, walked, self.prepared)
-        return self.module.function(key, [_X, _LI, _NI, _SCRATCH, _FIRST, _END, _SLOT, *self.factors], write)
-
-    def _applied(self, g: Function, factors: Sequence[tuple[Vec, ...]], value: Vec) -> Vec:
-        """What stands before the convolution, done to a vector of a channel."""
-        for op, numbers in zip(self.before, factors, strict=True):
-            value = epilogues.applied(g, op, numbers, value)
-        return value
-
-    def _convolve(
-        self,
-        g: Function,
-        ranges: Sequence[tuple[int, Index, Index]],
-        i: Index,
-        j: Index,
-        factors: Sequence[tuple[Vec, ...]],
-        window: Window,
-        weights: Pointer,
-        bias: Pointer,
-    ) -> None:
-        """Put there what the depthwise convolution makes of input i, the j-th one."""
-        x, taps = g.at(_X, g.scaled(i, self.source.channel)), taps_of(g, window, weights, i)
-        columns = Columns(
-            self.module, g, window, self.source, self.frame, taps, g.splat_float(bias, i), simple(self.before)
-        )
-        carry = columns.carry(g.at(x, g.scaled(self.blocks.first(g, _FIRST), g.lanes)))
-        for vectors, low, high in ranges:
-
-            def one_block(b: Index, *carry: Vec, vectors: int = vectors, low: Index = low) -> list[Vec]:
-                block = g.plus(low, b)
-                first = self.blocks.first(g, block)
-                here, kept = g.at(x, g.scaled(first, g.lanes)), list(carry)
-                into = g.at(_SCRATCH, g.scaled(g.minus(block, _FIRST), _SLOT))
-                into = g.at(into, g.scaled(j, vectors * g.lanes))
-                for begin in range(0, vectors, VECTORS):
-                    numbers = [g.plus(first, v) for v in range(begin, min(begin + VECTORS, vectors))]
-                    totals, kept = columns.totals(g.at(here, begin * g.lanes), numbers, kept)
-                    for v, total in enumerate(totals, begin):
-                        g.store(self._applied(g, factors, total), into, v * g.lanes)
-                return kept
-
-            carry = g.loop(g.minus(high, low), one_block, *carry)
-
     def _multiply(self, outputs: int, vectors: int) -> str:
         """The function that multiplies and adds: some outputs of a block, from all kept inputs.
 
         It stores the products, or makes outputs of them at once.
         """
 
-        taps = self.window.taps
+        taps = self.gather.window.taps
 
         def write(g: Function) -> None:
             rows = [g.at(_WEIGHTS, g.scaled(g.index(_LO, k), _ROW)) for k in range(outputs)] if self.rows else []
@@ -431,14 +291,16 @@ class _Code:
         key = ("multiply", self.rows, self.every, taps, outputs, vectors)
         factors = [_X, _WEIGHTS, _LI, _NI, _LO, _ROW]
         if self._finishes(outputs):
-            of_layer = (*key, self.frame, self.epilogue.signature)
+            of_layer = (*key, self.gather.frame, self.epilogue.signature)
             return self.module.function(of_layer, [*factors, _BIAS, _FIRST, *self.extra], write)
         return self.module.function(key, [*factors, _PRODUCTS], write)
 
     def _output(self, g: Function, channel: Index, products: Sequence[Vec]) -> None:
         """Make one output of some vectors, from %first on, of what a tile made of it."""
         bias = g.splat_float(_BIAS, channel)
-        element = epilogues.Element(self.module, g, self.frame, self.epilogue, channel, g.scaled(_FIRST, g.lanes))
+        element = epilogues.Element(
+            self.module, g, self.gather.frame, self.epilogue, channel, g.scaled(_FIRST, g.lanes)
+        )
         for v, value in enumerate(products):
             element.make(0, g.plus(_FIRST, v), g.arithmetic("fadd", value, bias), v * g.lanes)
         element.pool()
@@ -454,5 +316,5 @@ class _Code:
 
             g.loop(_NO, one_output)
 
-        key = ("matrix outputs", vectors, self.frame, self.epilogue.signature)
+        key = ("matrix outputs", vectors, self.gather.frame, self.epilogue.signature)
         return self.module.function(key, [_PRODUCTS, _LO, _NO, _BIAS, _FIRST, *self.extra], write)
