@@ -92,6 +92,21 @@ def test_a_row_of_zeros_is_no_trap() -> None:
     assert loss.item() * 25 == pytest.approx(rest + crossed, rel=1e-9)
 
 
+def test_the_direction_of_a_branch_that_begins_with_zeros_is_not_trained() -> None:
+    """Its gradient is one over its length: a step along it would be a million times any other."""
+    saliencies, features = batch(0, widths=(4,))
+    whole = similarity_loss(saliencies, features)
+    feature = (features[0] * 1e-5).requires_grad_(True)
+    saliencies[0].requires_grad_(True)
+    loss = similarity_loss(saliencies, [feature])
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == pytest.approx(whole.item(), rel=0.02)  # the value is the formula's
+    assert feature.grad is not None
+    assert not feature.grad.any()
+    assert saliencies[0].grad is not None
+    assert saliencies[0].grad.any()
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_gradients_agree_with_finite_differences(seed: int) -> None:
     saliencies, features = batch(seed, images=4, widths=(3, 5))

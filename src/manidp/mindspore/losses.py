@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from mindspore import Tensor, ops
 
+from manidp.training.backend import SHORT
+
 
 def complexity_weights(cross_entropy: Tensor, limit: Tensor) -> Tensor:
     """How much each image pays for its saliency: (C - CE_i) / C where CE_i < C, else 0 (Tang et al. 2021, eq. 4).
@@ -26,7 +28,13 @@ def sparsity_loss(saliencies: Iterable[Tensor], weights: Tensor) -> Tensor:
 
 
 def cosine_similarity(x: Tensor) -> Tensor:
-    """Cosine between all pairs of rows of x (B, C): (B, B). A row of zeros has cosine 0 with every row."""
+    """Cosine between all pairs of rows of x (B, C): (B, B). A row of zeros has cosine 0 with every row.
+
+    Departs: rows shorter than ``SHORT`` carry no gradient; that of a direction is one over the length, and would end
+    the training of a network whose branches begin with zeros.
+    """
+    short = ops.square(ops.stop_gradient(x)).sum(1, keepdims=True) < SHORT**2
+    x = ops.where(short, ops.stop_gradient(x), x)
     unit = x * ops.rsqrt(ops.square(x).sum(1, keepdims=True) + 1e-12)
     return ops.matmul(unit, unit.T)
 

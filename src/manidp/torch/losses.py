@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manidp.training.backend import SHORT
+
 
 def complexity_weights(cross_entropy: Tensor, limit: float) -> Tensor:
     """How much each image pays for its saliency: (C - CE_i) / C where CE_i < C, else 0 (Tang et al. 2021, eq. 4).
@@ -27,7 +29,13 @@ def sparsity_loss(saliencies: Iterable[Tensor], weights: Tensor) -> Tensor:
 
 
 def cosine_similarity(x: Tensor) -> Tensor:
-    """Cosine between all pairs of rows of x (..., B, C): (..., B, B). A row of zeros has cosine 0 with every row."""
+    """Cosine between all pairs of rows of x (..., B, C): (..., B, B). A row of zeros has cosine 0 with every row.
+
+    Departs: rows shorter than ``SHORT`` carry no gradient; that of a direction is one over the length, and would end
+    the training of a network whose branches begin with zeros.
+    """
+    short = x.detach().square().sum(-1, keepdim=True) < SHORT**2
+    x = torch.where(short, x.detach(), x)
     unit = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-12)
     return unit @ unit.transpose(-1, -2)
 

@@ -23,6 +23,7 @@ Batch = Any
 """Images and labels, as the learner that made them takes them."""
 Weights = dict[str, NDArray[np.float32]]
 PADDING = 4  # pixels around an image for the random crop
+SHORT = 0.01  # length of an image's saliencies or pooled features below which they have no direction to be trained
 A = TypeVar("A")
 
 
