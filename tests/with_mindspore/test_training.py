@@ -82,6 +82,13 @@ def test_a_row_of_zeros_is_like_no_other_and_not_unlike_itself() -> None:
     assert float(similarity_loss([feature], [mindspore.ops.ones((2, 2))])) == pytest.approx(0.5)
 
 
+def test_the_direction_of_a_branch_that_begins_with_zeros_is_not_trained() -> None:
+    feature = mindspore.ops.eye(3, 4)
+    gradient = mindspore.grad(lambda feature: similarity_loss([mindspore.ops.ones((3, 4))], [feature]))
+    assert float(gradient(feature).abs().max()) > 0.1
+    assert float(gradient(1e-5 * feature).abs().max()) == 0
+
+
 def test_gates_are_those_of_torch(recorded: Arrays) -> None:
     network = network_of(recorded)
     network.set_train(True)
