@@ -89,7 +89,9 @@ def networks(draw: st.DrawFn) -> Graph:
         others = [n for n, s in b.shapes.items() if len(s) == 3 and n != b.last]
         same = [n for n in others if b.shapes[n] == b.shapes[b.last]]
         if kind == "winograd":
-            b.add(Conv, channels=draw(st.sampled_from(CHANNELS)), bias=draw(st.booleans()))
+            margin = st.integers(0, 2)
+            margins = (1, 1, 1, 1) if min(height, width) < 3 else tuple(draw(margin) for _ in range(4))
+            b.add(Conv, channels=draw(st.sampled_from(CHANNELS)), padding=margins, bias=draw(st.booleans()))
         elif kind == "conv":
             kernel = draw(st.integers(1, min(7, height + 2, width + 2)))
             padding = draw(st.integers(max(0, -((min(height, width) - kernel) // 2)), max(3, kernel // 2)))

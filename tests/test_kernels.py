@@ -9,7 +9,7 @@ import pytest
 from engine_cases import Array, plan_of, run_program
 from manidp.engine import choice
 from manidp.engine.engine import Program
-from manidp.engine.kernels import linear, matrix, norm, pointwise, pool, select
+from manidp.engine.kernels import linear, matrix, norm, pointwise, pool, select, winograd
 from manidp.engine.kernels.convolution import Kernel
 from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
@@ -56,8 +56,13 @@ CONVOLUTIONS: list[tuple[Kernel, dict[str, Any]]] = [
     (Depthwise(), {"kernel": 5, "padding": 2, "stride": 2}),
     (Depthwise(), {"kernel": (4, 2), "padding": (0, 1, 3, 2), "dilation": (1, 2), "stride": 2}),
     (Depthwise(), {"kernel": (2, 4), "padding": (2, 3, 0, 0), "stride": 3}),
-    (Winograd(2), {"kernel": 3}),
-    (Winograd(4), {"kernel": 3}),
+    *((Matrix(rows), {"kernel": 5, "padding": 2}) for rows in (False, True)),
+    (Matrix(False), {"kernel": (1, 7), "padding": (0, 3), "dilation": (2, 1)}),
+    *(
+        (Winograd(side), {"kernel": 3, **more})
+        for side in (2, 4)
+        for more in ({}, {"padding": 0}, {"padding": (0, 2, 1, 0)}, {"groups": 3})
+    ),
 ]
 
 
@@ -67,7 +72,8 @@ def test_a_convolution_is_what_its_model_says(
     kernel: Kernel, fields: dict[str, Any], isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice, "KERNELS", (kernel,))
-    monkeypatch.setattr(matrix, "_WIDE", 1)
+    for module, name in ((matrix, "_WIDE"), (matrix, "_INPUTS"), (matrix, "_OUTPUTS"), (winograd, "_GROUP")):
+        monkeypatch.setattr(module, name, 1)
     fields = {"channels": 6, "groups": 6} | fields if isinstance(kernel, Depthwise) else {"channels": 9} | fields
     conv = Conv(name="conv", inputs=("image",), **fields)
     nodes = (Input(name="image", dims=(6, 9, 11)), conv)

@@ -24,7 +24,7 @@ from engine_cases import Array, assert_same_result, plan_of, run_program
 from manidp.engine import choice, memory
 from manidp.engine.engine import Program
 from manidp.engine.ir import FLOAT, Function, Index, Pointer
-from manidp.engine.kernels import matrix
+from manidp.engine.kernels import matrix, winograd
 from manidp.engine.steps import Channels, Plan, VectorKey
 from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.gating.manidp import head
@@ -75,7 +75,8 @@ def test_every_access_of_random_networks_is_in_its_region(isa: str) -> None:
             images = rng.integers(0, 256, (2, *graph.input.dims[1:], graph.input.dims[0]), np.uint8)
         with (
             mock.patch.object(memory, "SMALL", 0 if shared else memory.SMALL),
-            mock.patch.object(matrix, "_WIDE", 1),
+            mock.patch.multiple(matrix, _WIDE=1, _INPUTS=1, _OUTPUTS=1),
+            mock.patch.object(winograd, "_GROUP", 1),
             mock.patch.object(choice, "_LARGE", 0),
         ):
             plan = plan_of(graph, weights, isa)

@@ -256,7 +256,7 @@ class Convolve(ConvolutionStep):
             these_in = f.minus(f.index(below_in, f.scaled(following, group.inputs)), first_in)
             these_out = f.minus(f.index(below_out, f.scaled(following, group.outputs)), first_out)
             # the list counts inputs from the first group's first, a row of weights counts from its own group's first
-            before = f.scaled(index, -group.row)
+            before = f.scaled(index, -group.inputs * (1 if self.kernel.packed else group.window.taps))
             own = f.make(Pointer, f"getelementptr {module.element.name}, ptr {weights}, i64 {before}")
             f.call(name, x, own, bias, f.at(li, first_in), these_in, f.at(lo, first_out), these_out, *rest)
             return []

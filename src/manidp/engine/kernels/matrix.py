@@ -32,8 +32,8 @@ from manidp.engine.walk import single
 from manidp.graph import Conv, sides
 
 OUTPUTS = 4  # at a time
-# of strided ones: what is under a tap pays to be gathered from so many inputs on, or up to few for so many outputs
-_WIDE, _FEW, _OUTPUTS = 64, 4, 16
+# what is under taps pays to be gathered for so many outputs: from so many inputs on, more of strided ones, or up to few
+_INPUTS, _WIDE, _FEW, _OUTPUTS = 16, 64, 4, 16
 _TAPS = 49  # and up to so many taps
 _BEGUN = 8  # cache lines of a row of weights that are fetched ahead
 _TOGETHER = 4  # taps between two jumps, where all inputs are read
@@ -62,8 +62,9 @@ class Matrix(Kernel):
     def supports(self, node: Conv, inputs: int, element: Element) -> bool:
         window = window_of(node)
         one = window.taps == 1 and not any(sides(node.padding))
-        pays = inputs >= _WIDE or (inputs <= _FEW and node.channels >= _OUTPUTS)
-        return node.groups == 1 and (one or (window.stride > 1 and pays and window.taps <= _TAPS))
+        least = _WIDE if window.stride > 1 else _INPUTS
+        pays = node.channels >= _OUTPUTS and (inputs >= least or inputs <= _FEW)
+        return node.groups == 1 and (one or (pays and window.taps <= _TAPS))
 
     def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
         """A direct convolution takes 1.2 to 1.5 times as long by measurement (AVX2); less on maps of two vectors.

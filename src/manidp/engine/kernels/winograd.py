@@ -18,11 +18,12 @@ from manidp.engine.kernels.convolution import Group, TileKernel, apart
 from manidp.engine.module import Module
 from manidp.engine.steps import Layout
 from manidp.engine.walk import BLOCK, Mask, neighbour, single, vectors_of
-from manidp.graph import Conv
+from manidp.graph import Conv, sides
 
 # Cost of products and transforms over that of products alone. On maps of 4x4 and smaller the direct convolution is
 # faster by measurement (AVX2); float16 was not measured.
 _TRANSFORMS = 1.25
+_GROUP = 16  # channels of a group, from which on it is taken to pay
 _PACKED = 2**17  # numbers that ``pack`` makes at a time, about
 
 _X, _INTO, _LI, _NI = Pointer("%x"), Pointer("%into"), Pointer("%li"), Index("%ni")
@@ -93,8 +94,9 @@ class Winograd(TileKernel):
 
     def supports(self, node: Conv, inputs: int, element: Element) -> bool:
         # the larger the tile, the more it amplifies rounding: too much for float16
-        fits = (node.kernel, node.stride, node.padding, node.dilation, node.groups) == (3, 1, 1, 1, 1)
-        return fits and (self.side == 2 or element == FLOAT)
+        fits = (node.kernel, node.stride, node.dilation) == (3, 1, 1) and max(sides(node.padding)) < 3
+        wide = node.groups == 1 or min(inputs, node.channels) >= _GROUP * node.groups
+        return fits and wide and (self.side == 2 or element == FLOAT)
 
     def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
         tiles = -(-height // self.side) * -(-width // self.side)
@@ -143,6 +145,7 @@ class Winograd(TileKernel):
         It goes by pairs of columns, as many as the registers hold.
         """
         bt, size, lanes = self.matrices.bt, range(self.span), module.lanes
+        top, left = group.window.lines[0], group.window.columns[0]
 
         def write(g: Function) -> None:
             def one_input(k: Index) -> list[Index]:
@@ -155,7 +158,10 @@ class Winograd(TileKernel):
                         pair = bt[first : first + 2]
                         used = [j for j in size if any(row[j] for row in pair)]
                         of_pair = [[row[j] for j in used] for row in pair]
-                        d = [[neighbour(module, g, x, block, source, frame, i - 1, j - 1) for j in used] for i in size]
+                        d = [
+                            [neighbour(module, g, x, block, source, frame, top + i, left + j) for j in used]
+                            for i in size
+                        ]
                         columns = zip(*(g.multiply(of_pair, row) for row in d), strict=True)
                         for column, values in enumerate(columns, first):
                             for point, value in enumerate(g.multiply(bt, values)):
@@ -179,17 +185,21 @@ class Winograd(TileKernel):
         """Tile by tile; the products of a point are summed input by input, each product and sum rounded once."""
         side, span, kind = self.side, self.span, x.dtype
         bt, at = (np.array(matrix, kind) for matrix in (self.matrices.bt, self.matrices.at))
-        batch, inputs, height, width = x.shape
+        batch, inputs = x.shape[:2]
+        (height, width), (top, left, bottom, right) = node.positions(*x.shape[2:]), sides(node.padding)
         rows, columns = -(-height // side), -(-width // side)
-        below, right = rows * side - height, columns * side - width
-        padded = np.pad(x, ((0, 0), (0, 0), (1, 1 + below), (1, 1 + right)))
+        below, beside = rows * side - height, columns * side - width
+        padded = np.pad(x, ((0, 0), (0, 0), (top, bottom + below), (left, right + beside)))
         windows = np.lib.stride_tricks.sliding_window_view(padded, (span, span), axis=(2, 3))
         tiles = windows[:, :, ::side, ::side]
         points = (bt @ tiles @ bt.T).astype(np.float64)
         weights = self._points(weight).astype(kind).astype(np.float64).transpose(0, 3, 2, 1)
-        total = np.zeros((batch, len(weight), rows, columns, span, span), kind)
-        for i in range(inputs):
-            total = (total + points[:, None, i] * weights[:, i, None, None]).astype(kind)
+        of_group = weights.reshape(1, node.groups, -1, inputs // node.groups, 1, 1, span, span)
+        points = points.reshape(batch, node.groups, 1, -1, rows, columns, span, span)
+        total = np.zeros((*points.shape[:2], of_group.shape[2], rows, columns, span, span), kind)
+        for i in range(inputs // node.groups):
+            total = (total + points[:, :, :, i] * of_group[:, :, :, i]).astype(kind)
+        total = total.reshape(batch, len(weight), rows, columns, span, span)
         outputs = at @ total @ at.T
         whole = outputs.transpose(0, 1, 2, 4, 3, 5).reshape(batch, len(weight), rows * side, columns * side)
         return np.asarray(whole[:, :, :height, :width])
