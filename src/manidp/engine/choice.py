@@ -19,7 +19,9 @@ from manidp.graph import Conv, Graph, sides
 KERNELS: tuple[Kernel, ...] = (
     Winograd(2), Winograd(4), Depthwise(), Matrix(False), Matrix(True), OutputLanes(), Direct(),
 )  # fmt: skip
-_LARGE = 2**20  # bytes of a map that a second-level cache does not hold beside others
+# bytes of a map that a second-level cache does not hold beside others, and channels that are few enough for a depthwise
+# convolution to make many positions of each before the next one
+_LARGE, _FEW = 2**20, 160
 _STEP = 6  # instructions a vector of a map takes in a step that only applies functions, in multiply-adds
 _OPEN = 0.5  # share of a gate's channels that is taken to be open
 # what packed weights may take: so many times the network's, or so many bytes
@@ -61,7 +63,8 @@ class Choice:
         each = isinstance(self.of(before), Depthwise) and self._size(before) == self._size(node)
         same = self.graph.shapes[before.inputs[0]] == self.graph.shapes[before.name]
         size = self.element.size * math.prod(self.graph.shapes[before.name])
-        return matrices and each and same and window_of(before).stride == 1 and size >= _LARGE
+        pays = size >= _LARGE and before.channels <= _FEW
+        return matrices and each and same and window_of(before).stride == 1 and pays
 
     def _fit(self, convolutions: Sequence[Conv]) -> None:
         """Take slower kernels of fewer weights, most memory for least time first, until all have place."""
