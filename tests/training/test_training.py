@@ -234,3 +234,19 @@ def test_for_a_budget_thresholds_follow_within_the_epoch_for_a_rate_they_wait_fo
     of_epochs = [set(seen[start : start + steps]) for start in range(0, len(seen), steps)]
     assert [len(values) for values in of_epochs[:2]] == [1, 1]
     assert all((len(values) > 1) == (target == "macs_budget") for values in of_epochs[2:])
+
+
+@pytest.mark.parametrize("bound", [1e-3, 1e3])
+def test_a_step_is_no_longer_than_its_gradient_may_be(backend: Backend, bound: float) -> None:
+    start, rate = fresh(backend, GATED_GRAPH), 1.0
+    plain = replace(GATED, momentum=0.0, weight_decay=0.0).resolved(GATED_GRAPH)
+    lengths = []
+    for recipe in (plain, replace(plain, clip_norm=bound)):
+        learner = backend.learner(start, image_set(), recipe)
+        before = learner.state()
+        learner.step(next(learner.batches(0)), learning_rate=rate, limit=0.0)
+        after = learner.state()
+        steps = [after[name] - before[name] for name in before if name.startswith("network/") and "moving" not in name]
+        lengths.append(float(np.sqrt(sum(np.square(step, dtype=np.float64).sum() for step in steps))))
+    assert 1e-2 < lengths[0] < 1e2
+    assert lengths[1] == pytest.approx(min(lengths[0], bound), rel=2e-3)

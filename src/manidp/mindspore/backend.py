@@ -245,7 +245,7 @@ class TrainingStep(nn.Cell):
         names = [p.name for p in parameters]
         self.gates = len(network.gate_names)
         self.biases = tuple(names.index(biases[gate]) for gate in network.gate_names if gate in biases)
-        self.momentum = recipe.momentum
+        self.momentum, self.clip_norm = recipe.momentum, recipe.clip_norm
         self.parameters = mindspore.ParameterTuple(parameters)
         self.velocities = self.parameters.clone(prefix="momentum", init="zeros")
         self.gradient = value_and_grad(self.loss, None, self.parameters, has_aux=True)
@@ -254,9 +254,15 @@ class TrainingStep(nn.Cell):
         self, images: Tensor, labels: Tensor, limit: Tensor, taught: Tensor, learning_rate: Tensor
     ) -> tuple[Tensor, ...]:
         values, gradients = self.gradient(images, labels, limit, taught)
+        shorter = ops.ones_like(learning_rate)
+        if self.clip_norm > 0:
+            square = ops.zeros_like(learning_rate)
+            for gradient in gradients:
+                square = square + ops.square(gradient).sum()
+            shorter = ops.minimum(shorter, self.clip_norm / (ops.sqrt(square) + 1e-6))
         for index in range(len(self.parameters)):
             parameter, velocity = self.parameters[index], self.velocities[index]
-            gradient = gradients[index] + self.decays[index] * parameter
+            gradient = shorter * gradients[index] + self.decays[index] * parameter
             moved = self.momentum * velocity + gradient
             ops.assign(velocity, moved)
             ops.assign(parameter, parameter - learning_rate * (gradient + self.momentum * moved))

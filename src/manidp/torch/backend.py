@@ -170,6 +170,8 @@ class TorchLearner:
         self.processes.average(p.grad for p in self.network.parameters() if p.grad is not None)
         if self.biases:
             seen = [replace(one, importance=self._importance(output.records)) for one in seen]
+        if self.recipe.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         return seen
 

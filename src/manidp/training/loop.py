@@ -341,7 +341,7 @@ class Training:
         there = {"backend": "torch", "processes": 1} | state.run  # of old, when runs did not name them
         recipe = there.get("recipe")
         if isinstance(recipe, dict):
-            there["recipe"] = {"shares": "even"} | recipe
+            there["recipe"] = {"shares": "even", "clip_norm": 0.0} | recipe
         if found := _differences(there, json.loads(json.dumps(self.run))):
             raise TrainingError(f"{self.state_path} is of another run: {'; '.join(found)}")
         if len(state.records) > self.recipe.epochs:

@@ -21,7 +21,7 @@ from manidp.training.settings import brief, check_settings
 MAX_BYTES = 2**20  # of a recipe file
 PRUNING: Mapping[str, Any] = MappingProxyType({
     "epochs": 60, "learning_rate": 0.02, "ema": 0.998, "reach": 0.5, "lambda_similarity": 0.1, "distillation": 0.5,
-    "temperature": 3.0,
+    "temperature": 3.0, "clip_norm": 5.0,
 })  # fmt: skip
 """How a trained network is pruned, taught by itself, if nothing else is said; the other settings are the defaults."""
 _PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
@@ -43,6 +43,7 @@ class Recipe:
     where it is worth most, by the channels' Taylor importance (Molchanov et al. 2019) in each epoch until the budget is
     reached, and orders the scores of fresh gates by it. "auto" is "taylor" for a ``macs_budget`` without ``points``
     where every gate scales its channels, else "even".
+    ``clip_norm`` bounds the length of a step's gradient, weight decay aside (0: it does not).
     ``ema`` averages weights and statistics over steps (0: off). ``distillation`` is the share of the loss that
     follows the teachers. ``augment`` flips and crops at random; what a crop takes from beyond the border is black
     (``padding_mode`` "constant") or the image mirrored there ("reflect"). The gates' learning rate is the network's;
@@ -57,6 +58,7 @@ class Recipe:
     warmup_epochs: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    clip_norm: float = 0.0
     label_smoothing: float = 0.0
     ema: float = 0.0
     distillation: float = 0.0

@@ -13,8 +13,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "epochs": (1, 1_000_000), "batch_size": (1, 1_000_000), "seed": (0, 2**32 - 1), "learning_rate": (0, 1_000),
     "warmup_epochs": (0, 1_000_000), "momentum": (0, 1), "weight_decay": (0, 1_000), "label_smoothing": (0, 1),
     "ema": (0, 1), "distillation": (0, 1), "temperature": (0.001, 1_000), "reach": (0, 1),
-    "lambda_sparsity": (0, 1_000_000), "lambda_similarity": (0, 1_000_000), "keep_rate": (0, 1),
-    "macs_budget": (0, 1e15),
+    "clip_norm": (0, 1_000_000), "lambda_sparsity": (0, 1_000_000), "lambda_similarity": (0, 1_000_000),
+    "keep_rate": (0, 1), "macs_budget": (0, 1e15),
 }  # fmt: skip
 _POSITIVE = ("learning_rate", "keep_rate", "macs_budget")
 
