@@ -501,3 +501,16 @@ def test_a_pooled_vector_becomes_a_map_of_one_pixel_again() -> None:
     assert sum(node.name.startswith("one") for node in checkpoint.graph.nodes) == 2  # as a vector for the end, as a map
     back = to_state_dict(checkpoint, net)
     assert all(torch.equal(back[name], value) for name, value in net.state_dict().items())
+
+
+def test_a_vector_becomes_a_map_again_in_time_that_goes_with_its_ops() -> None:
+    """Each of these sums reads the one before twice: along every path there would be 2^60 of them."""
+
+    def middle(s: Any, x: Tensor) -> Tensor:
+        x = F.adaptive_avg_pool2d(x, 1)
+        for _ in range(60):
+            x = x.relu() + x.sigmoid()
+        made: Tensor = s.three(x)
+        return made
+
+    assert len(small(middle, three=nn.Conv2d(8, 8, 3, padding=1)).graph.nodes) < 200

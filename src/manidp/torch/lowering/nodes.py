@@ -55,10 +55,12 @@ class Nodes:
         while name in self.nodes:
             count += 1
             name = f"{path}_{count}"
-        node = op(name=name, inputs=tuple(inputs), **fields)
-        self.shapes[name] = node.shape(*(self.shapes[source] for source in inputs))
-        self.nodes[name] = node
-        return name
+        return self._add(op(name=name, inputs=tuple(inputs), **fields))
+
+    def _add(self, node: Node) -> str:
+        self.shapes[node.name] = node.shape(*(self.shapes[source] for source in node.inputs))
+        self.nodes[node.name] = node
+        return node.name
 
     def give(self, node: str, **parameters: Constant | None) -> None:
         self.weights |= {f"{node}.{name}": value for name, value in parameters.items() if value is not None}
@@ -73,10 +75,7 @@ class Nodes:
             name = node + word
             while name in self.nodes:
                 name += "_"
-            made = op(name=name, inputs=tuple(inputs), **fields)
-            self.shapes[name] = made.shape(*(self.shapes[source] for source in inputs))
-            self.nodes[name] = made
-            self.derived[key] = name
+            self.derived[key] = self._add(op(name=name, inputs=tuple(inputs), **fields))
         return self.derived[key]
 
     def _constant(self, *parts: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from manidp.graph import (
     LayerNorm,
     Linear,
     Multiply,
+    Node,
     Pool,
     PReLU,
     Scatter,
@@ -30,18 +31,9 @@ from manidp.graph import (
 from manidp.torch.layout import BATCH, CHANNELS, HEIGHT, WIDTH, Factor, Value
 from manidp.torch.lowering.nodes import MOST_ROWS, Constant, Nodes, RefusedError
 
-_ON_BOTH = (
-    Elementwise,
-    BatchNorm,
-    LayerNorm,
-    PReLU,
-    Add,
-    Multiply,
-    Concat,
-    Slice,
-    Shuffle,
-    Scatter,
-)  # maps and vectors
+# ops that are of maps and vectors alike
+_ON_BOTH = (Elementwise, BatchNorm, LayerNorm, PReLU, Add, Multiply, Concat, Slice, Shuffle, Scatter)
+_NO_MAP = "a vector that becomes a map of 1 x 1 again"
 MOST_CUT = 7  # rows or columns that are cut off a map, by a convolution that is larger by as many
 
 
@@ -90,22 +82,39 @@ class Shapes(Nodes):
 
     def _as_map(self, node: str) -> str:
         """The node that makes the same as this vector, as a map of 1 x 1: all is made again from the pooling on."""
-        op = self.nodes.get(node)
-        if isinstance(op, GlobalPool):
-            size = self.shapes[op.inputs[0]][1:]
-            return self._again(node, ".map", Pool, op.inputs, kind=op.kind, kernel=size, stride=1)
+        behind: set[str] = set()  # what is to be made again, this node included
+        waiting = [node]
+        while waiting:
+            name = waiting.pop()
+            if name not in behind:
+                behind.add(name)
+                op = self.nodes.get(name)
+                waiting += op.inputs if isinstance(op, (Linear, *_ON_BOTH)) else ()
+        if not behind <= self.nodes.keys():  # what nothing could be made of has no node
+            raise RefusedError(_NO_MAP)
+        maps: dict[str, str] = {}
+        for name, op in list(self.nodes.items()):  # each after what it reads
+            if name in behind:
+                maps[name] = self._one_as_map(op, maps)
+        return maps[node]
+
+    def _one_as_map(self, op: Node, maps: Mapping[str, str]) -> str:
+        """What makes a map of 1 x 1 in place of the vector that an op makes; ``maps``: in place of those it reads."""
         if isinstance(op, Flatten) and self.shapes[op.inputs[0]][1:] == (1, 1):
             return op.inputs[0]
+        if isinstance(op, GlobalPool):
+            size = self.shapes[op.inputs[0]][1:]
+            return self._again(op.name, ".map", Pool, op.inputs, kind=op.kind, kernel=size, stride=1)
         if not isinstance(op, (Linear, *_ON_BOTH)):
-            raise RefusedError("a vector that becomes a map of 1 x 1 again")
-        sources = [self._as_map(source) for source in op.inputs]
+            raise RefusedError(_NO_MAP)
+        sources = [maps[source] for source in op.inputs]
         if isinstance(op, Linear):
-            made = self._again(node, ".map", Conv, sources, channels=op.features, kernel=1, padding=0, bias=op.bias)
+            made = self._again(op.name, ".map", Conv, sources, channels=op.features, kernel=1, padding=0, bias=op.bias)
         else:
             settings = {field.name: getattr(op, field.name) for field in fields(op)[2:]}
-            made = self._again(node, ".map", type(op), sources, **settings)
+            made = self._again(op.name, ".map", type(op), sources, **settings)
         for name in op.parameters(*(self.shapes[source] for source in op.inputs)):
-            self.weights[f"{made}.{name}"] = self.weights[f"{node}.{name}"]
+            self.weights[f"{made}.{name}"] = self.weights[f"{op.name}.{name}"]
         return made
 
     def _blocks(self, x: Value) -> str:
