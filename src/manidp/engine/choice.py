@@ -11,10 +11,10 @@ from manidp.engine.kernels.convolution import Kernel
 from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.kernels.lanes import OutputLanes
-from manidp.engine.kernels.matrix import Matrix
+from manidp.engine.kernels.matrix import Matrix, is_1x1
 from manidp.engine.kernels.winograd import Winograd
 from manidp.engine.steps import window_of
-from manidp.graph import Conv, Graph, sides
+from manidp.graph import Conv, Graph, Node
 
 KERNELS: tuple[Kernel, ...] = (
     Winograd(2), Winograd(4), Depthwise(), Matrix(False), Matrix(True), OutputLanes(), Direct(),
@@ -41,14 +41,18 @@ class Choice:
         """The kernel of a convolution."""
         return self._chosen[node.name]
 
-    def applies(self, node: Conv) -> bool:
-        """Whether a convolution is to do what stands before it, element by element; zeros around a map stay zeros.
+    def does(self, node: Conv, before: Node) -> bool:
+        """Whether a convolution is to do what stands before it, from this node on; zeros around a map stay zeros.
 
         Where another kernel would be so much cheaper that a step of its own for that pays, it is not. If it is, its
         kernel is from now on one that can.
         """
+        return is_1x1(node) and (self._convolves(node, before) if isinstance(before, Conv) else self._applies(node))
+
+    def _applies(self, node: Conv) -> bool:
+        """Whether it is to do what is done element by element."""
         able = [kernel for kernel in self._fitting(node) if isinstance(kernel, Matrix)]
-        if not able or window_of(node).taps > 1 or any(sides(node.padding)):
+        if not able:
             return False
         kernel = self._cheapest(node, able)
         saved = _STEP * math.prod(self._size(node)) / self.lanes / node.channels
@@ -57,14 +61,13 @@ class Choice:
         self._chosen[node.name] = kernel
         return True
 
-    def convolves(self, node: Conv, before: Conv) -> bool:
-        """Whether a convolution is to do a depthwise one before it, whose map would not stay in the cache."""
-        matrices = isinstance(self.of(node), Matrix) and window_of(node).taps == 1 and not any(sides(node.padding))
-        each = isinstance(self.of(before), Depthwise) and self._size(before) == self._size(node)
-        same = self.graph.shapes[before.inputs[0]] == self.graph.shapes[before.name]
-        size = self.element.size * math.prod(self.graph.shapes[before.name])
-        pays = size >= _LARGE and before.channels <= _FEW
-        return matrices and each and same and window_of(before).stride == 1 and pays
+    def _convolves(self, node: Conv, before: Conv) -> bool:
+        """Whether it is to do a depthwise convolution, whose map would not stay in the cache."""
+        able = isinstance(self.of(node), Matrix) and isinstance(self.of(before), Depthwise)
+        shape = self.graph.shapes[before.name]
+        same = self.graph.shapes[before.inputs[0]] == shape and self._size(node) == shape[1:]
+        pays = self.element.size * math.prod(shape) >= _LARGE and before.channels <= _FEW
+        return able and same and window_of(before).stride == 1 and pays
 
     def _fit(self, convolutions: Sequence[Conv]) -> None:
         """Take slower kernels of fewer weights, most memory for least time first, until all have place."""

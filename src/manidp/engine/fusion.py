@@ -46,23 +46,16 @@ def tasks_of(graph: Graph) -> list[Task]:
     return _ordered(graph, _fused(graph))
 
 
-def absorbed(
-    graph: Graph, tasks: list[Task], can_apply: Callable[[Conv], bool], can_convolve: Callable[[Conv, Conv], bool]
-) -> list[Task]:
+def absorbed(graph: Graph, tasks: list[Task], does: Callable[[Conv, Node], bool]) -> list[Task]:
     """The tasks without those that a convolution does on what it reads: it alone reads what they make of one map.
 
-    ``can_apply``: whether a convolution can, element by element; ``can_convolve``: whether with another one, of each
-    channel by itself. No gate may have a part in them.
+    ``does``: whether a convolution is to do what begins with this node. No gate may have a part in them.
     """
     made: dict[str, Task] = {}
     for task in tasks:
         start = task.start
         before = made.get(start.inputs[0]) if isinstance(start, Conv) else None
-        if before and isinstance(start, Conv) and _of_one_map(graph, before):
-            able = can_convolve(start, before.start) if isinstance(before.start, Conv) else can_apply(start)
-        else:
-            able = False
-        if before and able:
+        if before and isinstance(start, Conv) and _of_one_map(graph, before) and does(start, before.start):
             task.before = before.nodes
             del made[before.name]
         made[task.name] = task

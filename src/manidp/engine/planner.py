@@ -82,7 +82,7 @@ class _Planner:
         self.choice = Choice(graph, lanes, element)
         self.tasks = tasks_of(graph)
         if reuse:
-            self.tasks = absorbed(graph, self.tasks, self.choice.applies, self.choice.convolves)
+            self.tasks = absorbed(graph, self.tasks, self.choice.does)
         self.last_read = {source: index for index, task in enumerate(self.tasks) for source in task.reads}
 
     def plan(self, scale: Array, shift: Array) -> Plan:

@@ -314,7 +314,6 @@ def _scatter(net: Network, node: Scatter, p: P, x: Tensor) -> Tensor:
 @handles(Pool)
 def _pool(net: Network, node: Pool, p: P, x: Tensor) -> Tensor:
     pool, outside = (F.max_pool2d, -math.inf) if node.kind == "max" else (F.avg_pool2d, 0.0)
-
     high, wide = pair(node.kernel)
 
     def pooled(x: Tensor) -> Tensor:

@@ -452,8 +452,6 @@ _PLACES = {
     "LayerNormalization": {1: "weight", 2: "bias"},
 }  # fmt: skip
 _SETTINGS = ("Clip", "Concat", "Dropout", "Max", "Min", "Pad", "Pow")  # their floating constants are no weights
-
-
 _ARITHMETIC = {"Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "Div": operator.truediv}
 
 

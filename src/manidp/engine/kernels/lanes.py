@@ -198,19 +198,16 @@ class _Code:
 
         def write(g: Function) -> None:
             line = 64 // g.element.size
-            inputs = max(1, _AHEAD // (length * g.element.size))
+            further = max(1, _AHEAD // (length * g.element.size))
 
             def one_input(j: Index, *sums: Vec) -> list[Vec]:
                 i, totals = g.index(_LI, j), list(sums)
                 x = g.at(_X, g.scaled(i, _STRIDE))
                 row = g.at(_WEIGHTS, g.scaled(i, length))
-                following = g.plus(j, inputs)
-                if self.every:  # behind the last input the next tile's weights begin
-                    ahead = g.least(g.scaled(following, length), _LAST)
-                else:
-                    ahead = g.scaled(g.index(_LI, g.least(following, g.minus(_NI, 1))), length)
-                for n in range(length // line if taps == 1 or not self.every else 0):
-                    g.prefetch(g.at(_WEIGHTS, ahead), n * line, near=False)
+                if taps == 1 or not self.every:
+                    ahead = g.at(_WEIGHTS, self._further(g, g.plus(j, further), length))
+                    for n in range(length // line):
+                        g.prefetch(ahead, n * line, near=False)
                 for t in range(taps):
                     inside = [(p, position.taps[t]) for p, position in enumerate(positions)]
                     if all(at is None for _, at in inside):
@@ -230,6 +227,12 @@ class _Code:
 
         key = ("lanes multiply", self.every, vectors, taps, positions)
         return self.module.function(key, [_X, _STRIDE, _WEIGHTS, _LAST, _LI, _NI, _SCRATCH], write)
+
+    def _further(self, g: Function, place: Index, length: int) -> Index:
+        """Where the weights of an input lie that is yet to come, behind the last one those of the next tile."""
+        if self.every:
+            return g.least(g.scaled(place, length), _LAST)
+        return g.scaled(g.index(_LI, g.least(place, g.minus(_NI, 1))), length)
 
     def _outputs(self, vectors: int) -> str:
         """The function that brings what a tile made into the planes of its outputs, and does what follows."""

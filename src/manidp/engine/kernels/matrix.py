@@ -49,6 +49,11 @@ _NI, _NO, _SCRATCH, _PRODUCTS = Index("%ni"), Index("%no"), Pointer("%scratch"),
 _ROW, _SLOT, _SWEEP, _FIRST, _END = Index("%row"), Index("%slot"), Index("%sweep"), Index("%first"), Index("%end")
 
 
+def is_1x1(node: Conv) -> bool:
+    """Whether each output is made of one position."""
+    return window_of(node).taps == 1 and not any(sides(node.padding))
+
+
 @dataclass(frozen=True)
 class Matrix(Kernel):
     """``rows``: of an output each, so that any outputs can be left out."""
@@ -61,10 +66,9 @@ class Matrix(Kernel):
 
     def supports(self, node: Conv, inputs: int, element: Element) -> bool:
         window = window_of(node)
-        one = window.taps == 1 and not any(sides(node.padding))
         least = _WIDE if window.stride > 1 else _INPUTS
         pays = node.channels >= _OUTPUTS and (inputs >= least or inputs <= _FEW)
-        return node.groups == 1 and (one or (pays and window.taps <= _TAPS))
+        return node.groups == 1 and (is_1x1(node) or (pays and window.taps <= _TAPS))
 
     def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
         """A direct convolution takes 1.2 to 1.5 times as long by measurement (AVX2); less on maps of two vectors.
