@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from manidp.errors import GraphError, some
 from manidp.formats.checkpoint import Checkpoint
-from manidp.graph import BatchNorm, Concat, Graph, Node, Scatter, Slice
+from manidp.graph import FACTOR, BatchNorm, Concat, Graph, Node, Scatter, Slice
 from manidp.graph.channels import wanted
 from manidp.graph.macs import Kept, macs_per_image, node_macs, opened
 
@@ -233,9 +233,9 @@ class _Rewrite:
         norm = self._norm_before(source)
         if norm is None:
             norm = node.name
-            zeros, half, ones = (np.full(len(gain), number, np.float32) for number in (0, 0.5, 1))
-            statistics = {"moving_mean": zeros, "moving_variance": half, "gamma": ones, "beta": zeros}
-            self._emit(BatchNorm(name=norm, inputs=(source,), eps=0.5, use_global_stats=True), statistics, after)
+            zeros, rest, ones = (np.full(len(gain), number, np.float32) for number in (0, 1 - FACTOR["eps"], 1))
+            statistics = {"moving_mean": zeros, "moving_variance": rest, "gamma": ones, "beta": zeros}
+            self._emit(BatchNorm(name=norm, inputs=(source,), **FACTOR), statistics, after)
         else:
             self.alias[node.name] = self._made(source)
             if after is not None:

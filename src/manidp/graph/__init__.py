@@ -3,6 +3,7 @@
 from manidp.graph.graph import Graph, graph_from_json, with_classes
 from manidp.graph.ops import (
     ELU,
+    FACTOR,
     OPS,
     Activation,
     ActivationKind,
@@ -35,6 +36,7 @@ from manidp.graph.ops import (
 
 __all__ = [
     "ELU",
+    "FACTOR",
     "OPS",
     "Activation",
     "ActivationKind",

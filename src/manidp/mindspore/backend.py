@@ -254,15 +254,10 @@ class TrainingStep(nn.Cell):
         self, images: Tensor, labels: Tensor, limit: Tensor, taught: Tensor, learning_rate: Tensor
     ) -> tuple[Tensor, ...]:
         values, gradients = self.gradient(images, labels, limit, taught)
-        shorter = ops.ones_like(learning_rate)
-        if self.clip_norm > 0:
-            square = ops.zeros_like(learning_rate)
-            for gradient in gradients:
-                square = square + ops.square(gradient).sum()
-            shorter = ops.minimum(shorter, self.clip_norm / (ops.sqrt(square) + 1e-6))
+        bounded = ops.clip_by_global_norm(gradients, self.clip_norm) if self.clip_norm > 0 else gradients
         for index in range(len(self.parameters)):
             parameter, velocity = self.parameters[index], self.velocities[index]
-            gradient = shorter * gradients[index] + self.decays[index] * parameter
+            gradient = bounded[index] + self.decays[index] * parameter
             moved = self.momentum * velocity + gradient
             ops.assign(velocity, moved)
             ops.assign(parameter, parameter - learning_rate * (gradient + self.momentum * moved))

@@ -10,6 +10,7 @@ import torch
 
 from manidp.graph import (
     ELU,
+    FACTOR,
     Activation,
     ActivationKind,
     Add,
@@ -141,7 +142,7 @@ class Elementwise(Shapes):
         """x * scale + shift, numbers or constants of one number a channel.
 
         Of a map a convolution of each channel by itself; straight behind a linear layer that layer itself, so that a
-        network's last one can be given other classes; of another vector a batch norm whose statistics are 0 and 1.
+        network's last one can be given other classes; of another vector a batch norm (``FACTOR``).
         """
         x = self.plain(x)
         factor, term = (None if part is None else self._per_channel(x, part) for part in (scale, shift))
@@ -159,9 +160,9 @@ class Elementwise(Shapes):
             return replace(x, node=made)
         if not x.is_map:
             zeros = torch.zeros_like(factor.tensor)
-            made = self.emit(BatchNorm, (x.node,), "scaled", eps=0.5, use_global_stats=True)
-            self.give(made, moving_mean=Constant(zeros), moving_variance=Constant(zeros + 0.5), gamma=factor,
-                      beta=term or Constant(zeros))  # fmt: skip
+            made = self.emit(BatchNorm, (x.node,), "scaled", **FACTOR)
+            self.give(made, moving_mean=Constant(zeros), moving_variance=Constant(zeros + 1 - FACTOR["eps"]),
+                      gamma=factor, beta=term or Constant(zeros))  # fmt: skip
             return replace(x, node=made)
         count = self.shapes[x.node][0]
         made = self.emit(Conv, (x.node,), "scaled", channels=count, groups=count, kernel=1, padding=0,
