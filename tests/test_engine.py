@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from engine_cases import Array, assert_close, assert_same_result, check, plan_of, run_program
-from manidp.engine.choice import TIMES, Choice
+from manidp.engine.choice import KERNELS, TIMES, Choice
 from manidp.engine.engine import Engine, Program
 from manidp.engine.ir import FLOAT, HALF
 from manidp.engine.kernels.convolution import Convolve, Kernel
@@ -224,6 +224,24 @@ def test_packed_weights_take_no_more_memory_than_they_may() -> None:
     assert TIMES - 20 / 9 / len(layers) < held <= TIMES
     narrow = Graph((nodes[0], replace(layers[0], channels=32), GlobalPool(name="mean", inputs=("n0",))), "mean")
     assert Choice(narrow, 8, FLOAT).of(layers[0]) == Winograd(4)  # 2.3 MB: anything has place
+
+
+@pytest.mark.parametrize(
+    ("kernel", "padding", "dilation", "wanted"),
+    [
+        (3, 1, 1, Winograd),  # the fewest multiply-adds; fewer weights are its own, of smaller tiles
+        (3, 0, 1, Winograd),
+        (3, 2, 2, Matrix),
+        (5, 2, 1, Matrix),
+        ((1, 7), (0, 3), 1, Matrix),
+        (1, 0, 1, Matrix),
+    ],
+)
+def test_winograd_or_else_a_product_of_matrices_does_a_window(
+    kernel: int | tuple[int, int], padding: int | tuple[int, int], dilation: int, wanted: type[Kernel]
+) -> None:
+    conv = Conv(name="conv", inputs=("image",), channels=64, kernel=kernel, padding=padding, dilation=dilation)
+    assert {type(kernel) for kernel in KERNELS if kernel.supports(conv, 64, FLOAT)} - {Direct, OutputLanes} == {wanted}
 
 
 @pytest.mark.parametrize(("channels", "size", "absorbed"), [(32, 14, True), (512, 14, False), (32, 7, False)])

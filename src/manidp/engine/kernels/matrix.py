@@ -9,7 +9,8 @@
 
 So weights are read once for many positions, and what is read over and over lies close together, however far apart the
 map's channels are. Where all outputs are computed, weights lie in the order in which they are read; where a gate closes
-some, they lie in rows, an output each. For 1x1, and for strided convolutions of many channels or of the image.
+some, they lie in rows, an output each. For 1x1, for strided convolutions of many channels or of the image, and for
+windows that Winograd's convolution does not do.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from manidp.engine.kernels import epilogue as epilogues
 from manidp.engine.kernels.convolution import ConvolutionStep, Kernel, Packed, apart, by_input
 from manidp.engine.kernels.direct import Direct
 from manidp.engine.kernels.gather import Blocks, Each, Gather, blocks_of
+from manidp.engine.kernels.winograd import is_3x3
 from manidp.engine.module import WORKSPACE, Module
 from manidp.engine.steps import Channels, Epilogue, MapKey, Op, Step, window_of
 from manidp.engine.walk import single
@@ -68,7 +70,7 @@ class Matrix(Kernel):
         window = window_of(node)
         least = _WIDE if window.stride > 1 else _INPUTS
         pays = node.channels >= _OUTPUTS and (inputs >= least or inputs <= _FEW)
-        return node.groups == 1 and (is_1x1(node) or (pays and window.taps <= _TAPS))
+        return node.groups == 1 and (is_1x1(node) or (pays and window.taps <= _TAPS and not is_3x3(node)))
 
     def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
         """A direct convolution takes 1.2 to 1.5 times as long by measurement (AVX2); less on maps of two vectors.

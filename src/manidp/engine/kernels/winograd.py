@@ -70,6 +70,11 @@ MATRICES = {
 }
 
 
+def is_3x3(node: Conv) -> bool:
+    """Whether a convolution's windows are those of F(m x m, 3x3)."""
+    return (node.kernel, node.stride, node.dilation) == (3, 1, 1) and max(sides(node.padding)) < 3
+
+
 @dataclass(frozen=True)
 class Winograd(TileKernel):
     """``side``: of a tile's outputs, 2 or 4; source and output lie in as many phases."""
@@ -94,9 +99,8 @@ class Winograd(TileKernel):
 
     def supports(self, node: Conv, inputs: int, element: Element) -> bool:
         # the larger the tile, the more it amplifies rounding: too much for float16
-        fits = (node.kernel, node.stride, node.dilation) == (3, 1, 1) and max(sides(node.padding)) < 3
         wide = node.groups == 1 or min(inputs, node.channels) >= _GROUP * node.groups
-        return fits and wide and (self.side == 2 or element == FLOAT)
+        return is_3x3(node) and wide and (self.side == 2 or element == FLOAT)
 
     def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
         tiles = -(-height // self.side) * -(-width // self.side)
