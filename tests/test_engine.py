@@ -194,9 +194,16 @@ def test_the_cheapest_kernel_is_taken(size: int, lanes: int, single: Kernel, hal
         (1024, 7, 16, OutputLanes()),  # 49 positions fill three vectors of four
         (1024, 7, 8, OutputLanes()),
         (1024, 14, 16, OutputLanes()),
-        (1024, 14, 8, Matrix(rows=False)),  # 196 positions nearly fill 25 vectors
+        (1024, 14, 8, OutputLanes()),
+        (1024, 16, 8, Matrix(rows=False)),
         (1024, 16, 16, Matrix(rows=False)),
-        (1024, 4, 16, OutputLanes()),  # one vector of positions is too few sums to hide how long an addition takes
+        (
+            1024,
+            4,
+            8,
+            OutputLanes(),
+        ),  # one or two vectors of positions are too few sums to hide how long an addition takes
+        (1024, 4, 16, OutputLanes()),
         (20, 7, 16, Matrix(rows=False)),  # 20 outputs do not fill two vectors
         (1024, 2, 16, OutputLanes()),
     ],

@@ -9,7 +9,7 @@ import pytest
 from engine_cases import Array, plan_of, run_program
 from manidp.engine import choice
 from manidp.engine.engine import Program
-from manidp.engine.kernels import linear, matrix, norm, pointwise, pool, select, winograd
+from manidp.engine.kernels import lanes, linear, matrix, norm, pointwise, pool, select, winograd
 from manidp.engine.kernels.convolution import Kernel
 from manidp.engine.kernels.depthwise import Depthwise
 from manidp.engine.kernels.direct import Direct
@@ -74,6 +74,7 @@ def test_a_convolution_is_what_its_model_says(
     monkeypatch.setattr(choice, "KERNELS", (kernel,))
     for module, name in ((matrix, "_WIDE"), (matrix, "_INPUTS"), (matrix, "_OUTPUTS"), (winograd, "_GROUP")):
         monkeypatch.setattr(module, name, 1)
+    monkeypatch.setattr(lanes, "_AT_ONCE", 5)  # of 6 inputs
     fields = {"channels": 6, "groups": 6} | fields if isinstance(kernel, Depthwise) else {"channels": 9} | fields
     conv = Conv(name="conv", inputs=("image",), **fields)
     nodes = (Input(name="image", dims=(6, 9, 11)), conv)

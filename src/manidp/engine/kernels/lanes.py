@@ -1,12 +1,13 @@
 """A convolution with neighbouring outputs in the lanes, a few positions at a time.
 
     for K vectors of outputs:
-        for P positions:
-            for j in kept inputs:
-                for each tap of the kernel:
-                    w[k] = K vectors of the weights of input channel li[j] at the tap
-                    for p in positions whose tap lies in the map:
-                        a[p][k] += x[li[j]][p at the tap] * w[k]
+        for N kept inputs, or for all:
+            for P positions:
+                for j in these inputs:
+                    for each tap of the kernel:
+                        w[k] = K vectors of the weights of input channel li[j] at the tap
+                        for p in positions whose tap lies in the map:
+                            a[p][k] += x[li[j]][p at the tap] * w[k]
 
 A map whose positions do not fill vectors leaves no lane idle so: 49 of them are three vectors of 16 and a lane. Of a
 map of fewer positions than a vector has lanes, weights take longer to read than to multiply; they are read vector by
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.engine.ir import Element, Function, Index, Pointer, Vec
+from manidp.engine.ir import ZERO, Element, Function, Index, Pointer, Vec
 from manidp.engine.kernels import epilogue as epilogues
 from manidp.engine.kernels.convolution import ConvolutionStep, Kernel, Packed, by_input
 from manidp.engine.kernels.direct import Direct
@@ -37,11 +38,15 @@ _MOST = 256  # taps of all positions: the code has K multiply-adds for each
 # bytes of weights that are on their way into the second-level cache before they are needed; those of several taps are
 # many in a row, which processors fetch ahead themselves unless gates close some
 _AHEAD = 12 * 1024
-_OF_16, _OF_8 = 0.81, 0.87  # AVX-512 takes a factor from memory as it multiplies, AVX2 needs an instruction more
+# With few registers there are few products for what is read, and little time for anything beside them: so many inputs
+# serve all positions before the next ones are taken, from the first-level cache, some between two jumps. By measurement
+# on AMD's Zen 4; with many registers it gains nothing there.
+_FEW_REGISTERS, _AT_ONCE, _TOGETHER = 16, 64, 4
 
 _X, _WEIGHTS, _BIAS, _LI, _NI = Pointer("%x"), Pointer("%weights"), Pointer("%bias"), Pointer("%li"), Index("%ni")
 _INPUTS, _SCRATCH, _FIRST, _COUNT = Index("%inputs"), Pointer("%scratch"), Index("%first"), Index("%count")
 _LO, _BELOW, _STRIDE, _LAST = Pointer("%lo"), Pointer("%below"), Index("%stride"), Index("%last")
+_BEGIN, _END = Index("%begin"), Index("%end")
 
 
 def _vectors(lanes: int) -> int:
@@ -71,7 +76,7 @@ class OutputLanes(Kernel):
             taps *= sum(0 <= n * window.stride + line < extent for n in range(size) for line in lines)
         if taps > _MOST or (window.taps > 1 and height * width >= lanes):
             return np.inf
-        share = 0.95 if window.taps > 1 else _OF_16 if lanes > 8 else _OF_8
+        share = 0.95 if window.taps > 1 else 0.81
         return share * taps / lanes * (-(-node.channels // lanes) * lanes / node.channels)
 
     def pack(self, weight: NDArray[Any], element: Element, lanes: int) -> NDArray[Any]:
@@ -181,18 +186,37 @@ class _Code:
         positions = self.positions
         most = (self.module.isa.registers - 1 - vectors) // vectors
         groups = -(-len(positions) // most)
-        for index in range(groups):
-            begin, end = (n * len(positions) // groups for n in (index, index + 1))
-            first_slot, first_place, these = _from_the_first(positions[begin:end])
-            into = g.at(_SCRATCH, first_slot * vectors * g.lanes)
-            x, stride = g.at(_X, first_place), self.source.channel
-            g.call(self._multiply(vectors, these), x, stride, weights, last, _LI, _NI, into)
+        blocks = groups > 1 and self.module.isa.registers <= _FEW_REGISTERS
+
+        def inputs(begin: Index, end: Index) -> None:
+            """Add what some inputs make to the sums of all positions, or make the sums."""
+            for index in range(groups):
+                low, high = (n * len(positions) // groups for n in (index, index + 1))
+                first_slot, first_place, these = _from_the_first(positions[low:high])
+                into = g.at(_SCRATCH, first_slot * vectors * g.lanes)
+                x, stride = g.at(_X, first_place), self.source.channel
+                multiply = self._multiply(vectors, these, adds=blocks)
+                g.call(multiply, x, stride, weights, last, _LI, _NI, begin, end, into)
+
+        def one_block(n: Index) -> list[Index]:
+            begin = g.scaled(n, _AT_ONCE)
+            inputs(begin, g.least(g.plus(begin, _AT_ONCE), _NI))
+            return []
+
+        if blocks:
+            g.clear(_SCRATCH, (positions[-1].slot + 1) * vectors * g.lanes * g.element.size)
+            g.loop(g.divided(g.plus(_NI, _AT_ONCE - 1), _AT_ONCE), one_block)
+        else:
+            inputs(ZERO, _NI)
         before = g.index(_BELOW, first)
         kept = g.minus(g.index(_BELOW, g.plus(first, count)), before)
         g.call(self._outputs(vectors), _SCRATCH, _BIAS, g.floats.at(_LO, before), first, kept, *self.extra)
 
-    def _multiply(self, vectors: int, positions: tuple[_Position, ...]) -> str:
-        """The function that multiplies and adds: some vectors of outputs at some positions, from all kept inputs."""
+    def _multiply(self, vectors: int, positions: tuple[_Position, ...], *, adds: bool) -> str:
+        """The function that multiplies and adds: some vectors of outputs at some positions, from some kept inputs.
+
+        ``adds``: to what is there.
+        """
         taps = self.window.taps
         length = taps * vectors * self.module.lanes  # weights of an input
 
@@ -200,8 +224,8 @@ class _Code:
             line = 64 // g.element.size
             further = max(1, _AHEAD // (length * g.element.size))
 
-            def one_input(j: Index, *sums: Vec) -> list[Vec]:
-                i, totals = g.index(_LI, j), list(sums)
+            def one_input(j: Index, sums: Sequence[Vec]) -> list[Vec]:
+                i, totals = j if self.every else g.index(_LI, j), list(sums)
                 x = g.at(_X, g.scaled(i, _STRIDE))
                 row = g.at(_WEIGHTS, g.scaled(i, length))
                 if taps == 1 or not self.every:
@@ -210,23 +234,38 @@ class _Code:
                         g.prefetch(ahead, n * line, near=False)
                 for t in range(taps):
                     inside = [(p, position.taps[t]) for p, position in enumerate(positions)]
-                    if all(at is None for _, at in inside):
+                    if all(place is None for _, place in inside):
                         continue
                     weights = [g.load(row, (t * vectors + k) * g.lanes) for k in range(vectors)]
-                    for p, at in inside:
-                        if at is not None:
-                            value = g.splat(g.scalar(x, at))
+                    for p, place in inside:
+                        if place is not None:
+                            value = g.splat(g.scalar(x, place))
                             for k, weight in enumerate(weights, p * vectors):
                                 totals[k] = g.fma(value, weight, totals[k])
                 return totals
 
-            zeros = [Vec("zeroinitializer")] * (vectors * len(positions))
-            for at, total in enumerate(g.loop(_NI, one_input, *zeros)):
-                p, k = divmod(at, vectors)
-                g.store(total, _SCRATCH, (positions[p].slot * vectors + k) * g.lanes)
+            def together(first: Index, count: int, sums: Sequence[Vec]) -> list[Vec]:
+                totals = list(sums)
+                for n in range(count):
+                    totals = one_input(g.plus(first, n), totals)
+                return totals
 
-        key = ("lanes multiply", self.every, vectors, taps, positions)
-        return self.module.function(key, [_X, _STRIDE, _WEIGHTS, _LAST, _LI, _NI, _SCRATCH], write)
+            def some_inputs(begin: Index, count: Index, size: int, sums: Sequence[Vec]) -> list[Vec]:
+                """``count`` times ``size`` of them."""
+                return g.loop(count, lambda n, *sums: together(g.plus(begin, g.scaled(n, size)), size, sums), *sums)
+
+            places = [(position.slot * vectors + k) * g.lanes for position in positions for k in range(vectors)]
+            first = [g.load(_SCRATCH, place) if adds else Vec("zeroinitializer") for place in places]
+            size, count = _TOGETHER if adds else 1, g.minus(_END, _BEGIN)
+            totals = some_inputs(_BEGIN, g.divided(count, size), size, first)
+            if size > 1:
+                rest = g.remainder(count, size)
+                totals = some_inputs(g.minus(_END, rest), rest, 1, totals)
+            for place, total in zip(places, totals, strict=True):
+                g.store(total, _SCRATCH, place)
+
+        key = ("lanes multiply", self.every, vectors, taps, positions, adds)
+        return self.module.function(key, [_X, _STRIDE, _WEIGHTS, _LAST, _LI, _NI, _BEGIN, _END, _SCRATCH], write)
 
     def _further(self, g: Function, place: Index, length: int) -> Index:
         """Where the weights of an input lie that is yet to come, behind the last one those of the next tile."""

@@ -75,10 +75,10 @@ class Matrix(Kernel):
     def cost(self, node: Conv, height: int, width: int, lanes: int, element: Element) -> float:
         """A direct convolution takes 1.2 to 1.5 times as long by measurement (AVX2); less on maps of two vectors.
 
-        A map of one vector has as few sums as outputs at a time, and additions wait for one another.
+        These have few sums for the outputs at a time, and additions wait for one another.
         """
-        one, few = height * width <= lanes, window_of(node).taps > 1 and height * width <= 2 * lanes
-        share = 1.2 if few or (one and not self.rows) else 0.9 if self.rows else 0.8
+        few = height * width <= 2 * lanes and (window_of(node).taps > 1 or not self.rows)
+        share = 1.2 if few else 0.9 if self.rows else 0.8
         return share * super().cost(node, height, width, lanes, element)
 
     def pack(self, weight: NDArray[Any], element: Element, lanes: int) -> NDArray[Any]:
