@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -58,7 +59,7 @@ class Builder:
     def last(self) -> str:
         return self.nodes[-1].name
 
-    def add(self, node_type: type[Node], /, *inputs: str, **options: object) -> str:
+    def add(self, node_type: type[Node], /, *inputs: str, **options: Any) -> str:
         name = f"n{len(self.nodes)}"
         node = node_type(name=name, inputs=inputs or (self.last,), **options)
         self.shapes[name] = node.shape(*(self.shapes[source] for source in node.inputs))

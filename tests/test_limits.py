@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from itertools import count
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ class Chain:
         self.nodes: list[Node] = [Input(name="image", dims=(channels, height, width))]
         self.number = count()
 
-    def add(self, node_type: type[Node], /, *inputs: str, **options: object) -> str:
+    def add(self, node_type: type[Node], /, *inputs: str, **options: Any) -> str:
         name = f"n{next(self.number)}"
         self.nodes.append(node_type(name=name, inputs=inputs or (self.nodes[-1].name,), **options))
         return name

@@ -18,8 +18,9 @@ from safetensors.numpy import load_file
 from manidp.data.images import ImageSet
 from manidp.errors import TrainingError
 from manidp.formats.checkpoint import Checkpoint
+from manidp.graph import Graph
 from manidp.graph.macs import dense_macs
-from manidp.training.backend import Backend, Batch, Learner
+from manidp.training.backend import Backend, Batch, Learner, below
 from manidp.training.evaluate import evaluate
 from manidp.training.recipe import Recipe, parse_setting, read_recipe
 
@@ -48,6 +49,16 @@ def test_a_budget_is_met_at_the_end_within_one_percent(share: float, backend: Ba
     macs = evaluate(run.learner.run, image_set(), PREPROCESSING).macs.mean()
     assert macs == pytest.approx(recipe.macs_budget, rel=0.01)
     assert run.missed() is None
+
+
+def test_what_is_not_trainable_stays(backend: Backend, tmp_path: Path) -> None:
+    fixed = ("conv_1_3x3", "bn_1")
+    nodes = (replace(node, trainable=node.name not in fixed) for node in GRAPH.nodes)
+    start = fresh(backend, Graph(tuple(nodes), GRAPH.output))
+    run, _ = trained(backend, tmp_path, replace(RECIPE, epochs=1, weight_decay=0.1), start=start)
+    now = below(run.learner.state(), "network/")
+    same = {name for name, value in start.weights.items() if np.array_equal(value, now[name])}
+    assert same == {"conv_1_3x3.weight", "bn_1.gamma", "bn_1.beta"}
 
 
 def test_thresholds_wait_for_the_second_epoch(backend: Backend, tmp_path: Path) -> None:

@@ -487,6 +487,27 @@ def test_what_was_trained_goes_back_into_the_module(tmp_path: Any) -> None:
     assert all(np.array_equal(again.weights[name], trained.weights[name]) for name in again.weights)
 
 
+def test_constants_are_not_trained(tmp_path: Any) -> None:
+    """What a module's forward does with numbers of its own, and its buffers, stay; so all goes back into the module."""
+
+    def middle(s: Any, x: Tensor) -> Tensor:
+        x = F.conv2d(F.pad(x[:, :, 1:], (0, 1, 2, 0)), s.blur, groups=8)  # a cut, zeros, a buffer as weights
+        x = s.norm(x) * 0.5 + torch.arange(8.0).view(8, 1, 1)
+        made: Tensor = s.two(F.pixel_unshuffle(x, 2)) * s.factor
+        return made
+
+    net = Net(middle, norm=nn.BatchNorm2d(8, affine=False), two=nn.Conv2d(32, 8, 1))
+    net.fc = nn.Linear(8, 10)
+    net.register_buffer("blur", torch.rand(8, 1, 2, 2))
+    net.factor = nn.Parameter(torch.rand(8, 1, 1))
+    dense = from_torch(net, EXAMPLE, preprocessing=CIFAR10_PREPROCESSING, classes=CIFAR10_CLASSES)
+    recipe = Recipe(epochs=1, batch_size=4, learning_rate=0.01, momentum=0.9, weight_decay=0.1, ema=0.9)
+    sample = load_sample().take(np.arange(8))
+    state = to_state_dict(manidp.torch.train(dense, sample, recipe, tmp_path, threads=1), net)
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, state[name])}
+    assert changed == state.keys() - {"blur", "norm.num_batches_tracked"}
+
+
 def test_a_pooled_vector_becomes_a_map_of_one_pixel_again() -> None:
     """Where a larger convolution reads what has been convolved, normalised, added and put together on the way."""
 

@@ -54,12 +54,16 @@ def sides(padding: Padding) -> tuple[int, int, int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """One step of a network. ``inputs`` are names of other nodes; ``name`` is also the prefix of its parameters."""
+    """One step of a network. ``inputs`` are names of other nodes; ``name`` is also the prefix of its parameters.
+
+    trainable: whether gradients move its parameters; the moving statistics of a batch norm move all the same.
+    """
 
     arity: ClassVar[tuple[int, int]] = (1, 1)
     flow: ClassVar[ChannelFlow] = "mixed"
     name: str
     inputs: tuple[str, ...] = ()
+    trainable: bool = True
 
     def shape(self, *inputs: Shape) -> Shape:
         """Shape of the value this node makes from values of the given shapes; raises GraphError."""

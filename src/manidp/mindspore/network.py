@@ -351,7 +351,11 @@ def _cell(node: _Node) -> nn.Cell:
     if make is None or (node["op"] == "Activation" and node["kind"] not in _ACTIVATIONS):
         what = " ".join([node["op"], *(node[key] for key in ("kind",) if key in node)])
         raise NotImplementedError(f"node '{node['name']}' ({what}): MindSpore's network does not run this op")
-    return make(node)
+    cell = make(node)
+    if not node["trainable"]:
+        for parameter in cell.get_parameters():
+            parameter.requires_grad = False
+    return cell
 
 
 def _conv(node: _Node) -> nn.Cell:

@@ -7,7 +7,7 @@ are decoded batch by batch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from manidp.data.images import ImageSet
@@ -113,14 +113,15 @@ class TorchLearner:
         self.teachers = [_callable(placed(network_from(teacher), device), recipe) for teacher in teachers]
         how = start.preprocessing, recipe, device, processes
         self.images = _Batches(data, *how) if isinstance(data, ImageSet) else _FileBatches(data, *how)
+        self.trainable = {name: value for name, value in self.network.named_parameters() if value.requires_grad}
+        groups = _groups(self.trainable, start.graph.heads, recipe.weight_decay)
         self.optimizer = torch.optim.SGD(
-            _groups(self.network, recipe), lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True
+            groups, lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True
         )
         # what differs between operating points: that of the point in use lies in the network, the others' here
         self.own = {name: value for name, value in self.network.named_buffers() if recipe.points}
-        named = dict(self.network.named_parameters())
         biases = score_biases(start.graph) if recipe.shares == "taylor" else {}
-        self.biases = {gate: named[bias] for gate, bias in biases.items()}
+        self.biases = {gate: self.trainable[bias] for gate, bias in biases.items()}
         names = [DEFAULT, *(point_name(start.graph, float(budget)) for budget in recipe.points)]
         self.points = {point: {name: value.clone() for name, value in self.own.items()} for point in names}
         self.point = DEFAULT
@@ -171,7 +172,7 @@ class TorchLearner:
         if self.biases:
             seen = [replace(one, importance=self._importance(output.records)) for one in seen]
         if self.recipe.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         return seen
 
@@ -267,7 +268,7 @@ class TorchLearner:
         for index, values in enumerate(list(self.points.values())[1:]):
             tensors |= {f"points/{index}/{name}": value for name, value in values.items()}
         if self.recipe.momentum > 0:
-            for name, parameter in self.network.named_parameters():
+            for name, parameter in self.trainable.items():
                 buffer = self.optimizer.state[parameter].get("momentum_buffer")
                 tensors[f"momentum/{name}"] = torch.zeros_like(parameter) if buffer is None else buffer
         return {name: value.detach().cpu().contiguous().numpy().copy() for name, value in tensors.items()}
@@ -282,7 +283,7 @@ class TorchLearner:
             for name, value in below(tensors, f"points/{index}/").items():
                 values[name].copy_(value)
         momenta = below(tensors, "momentum/")
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in self.trainable.items():
             if name in momenta:
                 buffer = torch.empty_like(parameter).copy_(momenta[name])  # laid out like the parameter
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
@@ -391,10 +392,11 @@ def _callable(network: Network, recipe: Recipe) -> Callable[[Tensor], Output]:
     return run
 
 
-def _groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
+def _groups(
+    parameters: Mapping[str, nn.Parameter], heads: Collection[str], weight_decay: float
+) -> list[dict[str, Any]]:
     """Weight decay for every parameter but the gates'."""
-    heads = network.graph.heads
-    free = [p for name, p in network.named_parameters() if name.rpartition(".")[0] in heads]
-    decayed = [p for name, p in network.named_parameters() if name.rpartition(".")[0] not in heads]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    free = [p for name, p in parameters.items() if name.rpartition(".")[0] in heads]
+    decayed = [p for name, p in parameters.items() if name.rpartition(".")[0] not in heads]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

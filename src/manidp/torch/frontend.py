@@ -46,9 +46,10 @@ def from_torch(
     The module itself is not changed. It is traced by ``torch.export``, so its ``forward`` must do the same for every
     image. What comes out is compared with the module in float64, on the example, on random images and with other
     weights of the same shapes. ``provenance["imported"]["names"]`` says which parameter is which of the module's
-    ``state_dict``, for ``to_state_dict``; a parameter that the module uses twice is two here. What is made of several
-    of its numbers (weights that it normalises, the matrix of a convolution over channels) is a constant: it may be
-    trained, but then does not go back.
+    ``state_dict``, for ``to_state_dict``; a parameter that the module uses twice is two here. Buffers, and numbers that
+    only its ``forward`` knows, are constants, which training leaves as they are. What is made of several numbers of its
+    parameters (weights that it normalises, the matrix of a convolution over channels) is trained, but then does not go
+    back.
 
     Raises FrontendError: for ops that no op of a graph stands for, all of them listed with module and source line; for
     a module that takes decisions from data, has several outputs, or does not run on the example; for one that differs.
@@ -93,8 +94,8 @@ def to_state_dict(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Tensor
     """The module's ``state_dict`` with the weights of a checkpoint that was imported from such a module.
 
     Gates have no place in the module and are left out. Raises FrontendError if the checkpoint was not imported, if a
-    name or shape does not fit, if copies of a parameter that the module uses twice are no longer equal, or if a
-    constant of the module (a factor in its ``forward``, say) was trained.
+    name or shape does not fit, if copies of a parameter that the module uses twice are no longer equal, or if what is
+    made of several of its numbers was trained.
     """
     imported = checkpoint.provenance.get("imported")
     names = imported.get("names") if isinstance(imported, Mapping) else None
@@ -113,7 +114,7 @@ def to_state_dict(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Tensor
     changed = [name for name, digest in fixed.items() if _digest(checkpoint.weights.get(name)) != digest]
     if changed:
         raise FrontendError(
-            f"constants of the module have been trained, which its state_dict cannot hold: {some(changed)}"
+            f"what the module makes of its parameters was trained, and its state_dict cannot hold it: {some(changed)}"
         )
     alias = {value.data_ptr(): given[name] for name, value in state.items() if name in given}
     return {

@@ -104,7 +104,7 @@ class Network(nn.Module):
                 if name in BUFFERS:
                     self._buffers[f"{node.name}.{name}"] = value
                 else:  # not register_parameter: it refuses dots
-                    self._parameters[f"{node.name}.{name}"] = nn.Parameter(value)
+                    self._parameters[f"{node.name}.{name}"] = nn.Parameter(value, requires_grad=node.trainable)
 
     def _collect(self) -> dict[str, Tensor]:
         return dict(self.named_parameters()) | dict(self.named_buffers())

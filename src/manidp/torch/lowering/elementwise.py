@@ -60,10 +60,13 @@ class Elementwise(Shapes):
         self._constant(slope)
         x = self.plain(x)
         if slope.tensor.numel() == 1:  # one for all channels
-            slope = Constant(slope.tensor.reshape(-1).expand(self.shapes[x.node][0]),
-                             slope.name if self.shapes[x.node][0] == 1 else None)  # fmt: skip
+            count = self.shapes[x.node][0]
+            slope = replace(
+                slope, tensor=slope.tensor.reshape(-1).expand(count), name=slope.name if count == 1 else None
+            )
         else:
-            slope = self._per_channel(x, Constant(slope.tensor.reshape((-1,) + (1,) * (len(x.dims) - 2)), slope.name))
+            whole = slope.tensor.reshape((-1,) + (1,) * (len(x.dims) - 2))
+            slope = self._per_channel(x, replace(slope, tensor=whole))
         made = self.emit(PReLU, (x.node,), "prelu")
         self.give(made, slope=slope)
         return replace(x, node=made)
@@ -156,7 +159,10 @@ class Elementwise(Shapes):
             moved = bias.tensor * factor.tensor if bias is not None else torch.zeros_like(factor.tensor)
             moved = moved + term.tensor if term is not None else moved
             made = self.emit(Linear, before.inputs, "scaled", features=before.features, bias=True)
-            self.give(made, weight=Constant(weight.tensor.flatten(1) * factor.tensor[:, None]), bias=Constant(moved))
+            parts = [part for part in (weight, bias, factor, term) if part is not None]
+            learned = any(part.learned for part in parts)
+            self.give(made, weight=Constant(weight.tensor.flatten(1) * factor.tensor[:, None], learned=learned),
+                      bias=Constant(moved, learned=learned))  # fmt: skip
             return replace(x, node=made)
         if not x.is_map:
             zeros = torch.zeros_like(factor.tensor)
@@ -172,8 +178,8 @@ class Elementwise(Shapes):
 
     def _per_channel(self, x: Value, part: Any) -> Constant:
         """One number a channel of the value's node, from a number or a tensor that fits the tensor x."""
-        given = part.tensor if isinstance(part, Constant) else torch.tensor(float(part), dtype=torch.float64)
-        name = part.name if isinstance(part, Constant) else None
+        part = part if isinstance(part, Constant) else Constant(torch.tensor(float(part), dtype=torch.float64))
+        given = part.tensor
         if given.dim() > len(x.dims):
             raise RefusedError("a constant with more axes than what it meets")
         given = given.reshape((1,) * (len(x.dims) - given.dim()) + tuple(given.shape))
@@ -186,7 +192,7 @@ class Elementwise(Shapes):
         order = [factor for dim in inside for factor in dim]
         flat = spread.permute([order.index(factor) for factor in sorted(order)]).reshape(-1)
         whole = given.numel() == flat.numel() and order == sorted(order)
-        return Constant(flat, name if whole else None)
+        return Constant(flat, part.name if whole else None, part.learned)
 
     def _is_pooled(self, x: Value) -> bool:
         node = self.nodes.get(x.node)

@@ -8,11 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from manidp.graph import BatchNorm, Conv, LayerNorm, Linear
 from manidp.torch.layout import BATCH, CHANNELS, Value
-from manidp.torch.lowering.nodes import MOST_ROWS, Constant, RefusedError, two
+from manidp.torch.lowering.nodes import MOST_ROWS, Constant, RefusedError, number, two
 from manidp.torch.lowering.pooling import Pooling
 
 
@@ -23,7 +22,7 @@ class Layers(Pooling):
              groups: int = 1) -> Any:  # fmt: skip
         self._constant(weight, bias)
         if weight.tensor.dim() == 3:
-            return self._over_channels(x, weight.tensor, bias, stride, padding, dilation)
+            return self._over_channels(x, weight, bias, stride, padding, dilation)
         if weight.tensor.dim() != 4:
             raise RefusedError("a convolution that is not two-dimensional")
         if not isinstance(x, Value):
@@ -54,12 +53,11 @@ class Layers(Pooling):
         self.give(made, weight=weight, bias=bias)
         return self.value(made)
 
-    def _over_channels(self, x: Any, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any) -> Value:
+    def _over_channels(self, x: Any, weight: Constant, bias: Any, stride: Any, padding: Any, dilation: Any) -> Value:
         """A convolution (1, 1, kernel) over a vector's channels: a matrix with the kernel in each row, a constant."""
-        x, kernel = self.plain(x), weight.shape[2]
-        if x.dims[:1] + x.dims[2:] != (x.axis(BATCH), x.axis(CHANNELS)) or x.dims[1] or weight.shape[:2] != (1, 1) or (
-            two(stride) != (1, 1)
-        ):  # fmt: skip
+        x, (*ways, kernel) = self.plain(x), weight.tensor.shape
+        over = x.dims[:1] + x.dims[2:] == (x.axis(BATCH), x.axis(CHANNELS)) and not x.dims[1]
+        if not over or ways != [1, 1] or two(stride) != (1, 1):
             raise RefusedError("a one-dimensional convolution that is not one, with stride 1, over a vector's channels")
         (before, _), (step, _) = two(padding), two(dilation)
         count = x.shape[2]
@@ -67,12 +65,12 @@ class Layers(Pooling):
             raise RefusedError(f"a convolution over {count} channels of a vector; at most {MOST_ROWS}")
         band = torch.zeros(count + 2 * before - step * (kernel - 1), count + 2 * before, dtype=torch.float64)
         for at, row in enumerate(band):
-            row[at : at + step * (kernel - 1) + 1 : step] = weight.flatten()
+            row[at : at + step * (kernel - 1) + 1 : step] = weight.tensor.flatten()
         band = band[:, before : before + count]
         source = self.vector(replace(x, dims=(x.dims[0], x.dims[2])))
         made = self.emit(Linear, (source,), "conv", features=len(band), bias=bias is not None)
-        bias = None if bias is None else Constant(bias.tensor.expand(len(band)))
-        self.give(made, weight=Constant(band), bias=bias)
+        bias = None if bias is None else Constant(bias.tensor.expand(len(band)), learned=bias.learned)
+        self.give(made, weight=Constant(band, learned=weight.learned), bias=bias)
         new = self.value(made)
         return replace(new, dims=(new.dims[0], (), new.dims[1]))
 
@@ -108,11 +106,11 @@ class Layers(Pooling):
 
     def product(self, x: Any, weight: Any) -> Any:
         self._constant(weight)
-        return self.linear(x, Constant(weight.tensor.T))
+        return self.linear(x, number(weight, lambda t: t.T))
 
     def sum_and_product(self, bias: Any, x: Any, weight: Any) -> Any:
         self._constant(weight)
-        return self.linear(x, Constant(weight.tensor.T), bias)
+        return self.linear(x, number(weight, lambda t: t.T), bias)
 
     def batch_norm(self, x: Any, weight: Any, bias: Any, mean: Any, variance: Any, momentum: float, eps: float) -> Any:
         self._constant(weight, bias, mean, variance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,14 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that depends on no image; ``name`` is its name in the module's state_dict, if it is as it is there."""
+    """A tensor that depends on no image.
+
+    name: in the module's state_dict, if it is as it is there. learned: whether it is made of the module's parameters.
+    """
 
     tensor: Tensor
     name: str | None = None
+    learned: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,11 @@ class Nodes:
         return node.name
 
     def give(self, node: str, **parameters: Constant | None) -> None:
-        self.weights |= {f"{node}.{name}": value for name, value in parameters.items() if value is not None}
+        """A node's parameters; training leaves them as they are if none is made of the module's."""
+        given = {f"{node}.{name}": value for name, value in parameters.items() if value is not None}
+        self.weights |= given
+        if not any(value.learned for value in given.values()):
+            self.nodes[node] = replace(self.nodes[node], trainable=False)
 
     def value(self, node: str) -> Value:
         return Value.natural(node, self.shapes[node], BATCH_SIZE)
@@ -108,6 +116,5 @@ def wide(tensor: Tensor) -> Tensor:
 
 def number(part: Any, change: Callable[[Tensor], Tensor]) -> Constant:
     """What becomes of a number or a constant."""
-    return Constant(
-        change(part.tensor if isinstance(part, Constant) else torch.tensor(float(part), dtype=torch.float64))
-    )
+    constant = part if isinstance(part, Constant) else Constant(torch.tensor(float(part), dtype=torch.float64))
+    return Constant(change(constant.tensor), learned=constant.learned)

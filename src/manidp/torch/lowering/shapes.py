@@ -29,7 +29,7 @@ from manidp.graph import (
     pair,
 )
 from manidp.torch.layout import BATCH, CHANNELS, HEIGHT, WIDTH, Factor, Value
-from manidp.torch.lowering.nodes import MOST_ROWS, Constant, Nodes, RefusedError
+from manidp.torch.lowering.nodes import MOST_ROWS, Constant, Nodes, RefusedError, number
 
 # ops that are of maps and vectors alike
 _ON_BOTH = (Elementwise, BatchNorm, LayerNorm, PReLU, Add, Multiply, Concat, Slice, Shuffle, Scatter)
@@ -341,12 +341,11 @@ class Shapes(Nodes):
         if isinstance(source, Value) and source.shape == meant:
             return source
         if isinstance(source, Constant):
-            return Constant(source.tensor.expand(meant))
+            return number(source, lambda t: t.expand(meant))
         raise RefusedError("a write of a tensor of another shape")
 
     def fill(self, x: Any, value: Any, *_: Any) -> Constant:
-        number = value.tensor if isinstance(value, Constant) else torch.tensor(value, dtype=torch.float64)
-        return Constant(number.expand(tuple(self.at.meta["val"].shape)))
+        return number(value, lambda t: t.expand(tuple(self.at.meta["val"].shape)))
 
     def zeros_like(self, x: Any, *_: Any, **__: Any) -> Constant:
         return Constant(torch.zeros(tuple(self.at.meta["val"].shape), dtype=torch.float64))

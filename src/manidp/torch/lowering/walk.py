@@ -104,7 +104,7 @@ class Lowering(Layers):
         signature, name = self.exported.graph_signature, node.name
         known = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         if name in known:
-            return Constant(wide(self.state[known[name]]), known[name])
+            return Constant(wide(self.state[known[name]]), known[name], name in signature.inputs_to_parameters)
         if name in signature.inputs_to_lifted_tensor_constants:
             return Constant(wide(self.exported.constants[signature.inputs_to_lifted_tensor_constants[name]]))
         self.nodes["image"] = Input(name="image", dims=self.image)  # type: ignore[arg-type]
@@ -148,9 +148,12 @@ class Lowering(Layers):
         target: Any = node.target
         same = target in (ATEN.clone.default, ATEN.detach.default, ATEN.alias.default, ATEN.unsqueeze.default,
                           ATEN.view.default)  # fmt: skip
-        name = args[0].name if same else None
+        name, parts = args[0].name if same else None, list[Any]()
+        _mapped((args, kwargs), parts.append)
+        learned = any(isinstance(part, Constant) and part.learned for part in parts)
         return _mapped(
-            target(*args_, **kwargs_), lambda part: Constant(wide(part), name) if isinstance(part, Tensor) else part
+            target(*args_, **kwargs_),
+            lambda part: Constant(wide(part), name, learned) if isinstance(part, Tensor) else part,
         )
 
     def _attempt(self, make: Callable[[], Any]) -> Any:
