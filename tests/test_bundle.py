@@ -119,8 +119,16 @@ def test_nothing_is_overwritten_or_left_half_written(checkpoint: Checkpoint, tmp
     assert pack(checkpoint, out, "manidp-res8").is_file()
 
 
-def test_without_mindspore_the_extra_is_named() -> None:
-    probe = "import sys; sys.modules['mindspore'] = None; import manidp.mindspore"
+def test_without_mindspore_the_extra_is_named_and_nothing_is_left_behind() -> None:
+    probe = """
+import os, sys
+sys.modules['mindspore'] = None
+before = dict(os.environ)
+try:
+    import manidp.mindspore
+finally:
+    assert dict(os.environ) == before
+"""
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
     assert done.returncode
     last = done.stderr.splitlines()[-1]

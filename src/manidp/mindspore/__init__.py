@@ -16,10 +16,13 @@ from manidp.training.state import EpochRecord
 from manidp.training.train import train as train_with
 
 # With AVX-512, MindSpore 2.10's oneDNN has no fast convolution for its layout: AVX2 is some 30 times as fast.
+_before = os.environ.copy()
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 try:
     import mindspore as _mindspore  # noqa: F401
 except ImportError as error:
+    if "ONEDNN_MAX_CPU_ISA" not in _before:  # processes that are started later inherit it, and torch heeds it, too
+        del os.environ["ONEDNN_MAX_CPU_ISA"]
     raise MissingExtraError(
         "this needs MindSpore, and MindSpore needs numpy < 2; in an environment of its own (python -m venv), install "
         "them with: pip install 'manidp[mindspore]' 'numpy<2'"
