@@ -18,7 +18,7 @@ from manidp.engine.engine import Engine
 from manidp.errors import FrontendError
 from manidp.formats.checkpoint import load_checkpoint
 from manidp.gating.place import gate
-from manidp.graph import Pool
+from manidp.graph import GlobalPool, Pool
 from manidp.torch.userfile import imported as imported_from
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'manidp[onnx]'")
@@ -116,6 +116,22 @@ def test_a_gelu_that_is_written_out_is_one(nodes: Any, tmp_path: Path) -> None:
     ]  # fmt: skip
     checkpoint = manidp.from_onnx(written(tmp_path / "x.onnx", whole, ARRAYS))
     assert [type(one).__name__ for one in checkpoint.graph.nodes] == ["Input", "Conv", "Activation", "GlobalPool"]
+
+
+@pytest.mark.parametrize("ending", ["Softmax", "LogSoftmax"])
+def test_what_no_op_is_like_is_made_of_several_and_a_softmax_at_the_end_is_left_out(
+    ending: str, tmp_path: Path
+) -> None:
+    nodes = [
+        node("Conv", "image a.b.weight", "c"), node("Abs", "c", "a"), node("Selu", "c", "s"),
+        node("Celu", "c", "e", alpha=0.7), node("Max", "a s half", "m"), node("Min", "m e", "n"),
+        node("ReduceSum", "n first", "r"), node("Sigmoid", "r", "g"), node("Mul", "c g", "y"),
+        node("GlobalAveragePool", "y", "p"), node("Flatten", "p", "f"), node(ending, "f", "logits", axis=-1),
+    ]  # fmt: skip
+    arrays = {name: ARRAYS[name] for name in ("a.b.weight", "half")} | {"first": np.array([1])}
+    checkpoint = manidp.from_onnx(written(tmp_path / "x.onnx", nodes, arrays))
+    assert checkpoint.graph.output == checkpoint.graph.nodes[-1].name
+    assert isinstance(checkpoint.graph.nodes[-1], GlobalPool)
 
 
 @pytest.mark.parametrize("counted", [0, 1])
@@ -258,7 +274,7 @@ def pooled(*nodes: Any) -> list[Any]:
             {},
             "y: Relu: it reads 'x', which nothing before it makes",
         ),
-        (pooled(node("Softmax", "y", "huge")), {}, {}, "huge: Softmax: a network's output is its logits"),
+        (pooled(node("Softmax", "y", "huge")), {}, {}, "huge: Softmax: a softmax that is not the network's end"),
         (
             pooled(node("Transpose", "image", "huge", perm=[0])),
             {},

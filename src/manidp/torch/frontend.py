@@ -28,6 +28,11 @@ from manidp.torch.lowering import BATCH_SIZE, KEPT_WHOLE, TORCH, Lowered, lower
 TOLERANCE = 1e-10  # largest difference from the module, in float64, relative to its largest logit,
 MOST = 1e-6  # or so many ROUNDINGS where a deep network makes more of one, up to this
 ROUNDINGS = 16  # times what the module's own logits change by when its image and weights change by one rounding
+_ENDINGS: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    "": lambda logits: logits,
+    "softmax": lambda logits: torch.softmax(torch.from_numpy(logits), 1).numpy(),
+    "log_softmax": lambda logits: torch.log_softmax(torch.from_numpy(logits), 1).numpy(),
+}
 
 
 def from_torch(
@@ -44,10 +49,12 @@ def from_torch(
     classes: names, one for each logit; by default "class 0", "class 1", ...
 
     The module itself is not changed. It is traced by ``torch.export``, so its ``forward`` must do the same for every
-    image. What comes out is compared with the module in float64, on the example, on random images and with other
-    weights of the same shapes. ``provenance["imported"]["names"]`` says which parameter is which of the module's
-    ``state_dict``, for ``to_state_dict``; a parameter that the module uses twice is two here. Buffers, and numbers that
-    only its ``forward`` knows, are constants, which training leaves as they are. What is made of several numbers of its
+    image. A softmax at its end, or the logarithm of one, is left out: a checkpoint makes logits. What comes out is
+    compared with the module in float64, on the example, on random images and with other weights of the same shapes.
+
+    ``provenance["imported"]["names"]`` says which parameter is which of the module's ``state_dict``, for
+    ``to_state_dict``; a parameter that the module uses twice is two here. Buffers, and numbers that only its
+    ``forward`` knows, are constants, which training leaves as they are. What is made of several numbers of its
     parameters (weights that it normalises, the matrix of a convolution over channels) is trained, but then does not go
     back.
 
@@ -114,7 +121,7 @@ def to_state_dict(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Tensor
     changed = [name for name, digest in fixed.items() if _digest(checkpoint.weights.get(name)) != digest]
     if changed:
         raise FrontendError(
-            f"what the module makes of its parameters was trained, and its state_dict cannot hold it: {some(changed)}"
+            f"the module's state_dict cannot hold what was trained and is no parameter of it: {some(changed)}"
         )
     alias = {value.data_ptr(): given[name] for name, value in state.items() if name in given}
     return {
@@ -279,7 +286,7 @@ def _compare(module: nn.Module, state: Mapping[str, Tensor], lowered: Lowered, i
             return
         raise FrontendError("the module's logits are not finite: nothing can be compared with them")
     weights = {name: value.numpy() for name, value in lowered.weights.items()}
-    came = reference.run(lowered.graph, weights, images.numpy()).logits
+    came = _ENDINGS[lowered.ending](reference.run(lowered.graph, weights, images.numpy()).logits)
     largest = max(float(np.abs(meant).max()), 1e-300)
     difference, limit = float(np.abs(came - meant).max()) / largest, TOLERANCE
     if not difference <= limit:

@@ -59,7 +59,8 @@ def from_onnx(
 ) -> Checkpoint:
     """The network of an ONNX file as a checkpoint: for the engine, gates, training and files.
 
-    The file's one input is float32 (B, 3, H, W), its output the logits (B, classes). size: (H, W), where the file
+    The file's one input is float32 (B, 3, H, W), its output (B, classes) the logits, or a softmax of them or the
+    logarithm of one, which is left out. size: (H, W), where the file
     leaves them open. preprocessing, classes: as for ``from_torch``. A weight that the file uses twice is two here.
     Needs the extras "torch" and "onnx".
 
@@ -67,7 +68,7 @@ def from_onnx(
     listed with their nodes, and for a network that differs from what ``from_torch`` or ONNX Runtime makes of it.
     """
     content = _content(Path(path))
-    model = _model(Path(path), content)
+    model = _ending_with_logits(_model(Path(path), content))
     image, dims = _image(model, size)
     needed = _needed(model)
     module = _Network(model, _recognised(model, needed), image, dims)
@@ -115,6 +116,17 @@ def _model(path: Path, content: bytes) -> ModelProto:
                 f"{shown(path)}: weights lie in another file, which is not read; write one file that holds all, with "
                 "torch.onnx.export(..., external_data=False) or onnx.save_model(..., save_as_external_data=False)"
             )
+    return model
+
+
+def _ending_with_logits(model: ModelProto) -> ModelProto:
+    """Without the softmax, or the logarithm of one, that makes the file's output."""
+    (output, *_), last = model.graph.output, {name: node for node in model.graph.node for name in node.output}
+    ending = last.get(output.name)
+    if ending is not None and ending.op_type in ("Softmax", "LogSoftmax") and (
+        all(attribute.i in (1, -1) for attribute in ending.attribute if attribute.name == "axis")
+    ):  # fmt: skip
+        output.name = ending.input[0]
     return model
 
 
@@ -567,10 +579,15 @@ def _clip(op: _Op, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
 
 
 def _limited(op: _Op, *inputs: Any) -> Tensor:
-    """The larger or smaller of a map and numbers."""
-    x: Tensor = next(one for one in inputs if isinstance(one, Tensor))
-    for bound in [_number(one) for one in inputs if one is not x]:
-        x = torch.clamp(x, min=bound) if op.kind == "Max" else torch.clamp(x, max=bound)
+    """The largest or smallest of maps and numbers."""
+    first: Tensor = next(one for one in inputs if isinstance(one, Tensor))
+    x = first
+    for other in inputs:
+        if isinstance(other, Tensor) and other is not first:
+            x = torch.maximum(x, other) if op.kind == "Max" else torch.minimum(x, other)
+        elif other is not first:
+            bound = _number(other)
+            x = torch.clamp(x, min=bound) if op.kind == "Max" else torch.clamp(x, max=bound)
     return x
 
 
@@ -605,9 +622,10 @@ def _axes(op: _Op, given: Any, x: Tensor) -> list[int] | None:
 def _reduced(op: _Op, x: Tensor, axes: Any = None) -> Tensor:
     over = _axes(op, axes, x)
     if over is None:
-        raise _RefusedError("a mean or maximum over everything")
-    keep = bool(op.get("keepdims", 1))
-    return x.mean(over, keepdim=keep) if op.kind == "ReduceMean" else torch.amax(x, over, keepdim=keep)
+        raise _RefusedError("a mean, sum or maximum over everything")
+    reduce: Any = {"ReduceMean": torch.mean, "ReduceSum": torch.sum, "ReduceMax": torch.amax}[op.kind]
+    made: Tensor = reduce(x, over, keepdim=bool(op.get("keepdims", 1)))
+    return made
 
 
 def _reshape(op: _Op, x: Tensor, shape: Any = None) -> Tensor:
@@ -751,7 +769,7 @@ _OPS: dict[str, Callable[..., Any]] = {
     "MatMul": lambda op, x, weight: F.linear(x, weight),
     "GlobalAveragePool": lambda op, x: F.adaptive_avg_pool2d(x, 1),
     "GlobalMaxPool": lambda op, x: torch.amax(x, (2, 3), keepdim=True),
-    "ReduceMean": _reduced, "ReduceMax": _reduced,
+    "ReduceMean": _reduced, "ReduceSum": _reduced, "ReduceMax": _reduced,
     "Relu": lambda op, x: F.relu(x), "Sigmoid": lambda op, x: torch.sigmoid(x), "Tanh": lambda op, x: torch.tanh(x),
     "HardSigmoid": _hard_sigmoid, "HardSwish": lambda op, x: F.hardswish(x), "Softplus": lambda op, x: F.softplus(x),
     "Mish": lambda op, x: F.mish(x), "LeakyRelu": lambda op, x: F.leaky_relu(x, op.get("alpha", 0.01)),
@@ -759,6 +777,8 @@ _OPS: dict[str, Callable[..., Any]] = {
     "Gelu": lambda op, x: F.gelu(x, approximate=op.get("approximate", "none")),
     "Swish": lambda op, x: F.silu(x) if op.get("alpha", 1.0) == 1 else x * torch.sigmoid(x * op.get("alpha")),
     **dict.fromkeys(_ARITHMETIC, _arithmetic), "Sum": _sum, "Neg": lambda op, x: -x,
+    "Abs": lambda op, x: torch.abs(x), "Celu": lambda op, x: F.celu(x, op.get("alpha", 1.0)),
+    "Selu": lambda op, x: op.get("gamma", 1.0507009873554805) * F.elu(x, op.get("alpha", 1.6732632423543772)),
     "Sqrt": lambda op, x: torch.sqrt(x),
     "Max": _limited, "Min": _limited, "Pow": _power, "Expand": _expand, "Concat": _concat,
     "Split": _split, "Slice": _slice, "Gather": _gather,
@@ -769,7 +789,7 @@ _OPS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 _WHY_NOT = {
-    **dict.fromkeys(("Softmax", "LogSoftmax"), "a network's output is its logits; write the file without it"),
+    **dict.fromkeys(("Softmax", "LogSoftmax"), "a softmax that is not the network's end"),
     **dict.fromkeys(("InstanceNormalization", "GroupNormalization"),
                     "a normalisation by statistics of the image at hand"),
 }  # fmt: skip

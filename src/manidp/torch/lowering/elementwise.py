@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any, get_args
@@ -29,6 +30,7 @@ from manidp.torch.layout import CHANNELS, Value
 from manidp.torch.lowering.nodes import Constant, RefusedError, number
 from manidp.torch.lowering.shapes import Shapes
 
+MOST_POWER = 8
 _KINDS: tuple[str, ...] = get_args(ActivationKind)
 
 
@@ -42,19 +44,29 @@ class Elementwise(Shapes):
         return replace(x, node=self.emit(Activation, (x.node,), kind, kind=kind))
 
     def gelu(self, x: Any, approximate: str = "none") -> Any:
-        if approximate != "none":
-            raise RefusedError(f"a GELU that is approximated by {approximate}")
-        return self.activation("gelu", x)
+        """The one that tanh approximates, x (1 + tanh(u)) / 2, as x sigmoid(2 u)."""
+        if approximate == "none":
+            return self.activation("gelu", x)
+        factor = math.sqrt(8 / math.pi)
+        inner = self._affine(self.power(x, 2), 0.044715 * factor, factor)
+        return self.multiply(x, self.activation("sigmoid", self.multiply(x, inner)))
+
+    def softplus(self, x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+        if (beta, threshold) != (1, 20):
+            raise RefusedError("a softplus with settings of its own")
+        return self.activation("softplus", x)
 
     def leaky_relu(self, x: Any, slope: float = 0.01) -> Any:
         x = self.plain(x)
         return replace(x, node=self.emit(LeakyReLU, (x.node,), "leaky_relu", slope=float(slope)))
 
     def elu(self, x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Any:
-        if (scale, input_scale) != (1, 1):
-            raise RefusedError("a scaled ELU")
-        x = self.plain(x)
-        return replace(x, node=self.emit(ELU, (x.node,), "elu", alpha=float(alpha)))
+        x = self.plain(x if input_scale == 1 else self.multiply(x, input_scale))
+        made = replace(x, node=self.emit(ELU, (x.node,), "elu", alpha=float(alpha)))
+        return made if scale == 1 else self.multiply(made, scale)
+
+    def celu(self, x: Any, alpha: float = 1.0) -> Any:
+        return self.elu(x, 1.0, alpha, 1 / alpha)
 
     def prelu(self, x: Any, slope: Any) -> Any:
         self._constant(slope)
@@ -101,6 +113,17 @@ class Elementwise(Shapes):
     def negative(self, x: Any) -> Any:
         return self.multiply(x, -1.0)
 
+    def absolute(self, x: Any) -> Any:
+        return self.add(self.activation("relu", x), self.activation("relu", self.negative(x)))
+
+    def maximum(self, x: Any, y: Any) -> Any:
+        """relu(x - y) + y."""
+        return self.add(self.activation("relu", self.subtract(x, y)), y)
+
+    def minimum(self, x: Any, y: Any) -> Any:
+        """x - relu(x - y)."""
+        return self.subtract(x, self.activation("relu", self.subtract(x, y)))
+
     def multiply(self, x: Any, y: Any) -> Any:
         if isinstance(x, Value) and isinstance(y, Value):
             if len(x.dims) == len(y.dims) == 5 and x.shape[3:] == (1, 1):
@@ -126,12 +149,16 @@ class Elementwise(Shapes):
         return self._affine(x, number(y, lambda t: 1 / t), None)
 
     def power(self, x: Any, exponent: Any) -> Any:
-        if exponent != 2:
-            raise RefusedError(f"a power of {exponent}")
-        return self._together(Multiply, self.plain(x), self.plain(x))
+        if exponent not in range(1, MOST_POWER + 1):
+            raise RefusedError(f"a power of {exponent}; whole ones up to {MOST_POWER} are products")
+        x = self.plain(x)
+        return functools.reduce(lambda y, _: self._together(Multiply, y, x), range(1, int(exponent)), x)
 
     def _together(self, kind: type[Node], x: Any, y: Any) -> Any:
         x, y = self.plain(x), self.plain(y)
+        if x.is_feature_map() and y.is_feature_map() and x.shape[2:] == y.shape[2:]:
+            most = max(x.shape[1], y.shape[1])
+            x, y = (self._spread(part, most) if part.shape[1] == 1 < most else part for part in (x, y))
         if x.shape != y.shape:
             raise RefusedError(f"tensors of different shapes, {x.shape} and {y.shape}: one is repeated along an axis")
         word = "add" if kind is Add else "mul"
@@ -140,6 +167,13 @@ class Elementwise(Shapes):
         read = self.vector if x.is_vector() and y.is_vector() and not (x.is_map and y.is_map) else self.map
         made = self.value(self.emit(kind, (read(x), read(y)), word))
         return replace(made, dims=(*made.dims, *[()] * (len(x.dims) - len(made.dims))))
+
+    def _spread(self, x: Value, channels: int) -> Value:
+        """A map of one channel as so many, all the same."""
+        node = self.map(x)
+        made = self._again(node, f".spread{channels}", Conv, (node,), channels=channels, kernel=1, padding=0)
+        self.give(made, weight=Constant(torch.ones(channels, dtype=torch.float64)))
+        return self.value(made)
 
     def _affine(self, x: Any, scale: Any, shift: Any) -> Any:
         """x * scale + shift, numbers or constants of one number a channel.

@@ -154,8 +154,7 @@ class Layers(Pooling):
         inside = {axis for factors in x.dims[1:] for axis, _ in factors}
         if dim % len(shape) != 1 or len(shape) < 3 or shape[1] != 2 or inside != {CHANNELS}:
             raise RefusedError(
-                "a network's output is its logits; return them as they are (elsewhere: a softmax is taken of two parts "
-                "of a vector, along dimension 1, nothing else)"
+                "a softmax that is neither the network's end nor of two parts of a vector, along dimension 1"
             )
         first, second = (part.reshape((shape[0], math.prod(shape[2:]))) for part in self.unbind(x, 1))
         less = self.subtract(first, second)
@@ -163,4 +162,4 @@ class Layers(Pooling):
         return self.concat(parts, 1).reshape(shape)
 
     def log_softmax(self, *_: Any, **__: Any) -> Any:
-        raise RefusedError("a network's output is its logits; return them as they are")
+        raise RefusedError("a logarithm of a softmax that is not the network's end")

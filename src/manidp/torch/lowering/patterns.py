@@ -42,13 +42,16 @@ def _centred(node: Any) -> tuple[fx.Node, list[int]] | None:
 
 
 def written_activation(node: fx.Node) -> tuple[str, fx.Node] | None:
-    """An activation and what it is taken of: x * sigmoid(x), relu6(x + 3) / 6 and x times that."""
+    """An activation and what it is taken of: x sigmoid(x), x tanh(softplus(x)), relu6(x + 3) / 6, x times that."""
     if _is(node, "mul.Tensor"):
         first, second = node.args[:2]
         for x, factor in ((first, second), (second, first)):
             if isinstance(factor, fx.Node) and isinstance(x, fx.Node):
                 if _is(factor, "sigmoid.default") and factor.args[0] is x:
                     return "silu", x
+                plus: Any = factor.args[0] if _is(factor, "tanh.default") else None
+                if _is(plus, "softplus.default") and plus.args == (x,):
+                    return "mish", x
                 if (_is(factor, "hardsigmoid.default") and factor.args[0] is x) or _clipped(_sixth(factor)) is x:
                     return "hardswish", x
     product = _sixth(node)
@@ -59,6 +62,16 @@ def written_activation(node: fx.Node) -> tuple[str, fx.Node] | None:
                 return "hardswish", x
     x = _clipped(product)
     return None if x is None else ("hardsigmoid", x)
+
+
+def ending_of(node: fx.Node) -> tuple[str, fx.Node]:
+    """What a network makes of its logits at its end, "softmax", "log_softmax" or "", and the logits."""
+    for name in ("softmax", "log_softmax"):
+        if _is(node, f"_{name}.default") and node.args[1] in (1, -1):
+            logits = node.args[0]
+            assert isinstance(logits, fx.Node)
+            return name, logits
+    return "", node
 
 
 def _sixth(node: fx.Node) -> Any:

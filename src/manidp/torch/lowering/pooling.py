@@ -109,6 +109,8 @@ class Pooling(Elementwise):
         """Over height and width as their mean times their size; over parts of the channels part by part."""
         x = self.plain(x)
         over = [dim % len(x.dims) for dim in ([dims] if isinstance(dims, int) else dims or range(len(x.dims)))]
+        if over == [1] and x.is_feature_map():
+            return self._summed(x, 1.0, keepdim)
         if len(over) == 1 and {axis for axis, _ in x.dims[over[0]]} == {CHANNELS}:
             (dim,) = over
             if x.shape[dim] > MOST_PARTS:
@@ -121,10 +123,31 @@ class Pooling(Elementwise):
     def maximum_over(self, x: Any, dims: Any = None, keepdim: bool = False) -> Any:
         return self._reduced("max", x, dims, keepdim)
 
+    def maximum_along(self, x: Any, dim: int, keepdim: bool = False) -> tuple[Value, Unknown]:
+        return self._reduced("max", x, dim, keepdim), Unknown()
+
+    def _summed(self, x: Value, factor: float, keepdim: bool) -> Value:
+        """The sum of a map's channels times a factor: a convolution to one."""
+        count = x.shape[1]
+        made = self.emit(Conv, (self.map(x),), "sum", channels=1, kernel=1, padding=0)
+        self.give(made, weight=Constant(torch.full((count,), factor, dtype=torch.float64)))
+        one = self.value(made)
+        return one if keepdim else replace(one, dims=(one.dims[0], *one.dims[2:]))
+
+    def _largest(self, x: Value, keepdim: bool) -> Value:
+        """The largest of a map's channels: the larger of both halves, again and again."""
+        while (count := x.shape[1]) > 1:
+            half, whole = count // 2, x
+            x = self.maximum(self.slice(whole, 1, 0, half), self.slice(whole, 1, half, 2 * half))
+            x = self.concat([x, self.slice(whole, 1, count - 1, count)], 1) if count % 2 else x
+        return x if keepdim else replace(x, dims=(x.dims[0], *x.dims[2:]))
+
     def _reduced(self, kind: PoolKind, x: Any, dims: Any, keepdim: bool) -> Any:
-        """The mean or maximum over height, width or both."""
+        """The mean or maximum over height, width or both, or over a map's channels."""
         x = self.plain(x)
         over = {dim % len(x.dims) for dim in ([dims] if isinstance(dims, int) else dims or range(len(x.dims)))}
+        if over == {1} and x.is_feature_map():
+            return self._largest(x, keepdim) if kind == "max" else self._summed(x, 1 / x.shape[1], keepdim)
         gone = {factor for dim in over for factor in x.dims[dim]}
         left = tuple(() if dim in over else factors for dim, factors in enumerate(x.dims) if keepdim or dim not in over)
         rows, columns = (set(x.axis(axis)) for axis in (HEIGHT, WIDTH))
@@ -133,7 +156,7 @@ class Pooling(Elementwise):
         if not x.is_map or not gone <= rows | columns or (gone & rows) not in (rows, set()) or (
             (gone & columns) not in (columns, set())
         ):  # fmt: skip
-            raise RefusedError("a mean or maximum that is not over whole height, width or both")
+            raise RefusedError("a mean or maximum that is not over whole height, width or both, or a map's channels")
         if gone == rows | columns:
             made = self.emit(GlobalPool, (x.node,), "pool", kind=kind)
             return replace(x, node=made, axes=x.axes[:2], dims=left).merged()

@@ -16,7 +16,7 @@ from manidp.graph import Graph, Input, Shape
 from manidp.torch.layout import Value
 from manidp.torch.lowering.layers import Layers
 from manidp.torch.lowering.nodes import BATCH_SIZE, Constant, RefusedError, Unknown, module_of, wide
-from manidp.torch.lowering.patterns import written_activation, written_layer_norm
+from manidp.torch.lowering.patterns import ending_of, written_activation, written_layer_norm
 
 ATEN = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent)  # code below is torch's, not a network's author's
@@ -25,11 +25,15 @@ OURS = str(Path(__file__).parents[2])  # and what is below this is ours: an ONNX
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph, its parameters in float64, and which of them are which of the module's (same numbers, same order)."""
+    """A graph, its parameters in float64, and which of them are which of the module's (same numbers, same order).
+
+    ending: what the module makes of the graph's logits, "softmax", "log_softmax" or nothing, "".
+    """
 
     graph: Graph
     weights: Mapping[str, Tensor]
     names: Mapping[str, str]
+    ending: str
 
 
 def lower(exported: torch.export.ExportedProgram, state: Mapping[str, Tensor], image: Shape) -> Lowered:
@@ -53,7 +57,8 @@ class Lowering(Layers):
     def run(self) -> Lowered:
         graph = self.exported.graph
         output = next(node for node in graph.nodes if node.op == "output")
-        (result,) = output.args[0]  # one output, checked before
+        (made,) = output.args[0]  # one output, checked before
+        ending, result = ending_of(made)
         needed = self._needed(result)
         for node in graph.nodes:
             self.at = node
@@ -76,6 +81,7 @@ class Lowering(Layers):
             whole,
             {name: weight.tensor.reshape(whole.parameters[name]) for name, weight in weights.items()},
             {name: weight.name for name, weight in weights.items() if weight.name is not None},
+            ending,
         )
 
     def _needed(self, result: fx.Node) -> set[fx.Node]:
@@ -216,11 +222,14 @@ _HANDLERS: dict[str, _Handler] = {
     "max_pool2d.default": _L.max_pool, "max_pool2d_with_indices.default": _L.max_pool_with_indices,
     "avg_pool2d.default": _L.average_pool, "adaptive_avg_pool2d.default": _L.adaptive_average,
     "_adaptive_avg_pool2d.default": _L.adaptive_average, "adaptive_max_pool2d.default": _L.adaptive_max,
-    "mean.dim": _L.mean, "mean.default": _L.mean, "sum.dim_IntList": _L.sum, "amax.default": _L.maximum_over,
+    "mean.dim": _L.mean, "mean.default": _L.mean, "sum.dim_IntList": _L.sum,
+    "amax.default": _L.maximum_over, "max.dim": _L.maximum_along,
     **{f"{kind}.default": _activation(kind) for kind in
        ("relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid", "tanh", "mish")},
     "leaky_relu.default": _L.leaky_relu, "elu.default": _L.elu, "prelu.default": _L.prelu,
-    "gelu.default": _L.gelu, "clamp.default": _L.clamp, "clamp_min.default": _L.clamp, "hardtanh.default": _L.hardtanh,
+    "celu.default": _L.celu, "softplus.default": _L.softplus, "abs.default": _L.absolute,
+    "maximum.default": _L.maximum, "minimum.default": _L.minimum, "gelu.default": _L.gelu,
+    "clamp.default": _L.clamp, "clamp_min.default": _L.clamp, "hardtanh.default": _L.hardtanh,
     "clamp_max.default": lambda lowering, x, high: lowering.clamp(x, None, high),
     **dict.fromkeys(("add.Tensor", "add.Scalar"), _L.add), **dict.fromkeys(("sub.Tensor", "sub.Scalar"), _L.subtract),
     "rsub.Scalar": _L.subtract_from, "neg.default": _L.negative, "pow.Tensor_Scalar": _L.power,
