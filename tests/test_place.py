@@ -111,6 +111,22 @@ def test_stems_and_shortcuts_have_no_gates_and_it_is_said_why() -> None:
     assert "the shortcut of 'sum'" in told["down"]
 
 
+def test_constants_and_single_channels_have_no_gates() -> None:
+    """As what a spatial attention is made of: a mean over channels, a map of weights, that map repeated."""
+    graph = network(
+        Conv(name="wide", channels=64),
+        Conv(name="mean over", channels=1, kernel=1, padding=0, trainable=False),
+        Conv(name="attention", channels=1, kernel=7, padding=3),
+        Conv(name="spread", channels=64, kernel=1, padding=0, trainable=False),
+        Multiply(name="attended", inputs=("wide", "spread")),
+        Conv(name="last", channels=64),
+    )
+    assert gate(graph).gates == {"mb1": ("wide",), "mb2": ("last",)}
+    told = reasons(graph)
+    assert "constants" in told["mean over"] and "constants" in told["spread"]
+    assert told["attention"] == "it makes one channel"
+
+
 def test_which_operand_is_the_branch_does_not_depend_on_their_order() -> None:
     for inputs in (("a", "b"), ("b", "a")):
         graph = network(

@@ -60,10 +60,11 @@ def gate(graph: Graph) -> Gated[Graph]:
     """The same network with a gate wherever one is exact and pays.
 
     Convolutions that get none: those that read the image (nothing is known yet), those on a shortcut or whose result is
-    one (what follows needs all of it), those that make the logits, and those that a gate would not pay for: its two
-    linear layers, narrowed as need be, may take a sixteenth of the time that closing all channels would save. Time is
-    counted in multiply-adds, at least eight for each weight: where a map is small, reading weights is what takes it.
-    Of parallel operands of an addition those with most convolutions are branches, all others shortcuts.
+    one (what follows needs all of it), those of constants, those that make one channel or the logits, and those that a
+    gate would not pay for: its two linear layers, narrowed as need be, may take a sixteenth of the time that closing
+    all channels would save. Time is counted in multiply-adds, at least eight for each weight: where a map is small,
+    reading weights is what takes it. Of parallel operands of an addition those with most convolutions are branches, all
+    others shortcuts.
     """
     convs = [node.name for node in graph.nodes if isinstance(node, Conv)]
     branches, shortcuts = _branches(graph)
@@ -84,6 +85,10 @@ def gate(graph: Graph) -> Gated[Graph]:
             reason = "it has a gate already"
         elif name in stems:
             reason = "it reads the image, of which nothing is known yet"
+        elif not graph.by_name[name].trainable:
+            reason = "its weights are constants: there is nothing to learn to leave out"
+        elif graph.shapes[name][0] == 1:
+            reason = "it makes one channel"
         elif _makes_logits(graph, end):
             reason = "its channels are the logits"
         elif name in shortcuts and name not in branches:
