@@ -72,7 +72,13 @@ def test_a_convolution_is_what_its_model_says(
     kernel: Kernel, fields: dict[str, Any], isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice, "KERNELS", (kernel,))
-    for module, name in ((matrix, "_WIDE"), (matrix, "_INPUTS"), (matrix, "_OUTPUTS"), (winograd, "_GROUP")):
+    for module, name in (
+        (matrix, "_WIDE"),
+        (matrix, "_WIDE_ROWS"),
+        (matrix, "_INPUTS"),
+        (matrix, "_OUTPUTS"),
+        (winograd, "_GROUP"),
+    ):
         monkeypatch.setattr(module, name, 1)
     monkeypatch.setattr(lanes, "_AT_ONCE", 5)  # of 6 inputs
     fields = {"channels": 6, "groups": 6} | fields if isinstance(kernel, Depthwise) else {"channels": 9} | fields

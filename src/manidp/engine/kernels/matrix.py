@@ -34,8 +34,9 @@ from manidp.engine.walk import single
 from manidp.graph import Conv, sides
 
 OUTPUTS = 4  # at a time
-# what is under taps pays to be gathered for so many outputs: from so many inputs on, more of strided ones, or up to few
-_INPUTS, _WIDE, _FEW, _OUTPUTS = 16, 64, 4, 16
+# what is under taps pays to be gathered for so many outputs: from so many inputs on, more of strided ones, still more
+# where outputs are left out, or up to few
+_INPUTS, _WIDE, _WIDE_ROWS, _FEW, _OUTPUTS = 16, 32, 64, 4, 16
 _TAPS = 49  # and up to so many taps
 _BEGUN = 8  # cache lines of a row of weights that are fetched ahead
 _TOGETHER = 4  # taps between two jumps, where all inputs are read
@@ -68,7 +69,7 @@ class Matrix(Kernel):
 
     def supports(self, node: Conv, inputs: int, element: Element) -> bool:
         window = window_of(node)
-        least = _WIDE if window.stride > 1 else _INPUTS
+        least = _INPUTS if window.stride == 1 else _WIDE_ROWS if self.rows else _WIDE
         pays = node.channels >= _OUTPUTS and (inputs >= least or inputs <= _FEW)
         return node.groups == 1 and (is_1x1(node) or (pays and window.taps <= _TAPS and not is_3x3(node)))
 
