@@ -197,12 +197,8 @@ def test_the_cheapest_kernel_is_taken(size: int, lanes: int, single: Kernel, hal
         (1024, 14, 8, OutputLanes()),
         (1024, 16, 8, Matrix(rows=False)),
         (1024, 16, 16, Matrix(rows=False)),
-        (
-            1024,
-            4,
-            8,
-            OutputLanes(),
-        ),  # one or two vectors of positions are too few sums to hide how long an addition takes
+        # one or two vectors of positions are too few sums to hide how long an addition takes
+        (1024, 4, 8, OutputLanes()),
         (1024, 4, 16, OutputLanes()),
         (20, 7, 16, Matrix(rows=False)),  # 20 outputs do not fill two vectors
         (1024, 2, 16, OutputLanes()),

@@ -16,12 +16,12 @@ from manidp.training.state import EpochRecord
 from manidp.training.train import train as train_with
 
 # With AVX-512, MindSpore 2.10's oneDNN has no fast convolution for its layout: AVX2 is some 30 times as fast.
-_before = os.environ.copy()
+_ours = "ONEDNN_MAX_CPU_ISA" not in os.environ
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 try:
     import mindspore as _mindspore  # noqa: F401
 except ImportError as error:
-    if "ONEDNN_MAX_CPU_ISA" not in _before:  # processes that are started later inherit it, and torch heeds it, too
+    if _ours:  # processes that are started later inherit it, and torch heeds it, too
         del os.environ["ONEDNN_MAX_CPU_ISA"]
     raise MissingExtraError(
         "this needs MindSpore, and MindSpore needs numpy < 2; in an environment of its own (python -m venv), install "

@@ -60,9 +60,8 @@ def from_onnx(
     """The network of an ONNX file as a checkpoint: for the engine, gates, training and files.
 
     The file's one input is float32 (B, 3, H, W), its output (B, classes) the logits, or a softmax of them or the
-    logarithm of one, which is left out. size: (H, W), where the file
-    leaves them open. preprocessing, classes: as for ``from_torch``. A weight that the file uses twice is two here.
-    Needs the extras "torch" and "onnx".
+    logarithm of one, which is left out. size: (H, W), where the file leaves them open. preprocessing, classes: as for
+    ``from_torch``. A weight that the file uses twice is two here. Needs the extras "torch" and "onnx".
 
     Raises FrontendError for a file that is no ONNX or too large, for ops that no op of a graph stands for, all of them
     listed with their nodes, and for a network that differs from what ``from_torch`` or ONNX Runtime makes of it.
@@ -121,8 +120,8 @@ def _model(path: Path, content: bytes) -> ModelProto:
 
 def _ending_with_logits(model: ModelProto) -> ModelProto:
     """Without the softmax, or the logarithm of one, that makes the file's output."""
-    (output, *_), last = model.graph.output, {name: node for node in model.graph.node for name in node.output}
-    ending = last.get(output.name)
+    output = model.graph.output[0]
+    ending = next((node for node in model.graph.node if output.name in node.output), None)
     if ending is not None and ending.op_type in ("Softmax", "LogSoftmax") and (
         all(attribute.i in (1, -1) for attribute in ending.attribute if attribute.name == "axis")
     ):  # fmt: skip
@@ -582,10 +581,10 @@ def _limited(op: _Op, *inputs: Any) -> Tensor:
     """The largest or smallest of maps and numbers."""
     first: Tensor = next(one for one in inputs if isinstance(one, Tensor))
     x = first
-    for other in inputs:
-        if isinstance(other, Tensor) and other is not first:
+    for other in (one for one in inputs if one is not first):
+        if isinstance(other, Tensor):
             x = torch.maximum(x, other) if op.kind == "Max" else torch.minimum(x, other)
-        elif other is not first:
+        else:
             bound = _number(other)
             x = torch.clamp(x, min=bound) if op.kind == "Max" else torch.clamp(x, max=bound)
     return x

@@ -27,7 +27,7 @@ from manidp.graph import (
 )
 from manidp.limits import FLOAT32_MAX
 from manidp.torch.layout import CHANNELS, Value
-from manidp.torch.lowering.nodes import Constant, RefusedError, number
+from manidp.torch.lowering.nodes import Constant, RefusedError, constant, number
 from manidp.torch.lowering.shapes import Shapes
 
 MOST_POWER = 8
@@ -212,7 +212,7 @@ class Elementwise(Shapes):
 
     def _per_channel(self, x: Value, part: Any) -> Constant:
         """One number a channel of the value's node, from a number or a tensor that fits the tensor x."""
-        part = part if isinstance(part, Constant) else Constant(torch.tensor(float(part), dtype=torch.float64))
+        part = constant(part)
         given = part.tensor
         if given.dim() > len(x.dims):
             raise RefusedError("a constant with more axes than what it meets")

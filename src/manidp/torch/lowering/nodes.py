@@ -114,7 +114,12 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
+def constant(part: Any) -> Constant:
+    """A number or a constant as a constant."""
+    return part if isinstance(part, Constant) else Constant(torch.tensor(float(part), dtype=torch.float64))
+
+
 def number(part: Any, change: Callable[[Tensor], Tensor]) -> Constant:
     """What becomes of a number or a constant."""
-    constant = part if isinstance(part, Constant) else Constant(torch.tensor(float(part), dtype=torch.float64))
-    return Constant(change(constant.tensor), learned=constant.learned)
+    given = constant(part)
+    return Constant(change(given.tensor), learned=given.learned)
