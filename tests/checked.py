@@ -192,8 +192,10 @@ def _regions(plan: Plan, workspace: int, isa: Isa) -> Iterator[tuple[int, Region
             begin, end = 4 * map_.at, 4 * map_.at + map_.channels * map_.layout.channel * size
             gap = (map_.layout.plane - map_.layout.rows * map_.layout.pitch) * size
             beyond = READ_BEYOND * isa.lanes * size
-            end = max(end, maps[map_.at][1] if map_.at in maps else 0)  # some maps share their memory
-            maps[map_.at] = (begin, end, begin - gap - isa.lanes * size, end + beyond)
+            first = begin - gap - isa.lanes * size
+            if map_.at in maps:  # some maps share their memory
+                end, first = max(end, maps[map_.at][1]), min(first, maps[map_.at][2])
+            maps[map_.at] = (begin, end, first, end + beyond)
             if map_.gap:
                 at = map_.at - map_.gap
                 last = max(begin, gaps[at][1] if at in gaps else 0)

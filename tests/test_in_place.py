@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -123,6 +124,25 @@ def test_a_1x1_convolution_does_a_depthwise_one_before_it_to_the_same_bits(isa: 
             logits.append(run_program(Program(plan, ISAS[isa]), plan, images)[0].logits)
             check(graph, weights, images, isa)
     np.testing.assert_array_equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("width", [5, 7, 13, 37])
+@pytest.mark.parametrize("isa", ISA)
+def test_a_depthwise_convolution_makes_each_number_once(isa: str, width: int, padding: int, stride: int) -> None:
+    """Rows of less than a vector, or not of whole ones; sums made in place, pooled sums, and zeros around the map."""
+    image = Input(name="image", dims=(3, 17, width))
+    made: dict[str, Any] = {"channels": 6, "padding": padding, "stride": stride}
+    after = Conv(name="after", channels=3)
+    for nodes in (
+        (Conv(name="each", groups=6, **made), Activation(name="relu"), after),
+        (Conv(name="each", groups=6, **made), Activation(name="silu", kind="silu")),
+        (Conv(name="beside", **made), Conv(name="each", inputs=("stem",), groups=6, **made),
+         Add(name="sum", inputs=("beside", "each")), after),
+    ):  # fmt: skip
+        graph = classifier(Conv(name="stem", channels=6), *nodes, image=image)
+        check(graph, random_weights(graph), images_for(graph), isa)
 
 
 @pytest.mark.parametrize("isa", ISA)

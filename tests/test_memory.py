@@ -25,12 +25,12 @@ from manidp.engine import choice, memory
 from manidp.engine.engine import Program
 from manidp.engine.ir import FLOAT, Function, Index, Pointer
 from manidp.engine.kernels import matrix, winograd
-from manidp.engine.steps import Channels, Plan, VectorKey
+from manidp.engine.steps import Channels, MapKey, Plan, VectorKey
 from manidp.engine.target import ISAS, available_isas, emulating_isas
 from manidp.gating.manidp import head
 from manidp.graph import Concat, Conv, GlobalPool, Graph, Input, Linear, Multiply, Node
 from manidp.reference import run
-from networks import classifier, random_weights, with_thresholds
+from networks import classifier, images_for, random_weights, with_thresholds
 from test_engine_random import networks
 
 ISA = (*available_isas(), *available_isas("float16"), *emulating_isas("float16"))
@@ -87,6 +87,21 @@ def test_every_access_of_random_networks_is_in_its_region(isa: str) -> None:
             assert_same_result(result, run(graph, weights, images))
 
     law()
+
+
+@pytest.mark.parametrize("isa", ISA)
+def test_rows_of_a_depthwise_convolution_end_in_their_map(isa: str) -> None:
+    """Rows of one number less than a vector, in a map with nothing behind it."""
+    lanes = ISAS[isa].lanes
+    graph = classifier(
+        Conv(name="each", channels=3, groups=3, stride=2), Conv(name="last", channels=4, kernel=1, padding=0),
+        image=Input(name="image", dims=(3, 2 * lanes, 2 * (lanes - 1))),
+    )  # fmt: skip
+    plan = plan_of(graph, random_weights(graph), isa)
+    frame = plan.maps[MapKey("each", 1)].layout
+    assert frame.plane == frame.height * frame.width
+    _, outside, _ = run_checked(plan, isa, images_for(graph))
+    assert not outside
 
 
 @pytest.mark.parametrize("isa", ISA)

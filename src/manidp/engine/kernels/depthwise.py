@@ -1,9 +1,9 @@
-"""The depthwise convolution: each channel by itself, a few vectors at a time.
+"""The depthwise convolution: each channel by itself, some rows at a time (``rows.py``) or a few vectors at a time.
 
+By vectors the map is walked as it lies, rows of less than half a vector, too; so are inputs of a product of matrices.
 Taps of one column are added up first: which lanes do not wrap around is the same for all of them. Where two vectors
 are put together in one instruction, all columns are added up over the same elements, each of which is loaded once for
-each line, and the sums are shifted by their column; a vector's sums are kept for the next one's. With stride 2 the map
-is read as it lies, row by row; every second element of two vectors makes one.
+each line, and the sums are shifted by their column; a vector's sums are kept for the next one's.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from manidp.engine.ir import Element, Function, Index, Pointer, Vec
+from manidp.engine.ir import ZERO, Element, Function, Index, Pointer, Vec
 from manidp.engine.kernels import epilogue as epilogues
 from manidp.engine.kernels.convolution import ConvolutionStep, Kernel, Packed
 from manidp.engine.kernels.direct import windows_of
+from manidp.engine.kernels.rows import MOST_OF_2, Rows
 from manidp.engine.module import WORKSPACE, Module
 from manidp.engine.steps import Channels, Epilogue, Layout, MapKey, Step, Window, window_of
-from manidp.engine.walk import Mask, Span, Tile, mask_of, single, tap
+from manidp.engine.walk import Mask, single, tap
 from manidp.graph import Conv
 
 VECTORS = 2  # at a time
@@ -42,13 +43,14 @@ class Depthwise(Kernel):
         return node.groups == node.channels == inputs
 
     def phases(self, node: Conv) -> tuple[int, int]:
-        stride = window_of(node).stride
-        return (1 if stride == 2 else stride), 1
+        window = window_of(node)
+        as_it_lies = window.stride == 2 and window.taps <= MOST_OF_2
+        return (1 if as_it_lies else window.stride), 1
 
     def step(
         self, node: Conv, source: MapKey, packed: Packed, inputs: Channels, outputs: Channels, epilogue: Epilogue
     ) -> Step:
-        kind = ConvolveEachSecond if window_of(node).stride == 2 else ConvolveEach
+        kind = ConvolveEachSecond if window_of(node).stride > self.phases(node)[0] else ConvolveEach
         return kind(node, source, packed, inputs, outputs, epilogue)
 
     def model(self, x: NDArray[np.float32], weight: NDArray[np.float64], node: Conv) -> NDArray[Any]:
@@ -166,9 +168,52 @@ class ConvolveEach(ConvolutionStep):
     def _channel(
         self, module: Module, g: Function, channel: Index, x: Pointer, weights: list[list[Vec]], bias: Vec
     ) -> None:
-        """Vector by vector, rows one after the other; ``weights`` of each column."""
+        """``weights`` of each column."""
         source, frame = self.layouts(module)
-        columns = Columns(module, g, window_of(self.node), source, frame, weights, bias, self.epilogue.simple)
+        rows = Rows(module, window_of(self.node), source, frame)
+        if rows.pays(self.epilogue):
+            self._by_rows(module, g, channel, rows, x, weights, bias)
+        else:
+            columns = Columns(module, g, rows.window, source, frame, weights, bias, self.epilogue.simple)
+            self._by_vectors(module, g, channel, columns, x)
+
+    def _by_rows(
+        self, module: Module, g: Function, channel: Index, rows: Rows, x: Pointer, weights: list[list[Vec]], bias: Vec
+    ) -> None:
+        """Some rows at a time; into scratch memory, then as a map, where what lies behind a row is in the way."""
+        frame, lanes = rows.frame, module.lanes
+        part = frame.width < lanes  # so that a row's vector reaches into the next rows, which are made later
+        last = (frame.height - 1) * frame.pitch
+        fits = last + lanes <= frame.plane and frame.pitch == frame.width and not epilogues.at_once(frame, lanes)
+        direct = not self.epilogue.maps and (fits or not part)
+        blocks = single(frame, lanes).blocks
+
+        def put(start: Index, totals: list[Vec], fresh: Mask) -> None:
+            if not direct:
+                for r, total in enumerate(totals):
+                    g.store(total, g.at(_SCRATCH, start), r * frame.pitch)
+                return
+            element = epilogues.Element(module, g, frame, self.epilogue, channel, start)
+            for r, total in enumerate(totals):
+                keep = part and r * frame.pitch + lanes > len(totals) * frame.pitch
+                element.put(r * frame.pitch, total, fresh.bits(g, ZERO), keep=keep)
+            element.pool()
+
+        def one_block(block: Index) -> list[Index]:
+            start = g.scaled(block, lanes)
+            element = epilogues.Element(module, g, frame, self.epilogue, channel, start)
+            element.make(0, block, g.load(_SCRATCH, start))
+            element.pool()
+            return []
+
+        rows.write(g, x, weights, bias, put)
+        if not direct:
+            module.reserve_scratch(max(blocks * lanes, last + max(frame.width, lanes)))
+            g.loop(blocks, one_block)
+
+    def _by_vectors(self, module: Module, g: Function, channel: Index, columns: Columns, x: Pointer) -> None:
+        """Vector by vector, rows one after the other."""
+        frame = columns.frame
 
         def some(first: Index, vectors: int, carry: Sequence[Vec]) -> list[Vec]:
             start = g.scaled(first, g.lanes)
@@ -192,58 +237,7 @@ class ConvolveEach(ConvolutionStep):
 
 
 class ConvolveEachSecond(ConvolveEach):
-    """The same with stride 2: into scratch memory row by row, then as a map."""
+    """The same with stride 2."""
 
     def together(self) -> list[MapKey]:
         return [self.epilogue.frame, *self.epilogue.maps]
-
-    def _channel(
-        self, module: Module, g: Function, channel: Index, x: Pointer, weights: list[list[Vec]], bias: Vec
-    ) -> None:
-        source, frame = self.layouts(module)
-        window, lanes, tile = window_of(self.node), module.lanes, single(frame, module.lanes)
-        pieces = Tile(1, 1, -(-frame.width // lanes))
-        row = Layout(1, frame.width, 1, pieces.blocks * lanes, pieces.blocks * lanes)  # of outputs
-        module.reserve_scratch(max(tile.blocks * lanes, (frame.height - 1) * frame.pitch + row.pitch))
-
-        def mask(right: int) -> Mask:
-            return mask_of(module, row, 0, pieces, 0, columns=Span(right, source.width, 2))
-
-        # every second element of each 16 bytes of two vectors is one instruction, their order one more for a column
-        chunk = 16 // module.element.size
-        halves = [first + n for first in range(0, lanes, chunk) for n in (0, lanes)]
-        taken = [first + 2 * n for first in halves for n in range(chunk // 2)]  # of the first vector and the second
-        order = sorted(range(lanes), key=taken.__getitem__)
-
-        def one_row(y: Index) -> list[Index]:
-            line, into = g.at(x, g.scaled(y, 2 * source.pitch)), g.at(_SCRATCH, g.scaled(y, frame.pitch))
-
-            def one_piece(p: Index) -> list[Index]:
-                here, total = g.at(line, g.scaled(p, 2 * lanes)), bias
-                loaded: dict[int, list[tuple[Vec, Vec]]] = {}  # columns -> two vectors from there on, of each line
-                for right, of_column in zip(window.columns, weights, strict=True):
-                    odd = right - 1 in loaded
-                    if not odd:
-                        places = [down * source.pitch + right for down in window.lines]
-                        loaded[right] = [(g.load(here, at), g.load(here, at + lanes)) for at in places]
-                    sum_ = g.constant(0)
-                    for (low, high), weight in zip(loaded[right - odd], of_column, strict=True):
-                        values = g.shuffle(g.vector, low, [lane + odd for lane in taken], high)
-                        sum_ = g.fma(values, weight, sum_)
-                    sum_ = g.shuffle(g.vector, sum_, order)
-                    total = g.arithmetic("fadd", total, g.zero_unless(mask(right).bits(g, p), sum_))
-                g.store(total, into, g.scaled(p, lanes))
-                return []
-
-            g.loop(pieces.blocks, one_piece)
-            return []
-
-        def one_block(block: Index) -> list[Index]:
-            start = g.scaled(block, lanes)
-            element = epilogues.Element(module, g, frame, self.epilogue, channel, start)
-            element.make(0, block, g.load(_SCRATCH, start))
-            element.pool()
-            return []
-
-        g.loop(frame.height, one_row)
-        g.loop(tile.blocks, one_block)

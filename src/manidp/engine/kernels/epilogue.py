@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from manidp.engine.ir import Function, Index, Pointer, Scalar, Vec
+from manidp.engine.ir import Bits, Function, Index, Pointer, Scalar, Vec
 from manidp.engine.module import Module
 from manidp.engine.steps import Epilogue, Layout, MapKey, Op, VectorKey
 from manidp.engine.walk import mask_of, single
@@ -100,15 +100,38 @@ class Element:
 
     def make(self, phase: int, block: Index, y: Vec, beyond: int = 0) -> None:
         """Do it for one vector of a phase, ``beyond`` elements behind the start; ``block``: its number in the map."""
-        g, offset = self.g, phase * self.frame.plane + beyond
+        mask = mask_of(self.module, self.frame, phase, single(self.frame, self.g.lanes), 0).bits(self.g, block)
+        offset = phase * self.frame.plane + beyond
+        y = self._done(offset, y)
+        if self.into:
+            self.g.store(self.g.zero_unless(mask, y), self.into, offset)  # gaps are zeros anyway
+        self._count(y, mask)
+
+    def put(self, offset: int, y: Vec, fresh: Bits | None, *, keep: bool) -> None:
+        """Do it for one vector ``offset`` elements behind the start, of which these lanes are new ones of the map.
+
+        ``keep``: the others stay as they are; otherwise they may be overwritten.
+        """
+        g = self.g
+        y = self._done(offset, y)
+        if self.into:
+            new = y if fresh is None or not keep else g.select(fresh, y, g.load(self.into, offset))
+            g.store(new, self.into, offset)
+        self._count(y, fresh)
+
+    def _done(self, offset: int, y: Vec) -> Vec:
+        """What the operations make of a vector."""
+        g = self.g
         for op, place, factors in zip(self.epilogue.ops, self.maps, self.factors, strict=True):
             if op.kind in ("add", "multiply"):
                 y = g.arithmetic("fadd" if op.kind == "add" else "fmul", y, g.load(place, offset))
             else:
                 y = applied(g, op, factors, y)
-        mask = mask_of(self.module, self.frame, phase, single(self.frame, g.lanes), 0).bits(g, block)
-        if self.into:
-            g.store(g.zero_unless(mask, y), self.into, offset)  # gaps are zeros anyway
+        return y
+
+    def _count(self, y: Vec, mask: Bits | None) -> None:
+        """Take these lanes into the pooled sums."""
+        g = self.g
         for part, _ in self.sums:
             counted = g.widen(g.spoil(y) if part == "max" else y)
             if mask is not None:
