@@ -18,7 +18,6 @@ not written.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -188,8 +187,7 @@ class _Code:
         positions = self.positions
         most = (self.module.isa.registers - 1 - vectors) // vectors
         groups = -(-len(positions) // most)
-        most_groups = math.inf if self.module.isa.registers <= _FEW_REGISTERS else _FEW_GROUPS
-        blocks = 1 < groups <= most_groups
+        blocks = groups > 1 and (self.module.isa.registers <= _FEW_REGISTERS or groups <= _FEW_GROUPS)
 
         def inputs(begin: Index, end: Index) -> None:
             """Add what some inputs make to the sums of all positions, or make the sums."""

@@ -169,14 +169,14 @@ class Rows:
         low, high = loaded[at, right - odd]
         return g.shuffle(g.vector, low, [lane + odd for lane in self._taken], high)
 
-    @property
+    @cached_property
     def _taken(self) -> list[int]:
         """Every second element of each 16 bytes of two vectors, which is one instruction."""
         lanes, chunk = self.module.lanes, 16 // self.module.element.size
         halves = [first + n for first in range(0, lanes, chunk) for n in (0, lanes)]
         return [first + 2 * n for first in halves for n in range(chunk // 2)]
 
-    @property
+    @cached_property
     def _order(self) -> list[int]:
         """Where the lanes in question then lie, which is one more for a column."""
         return sorted(range(self.module.lanes), key=self._taken.__getitem__)
